@@ -1,0 +1,171 @@
+"""Loaders: an endless training stream counted in steps, and an evaluation pass that shows each image once.
+
+Both are torch DataLoaders over *positions*; `data/order.py` says which. At this point a sample has been decoded,
+checked and augmented, and is still uint8: normalisation happens on the device.
+"""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dist_deeplab.data import order
+from dist_deeplab.data.decode import DecodeError, decode_image, decode_label
+from dist_deeplab.data.shards import Manifest, Sample, ShardError, ShardReader
+from dist_deeplab.data.transforms import Augmentation, next_grid_size, pad_to
+
+
+@dataclass
+class Batch:
+    """Some samples of one size.
+
+    image: uint8 [B, 3, H, W] RGB in channels-last memory; label: uint8 [B, H, W]; content: int64 [B, 2], height and
+    width of the part at the top left that shows the sample, the rest is padding; keys: names for error messages.
+    """
+
+    image: torch.Tensor
+    label: torch.Tensor
+    content: torch.Tensor
+    keys: list[str]
+
+    def pin_memory(self) -> "Batch":
+        """Called by the DataLoader where a GPU will take the batch."""
+        return Batch(self.image.pin_memory(), self.label.pin_memory(), self.content.pin_memory(), self.keys)
+
+
+class DecodingDataset(Dataset[Batch]):
+    """Decodes and checks samples of a shard set; what a bad sample is called is the same everywhere."""
+
+    def __init__(self, manifest: Manifest, *, num_classes: int, ignore_label: int) -> None:
+        self.reader = ShardReader(manifest)
+        self.allowed = np.zeros(256, dtype=bool)
+        self.allowed[:num_classes] = self.allowed[ignore_label] = True
+        self.ignore_label = ignore_label
+
+    def load(self, index: int) -> tuple[str, np.ndarray, np.ndarray]:
+        """Return key, image uint8 [H, W, 3] and label uint8 [H, W] of a sample.
+
+        Raises:
+            ShardError: undecodable, sizes that differ, or a label out of range; shard and key are named.
+        """
+        sample = self.reader.read(index)
+        try:
+            image, label = decode_image(sample.image), decode_label(sample.label)
+        except DecodeError as error:
+            raise ShardError(f"{self._where(sample)}: {error}") from None
+        if label.shape != image.shape[:2]:
+            raise ShardError(f"{self._where(sample)}: image {image.shape[:2]} and label {label.shape} differ in size")
+        if not self.allowed[label].all():
+            value = label[~self.allowed[label]][0]
+            raise ShardError(f"{self._where(sample)}: the label {value} is no class and not void; see data.num_classes")
+        return sample.key, image, label
+
+    def _where(self, sample: Sample) -> str:
+        return f"sample {sample.key!r} of {self.reader.manifest.path}"
+
+
+class TrainDataset(DecodingDataset):
+    """Global position -> augmented sample, as a batch of one."""
+
+    def __init__(self, manifest: Manifest, *, num_classes: int, augmentation: Augmentation, seed: int) -> None:
+        super().__init__(manifest, num_classes=num_classes, ignore_label=augmentation.ignore_label)
+        self.augmentation = augmentation
+        self.seed = seed
+
+    def __getitem__(self, position: int) -> Batch:
+        index = order.samples_at(np.array([position]), num_samples=len(self.reader), seed=self.seed)[0]
+        key, image, label = self.load(int(index))
+        draws = order.uniforms(self.seed, position, self.augmentation.num_draws)
+        return to_batch(key, *self.augmentation(image, label, draws))
+
+
+class EvalDataset(DecodingDataset):
+    """Sample index -> whole image at its own size, padded to the next 8k+1, as a batch of one."""
+
+    def __getitem__(self, index: int) -> Batch:
+        key, image, label = self.load(index)
+        height, width = label.shape
+        size = next_grid_size(height), next_grid_size(width)
+        return to_batch(key, pad_to(image, size, 0), pad_to(label, size, self.ignore_label), (height, width))
+
+
+class StepSampler(Sampler[list[int]]):
+    """A rank's micro-batches of the steps `start <= step < stop`, as lists of global positions."""
+
+    def __init__(self, start: int, stop: int, *, split: order.BatchSplit, rank: int) -> None:
+        self.start, self.stop = start, stop
+        self.split = split
+        self.rank = rank
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start) * self.split.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.stop):
+            yield from self.split.positions(step, self.rank).tolist()
+
+
+class TrainLoader:
+    """Iterates over `(step, micro-batches of that step)` from `start` to `stop`; restarting costs nothing.
+
+    The same `(seed, step)` gives the same pixels at any world size, micro-batch size and number of workers.
+    """
+
+    def __init__(self, dataset: TrainDataset, sampler: StepSampler, *, num_workers: int, pin_memory: bool) -> None:
+        self.sampler = sampler
+        self.batches = _data_loader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)
+
+    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
+        batches = iter(self.batches)
+        for step in range(self.sampler.start, self.sampler.stop):
+            yield step, [next(batches) for _ in range(self.sampler.split.accumulation)]
+
+
+def eval_loader(
+    dataset: EvalDataset, *, rank: int, world_size: int, num_workers: int, pin_memory: bool
+) -> "DataLoader[Batch]":
+    """Return a loader of this rank's share of all images: `rank, rank + world_size, ...`, each once, one at a time."""
+    shares = [[index] for index in range(rank, len(dataset.reader), world_size)]
+    return _data_loader(dataset, shares, num_workers=min(num_workers, len(shares)), pin_memory=pin_memory)
+
+
+def to_batch(key: str, image: np.ndarray, label: np.ndarray, content: tuple[int, int]) -> Batch:
+    """Return one sample, image [H, W, 3] and label [H, W], as a batch of one."""
+    return Batch(
+        image=torch.from_numpy(image).permute(2, 0, 1)[None],
+        label=torch.from_numpy(label)[None],
+        content=torch.tensor([content], dtype=torch.int64),
+        keys=[key],
+    )
+
+
+def collate(samples: list[Batch]) -> Batch:
+    """Return batches of one size as a single batch."""
+    return Batch(
+        image=torch.cat([s.image for s in samples]),
+        label=torch.cat([s.label for s in samples]),
+        content=torch.cat([s.content for s in samples]),
+        keys=[key for s in samples for key in s.keys],
+    )
+
+
+def _data_loader(dataset, batch_sampler, *, num_workers: int, pin_memory: bool) -> "DataLoader[Batch]":  # type: ignore[no-untyped-def]
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker if num_workers else None,
+    )
+
+
+def _start_worker(worker: int) -> None:
+    """One thread a worker, and deaf to the signals that ask the rank to stop: it ends its workers itself."""
+    cv2.setNumThreads(0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,116 @@
+"""DeepLab-v2 (Chen et al., arXiv:1606.00915): dilated ResNet + ASPP, and its multi-scale training form."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dist_deeplab.model.batch_norm import NormFactory
+from dist_deeplab.model.resnet import SPECS, DilatedResNet, feature_length
+
+ASPP_RATES = (6, 12, 18, 24)  # ASPP-L of the paper, section 4.1.2; fc1_voc12_c0 .. c3 of the prototxt
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: parallel dilated 3x3 convolutions with bias, summed."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Conv2d(in_channels, num_classes, 3, padding=rate, dilation=rate) for rate in ASPP_RATES
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits [B, num_classes, H, W]."""
+        first, *others = self.branches
+        logits = first(x)
+        for branch in others:
+            logits = logits + branch(x)
+        return logits
+
+
+class DeepLabV2(nn.Module):
+    """Image -> logits on a grid of stride 8, logit (i, j) on pixel (8i, 8j) for sizes of 8k+1.
+
+    Weights start random: He-normal convolutions (fan out), head N(0, 0.01) with bias 0 (prototxt `weight_filler`).
+    """
+
+    def __init__(self, backbone: str, num_classes: int, *, norm: NormFactory, stride_on_1x1: bool = True) -> None:
+        super().__init__()
+        spec = SPECS[backbone]
+        self.backbone = DilatedResNet(spec, stride_on_1x1=stride_on_1x1, norm=norm)
+        self.head = ASPP(spec.out_channels, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights from torch's global generator; batch norm is 1 and 0 from its construction."""
+        for module in self.backbone.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for branch in self.head.branches:
+            assert isinstance(branch, nn.Conv2d)
+            assert branch.bias is not None
+            nn.init.normal_(branch.weight, std=0.01)
+            nn.init.zeros_(branch.bias)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Map normalised float [B, 3, H, W] to logits [B, num_classes, (H-1)/8+1, (W-1)/8+1]."""
+        return self.head(self.backbone(image))
+
+
+class MultiScale(nn.Module):
+    """The network at several input scales in one forward pass, as it is trained.
+
+    Returns {"scale_1": logits, "scale_0.75": ..., "fused": element-wise max of all at the full grid}, each of the
+    others on its own grid; with no scales {"scale_1": logits} alone (paper, section 4.1.1; DrSleep's
+    train_msc).
+    """
+
+    def __init__(self, net: DeepLabV2, scales: tuple[float, ...] = ()) -> None:
+        super().__init__()
+        self.net = net
+        self.scales = tuple(sorted(scales or (1.0,), reverse=True))
+
+    def output_sizes(self, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
+        """Return each output's grid (rows, columns) for an input of `size` (8k+1 each way)."""
+        sizes = {
+            output_name(scale): (grid_length(size[0], scale), grid_length(size[1], scale)) for scale in self.scales
+        }
+        return sizes if len(self.scales) == 1 else {"fused": sizes[output_name(1.0)], **sizes}
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Map normalised float [B, 3, H, W] to {name: logits [B, num_classes, h, w]}."""
+        outputs = {output_name(scale): self.net(resize_input(image, scale)) for scale in self.scales}
+        if len(self.scales) == 1:
+            return outputs
+        full = outputs[output_name(1.0)]
+        fused = full
+        for scale in self.scales[1:]:
+            fused = torch.maximum(fused, upsample(outputs[output_name(scale)], full.shape[2:]))
+        return {"fused": fused, **outputs}
+
+
+def output_name(scale: float) -> str:
+    """Return the name of the output at an input scale, as in metrics: `scale_0.75`."""
+    return f"scale_{scale:g}"
+
+
+def scaled_length(length: int, scale: float) -> int:
+    """Return the corner-aligned length of an axis scaled by `scale`: (n-1)s+1, e.g. 321 -> 241 at 0.75."""
+    return round((length - 1) * scale) + 1
+
+
+def grid_length(length: int, scale: float = 1.0) -> int:
+    """Return the logits along an axis of `length` pixels at an input scale, e.g. 321 -> 41, 31, 21."""
+    return feature_length(scaled_length(length, scale))
+
+
+def resize_input(image: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return the image scaled by `scale`, bilinear, corners aligned."""
+    if scale == 1.0:
+        return image
+    return upsample(image, (scaled_length(image.shape[2], scale), scaled_length(image.shape[3], scale)))
+
+
+def upsample(x: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
+    """Return float [B, C, h, w] resized to `size`, bilinear, corners aligned."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)

@@ -1,0 +1,162 @@
+"""Checkpoints: written whole or not at all, verified by digest, found by looking at what is there.
+
+A checkpoint is a pair `step_00001000.pt` and `step_00001000.json`; the sidecar holds the SHA-256 of the first (torch
+notices a truncated file but not a flipped byte) and is written last. `best.pt` is such a pair too.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_deeplab.errors import UserError
+
+FORMAT = "dist_deeplab.checkpoint/1"
+BEST = "best"
+_STEP_NAME = re.compile(r"step_(\d{8})")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """The checkpoints of a run. All ranks make the same calls; only the one with `is_writer` writes."""
+
+    path: Path
+    keep_last: int
+    is_writer: bool
+
+    def save(self, content: dict[str, Any], *, step: int, is_best: bool) -> None:
+        """Write `content` (tensors and plain values) as the checkpoint of `step`, then drop old ones.
+
+        Raises:
+            OSError: e.g. a full disk; what was there before is untouched.
+            ValueError: the model holds NaN or infinity; nothing was written.
+        """
+        if not self.is_writer:
+            return
+        _require_finite(content)
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / f"step_{step:08d}.pt"
+        digest = _write(path, lambda temporary: torch.save({"format": FORMAT, **content}, temporary))
+        _write_sidecar(path, step=step, sha256=digest)
+        if is_best:
+            self._link_best(path, step=step, sha256=digest)
+        self._prune()
+
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint that verifies, or None; damaged ones are reported and passed over."""
+        for path in reversed(self._all()):
+            try:
+                verify(path)
+                return path
+            except UserError as error:
+                log.warning("%s; trying the one before", error)
+        return None
+
+    def has_any(self) -> bool:
+        """Return whether there is any checkpoint, damaged or not."""
+        return bool(self._all())
+
+    def _all(self) -> list[Path]:
+        return sorted(path for path in self.path.glob("step_*.pt") if _STEP_NAME.fullmatch(path.stem))
+
+    def _link_best(self, path: Path, *, step: int, sha256: str) -> None:
+        """Make `best.pt` a second name of the file just written: no copy of hundreds of megabytes."""
+        best = self.path / f"{BEST}.pt"
+        temporary = self.path / f".{BEST}.pt.tmp"
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, best)
+        _write_sidecar(best, step=step, sha256=sha256)
+
+    def _prune(self) -> None:
+        for path in self._all()[: -self.keep_last]:
+            path.with_suffix(".json").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def verify(path: Path) -> None:
+    """Compare a checkpoint's SHA-256 with the one in its sidecar.
+
+    Raises:
+        UserError: file or sidecar missing, or digest wrong.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint at {path}")
+    try:
+        expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"the checkpoint {path} has no readable sidecar {path.with_suffix('.json').name}") from None
+    if _sha256(path) != expected:
+        raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is not the one in its sidecar")
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the content of a verified checkpoint, tensors on the CPU; no code in the file is run.
+
+    Raises:
+        UserError: missing, damaged, or not a checkpoint of ours.
+    """
+    verify(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{path} can't be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a {FORMAT!r} file; tools and train write those")
+    return content
+
+
+def _require_finite(content: dict[str, Any]) -> None:
+    for name, tensor in content["model"].items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+
+
+def _write_sidecar(path: Path, *, step: int, sha256: str) -> None:
+    text = json.dumps({"format": FORMAT, "step": step, "sha256": sha256, "size_bytes": path.stat().st_size})
+    _write(path.with_suffix(".json"), lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+def _write(path: Path, fill: Callable[[Path], Any]) -> str:
+    """Fill a temporary file, sync it to disk, rename it to `path`, and return its SHA-256."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        fill(temporary)
+        digest = _sha256(temporary)
+        _fsync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+    return digest
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

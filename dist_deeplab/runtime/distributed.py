@@ -1,0 +1,181 @@
+"""Who this process is among the ranks, the process group's lifetime, and the few collectives used.
+
+Only `runtime/` knows what the main rank is; everything else makes the same calls on every rank.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dist_deeplab.errors import UserError
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_GRACE_S = 3.0  # how long other ranks leave the main rank to report an error that all of them have
+_COLLECTIVE_TIMEOUT_S = 1800.0  # covers the main rank drawing figures or saving to a slow disk while others wait
+_SLURM_PORTS = (20000, 20000)  # first port and how many
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DistEnv:
+    """This process among the ranks."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    launcher: str
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "DistEnv":
+        """Read torchrun's variables, else those of a Slurm step with several tasks, else be the only process.
+
+        Raises:
+            UserError: some of torchrun's variables are set and others are not, or are no numbers.
+        """
+        present = [name for name in _TORCHRUN[:3] if name in environ]
+        if present:
+            missing = [name for name in _TORCHRUN if name not in environ]
+            if missing:
+                raise UserError(
+                    f"the environment has {', '.join(present)} but not {', '.join(missing)}; start with torchrun, "
+                    "or unset them to run as a single process"
+                )
+            rank, world_size, local_rank = (_integer(environ, name) for name in _TORCHRUN[:3])
+            if not 0 <= rank < world_size:
+                raise UserError(f"RANK={rank} is not in 0..{world_size - 1} (WORLD_SIZE={world_size}); use torchrun")
+            return cls(rank, local_rank, world_size, "torchrun")
+        if "SLURM_PROCID" in environ and _integer(environ, "SLURM_STEP_NUM_TASKS", default=1) > 1:
+            return cls(
+                _integer(environ, "SLURM_PROCID"),
+                _integer(environ, "SLURM_LOCALID"),
+                _integer(environ, "SLURM_STEP_NUM_TASKS"),
+                "slurm",
+            )
+        return cls(0, 0, 1, "single process")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The rank's GPU, or the CPU where there is none.
+
+        Raises:
+            UserError: more ranks on this node than GPUs.
+        """
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {self.local_rank} has no GPU: {torch.cuda.device_count()} here; start as many processes "
+                "a node as it has GPUs"
+            )
+        return torch.device("cuda", self.local_rank)
+
+
+def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise UserError(f"the environment variable {name} is {text!r}, not a number") from None
+
+
+@contextlib.contextmanager
+def process_group(env: DistEnv) -> Iterator[None]:
+    """Hold the default process group open: gloo for CPU tensors, NCCL for CUDA tensors. Nothing at world size 1.
+
+    Raises:
+        UserError: more ranks on this node than GPUs.
+    """
+    device = env.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if env.world_size == 1:
+        yield
+        return
+    if env.launcher == "slurm":
+        _set_slurm_rendezvous()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        rank=env.rank,
+        world_size=env.world_size,
+        timeout=datetime.timedelta(seconds=_COLLECTIVE_TIMEOUT_S),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _set_slurm_rendezvous() -> None:
+    """Derive MASTER_ADDR and MASTER_PORT, where they are not set, from the job: first host, port from its id."""
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ["SLURM_STEP_NODELIST"]
+        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
+    first, count = _SLURM_PORTS
+    os.environ.setdefault("MASTER_PORT", str(first + int(os.environ["SLURM_JOB_ID"]) % count))
+
+
+def exit_with_error(env: DistEnv, error: UserError) -> int:
+    """Print the error once for all ranks that have it, and return its exit code.
+
+    The main rank speaks at once. Another one first leaves it time to do so (the launcher then ends this process), and
+    speaks only if the mistake turns out to be its own, e.g. data missing on its node.
+    """
+    if not env.is_main:
+        time.sleep(_GRACE_S)
+    where = "" if env.is_main else f" (rank {env.rank})"
+    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size() -> int:
+    """Return the number of ranks in the process group, 1 without one."""
+    return dist.get_world_size() if _active() else 1
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Add `tensor` up over all ranks, in place, and return it."""
+    if _active():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_from_main(value: T) -> T:
+    """Return the main rank's picklable `value` on every rank."""
+    if not _active():
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_to_all(value: T) -> list[T]:
+    """Return every rank's picklable `value`, in rank order."""
+    if not _active():
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box

@@ -1,0 +1,64 @@
+"""Where the time between two log lines went."""
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Meter:
+    """Counts steps and the seconds spent waiting for data; pauses are left out."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.steps = 0
+        self.data_s = 0.0
+        self.paused_s = 0.0
+        self.started = time.perf_counter()
+
+    def timed(self, iterable: Iterable[T]) -> Iterator[T]:
+        """Yield the items, counting each as a step and the wait for it as data time."""
+        iterator = iter(iterable)
+        while True:
+            asked = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.data_s += time.perf_counter() - asked
+            self.steps += 1
+            yield item
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside this context out: it is not training."""
+        entered = time.perf_counter()
+        yield
+        self.paused_s += time.perf_counter() - entered
+
+    def pop(self, *, images_per_step: int, device: torch.device) -> dict[str, float]:
+        """Return the means since the last call as metric points, and start anew."""
+        elapsed = max(1e-9, time.perf_counter() - self.started - self.paused_s)
+        steps = max(1, self.steps)
+        values = {
+            "images_per_s": steps * images_per_step / elapsed,
+            "time/step_s": elapsed / steps,
+            "time/data_s": self.data_s / steps,
+            "memory/peak_gib": peak_memory_bytes(device) / 2**30,
+        }
+        self._reset()
+        return values
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that was in use: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

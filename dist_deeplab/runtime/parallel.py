@@ -1,0 +1,68 @@
+"""One function that makes a network trainable on this rank's device together with the other ranks."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_deeplab.runtime.distributed import DistEnv, gather_to_all
+
+
+def prepare_model(model: nn.Module, env: DistEnv) -> nn.Module:
+    """Return `model` on the rank's device, in channels-last memory, wrapped for DDP where there are other ranks.
+
+    All ranks must hold the same weights already (same seed, same file): that is verified, not mended.
+
+    Raises:
+        RuntimeError: the ranks' weights differ.
+    """
+    model = model.to(env.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if env.world_size == 1:
+        return model
+    check_replicas(model)
+    devices = [env.device] if env.device.type == "cuda" else None
+    # Buffers (batch-norm statistics) are equal by construction or, with batch_norm=local, meant to differ.
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside DDP."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+    """Return a context in which backward reduces gradients over the ranks, or (not enabled) leaves them local."""
+    if enabled or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the main rank's buffers: before evaluating or saving statistics that are kept per rank."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def check_replicas(model: nn.Module) -> None:
+    """Compare a digest of every parameter and buffer over the ranks.
+
+    Raises:
+        RuntimeError: naming the first tensor and the first rank that differ.
+    """
+    digests = dict(_digests(model))
+    for rank, other in enumerate(gather_to_all(digests)):
+        for name, digest in digests.items():
+            if other.get(name) != digest:
+                raise RuntimeError(f"rank {rank} holds other values in {name} than this rank; same code and files?")
+
+
+def _digests(model: nn.Module) -> Iterator[tuple[str, bytes]]:
+    for name, tensor in model.state_dict().items():
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        yield name, hashlib.blake2b(data, digest_size=8).digest()

@@ -1,0 +1,242 @@
+"""Train DeepLab-v2 on WebDataset shards: on one device, one node or many.
+
+    python -m dist_deeplab.train --config configs/quickstart.yaml
+    torchrun --nproc_per_node 8 -m dist_deeplab.train --config configs/voc_resnet101.yaml \\
+        data.train=data/voc/train.json data.val=data/voc/val.json batch.global_size=16
+
+Without --config the defaults apply: the published recipe. `section.key=value` overrides any key; --print-config shows
+all of them. Everything goes to <output_dir>/<name>/; starting again with the same arguments goes on from the newest
+checkpoint. Exit codes: 0 done, 1 error, 2 wrong arguments or configuration, 75 stopped early but saved.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from dist_deeplab import config as configuration
+from dist_deeplab.config import RunConfig
+from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
+from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.data.shards import Manifest, load_manifest, require_fit
+from dist_deeplab.data.transforms import Augmentation
+from dist_deeplab.errors import UserError
+from dist_deeplab.evaluation import report
+from dist_deeplab.evaluation.confusion import scores
+from dist_deeplab.evaluation.evaluator import evaluate
+from dist_deeplab.model.batch_norm import norm_factory
+from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
+from dist_deeplab.model.weights import SCRATCH, Variant, Weights, fit_weights, load_weights
+from dist_deeplab.runtime import tracking
+from dist_deeplab.runtime.checkpoint import CheckpointFolder
+from dist_deeplab.runtime.distributed import DistEnv, exit_with_error, process_group
+from dist_deeplab.runtime.logs import format_duration, setup_logging
+from dist_deeplab.runtime.meter import Meter
+from dist_deeplab.runtime.parallel import prepare_model, share_buffers
+from dist_deeplab.runtime.preemption import StopRequest
+from dist_deeplab.training.loss_window import LossWindow
+from dist_deeplab.training.optim import build_optimizer, grad_norm, poly_lr, set_lr
+from dist_deeplab.training.precision import Precision
+from dist_deeplab.training.resume import checkpoint_content, find_checkpoint
+from dist_deeplab.training.state import TrainState
+from dist_deeplab.training.step import TrainStep
+from dist_deeplab.training.summary import describe, log_progress, run_tags
+
+STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+
+log = logging.getLogger("dist_deeplab.train")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    env = DistEnv(0, 0, 1, "single process")
+    try:
+        env = DistEnv.from_environ()
+        config = configuration.load_config(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            sys.stdout.write(configuration.config_to_yaml(config) if env.is_main else "")
+            return 0
+        return train(config, env)
+    except UserError as error:
+        return exit_with_error(env, error)
+
+
+def train(config: RunConfig, env: DistEnv) -> int:
+    """Train to `config.max_steps` and return the exit code; every rank calls it."""
+    # --- 1. What can be wrong is found before any heavy work ----------------------------------------------------------
+    train_set, val_set = open_data(config)
+    split = BatchSplit.derive(
+        global_size=config.batch.global_size, micro_size=config.batch.micro_size, world_size=env.world_size
+    )
+    checkpoints = CheckpointFolder(config.run_dir / "checkpoints", config.checkpoint.keep_last, env.is_main)
+    with process_group(env):
+        stop = StopRequest().install()
+        saved = find_checkpoint(config, checkpoints, train_set)
+        weights = load_weights(config.model.init) if config.model.init and saved is None else None
+        setup_logging(is_main=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
+
+        # --- 2. Network, optimizer, state -----------------------------------------------------------------------------
+        variant = Variant.from_plain(saved["variant"]) if saved else weights.variant if weights else SCRATCH
+        net = build_network(config, split, variant, weights)
+        model = prepare_model(MultiScale(net, config.multi_scale.scales), env)
+        optimizer = build_optimizer(net, config.optim)
+        precision = Precision(config.precision.dtype, env.device)
+        state = TrainState(net, optimizer, precision, LossWindow())
+        if saved:
+            state.load_state_dict(saved)
+        describe(config, env, split, train_set, val_set, state, variant)
+        if state.step >= config.max_steps:
+            log.info("nothing to do: %s is done (step %d of %d)", config.run_dir, state.step, config.max_steps)
+            return 0
+
+        # --- 3. Data, update, tracking --------------------------------------------------------------------------------
+        batches = build_train_loader(config, env, split, train_set, start=state.step)
+        update = TrainStep(
+            model, optimizer, precision, variant.preprocessing, config.data.ignore_label, config.optim.clip_norm
+        )
+        tracker = open_tracker(config, env, run_tags(env, split, train_set))
+
+        # --- 4. The loop: one turn is one optimizer step --------------------------------------------------------------
+        status = "FAILED"
+        try:
+            meter = Meter()
+            for step, micro_batches in meter.timed(batches):
+                rates = set_lr(optimizer, poly_lr(step - state.num_skipped, config.optim, max_steps=config.max_steps))
+                result = update(micro_batches, stop=bool(stop))
+                state.advance(result)
+                last = state.step == config.max_steps
+                if last or is_due(state.step, config.tracking.log_every):
+                    state.losses.reduce(state.step)  # a CPU-GPU synchronisation point
+                    values = state.losses.pop_mean() | {f"lr/{group}": rate for group, rate in rates.items()}
+                    values["train/grad_norm"] = grad_norm(optimizer).item()
+                    values |= meter.pop(images_per_step=split.global_size, device=env.device)
+                    tracker.log(state.step, values)
+                    log_progress(state.step, config.max_steps, values)
+                with meter.paused():
+                    is_best = False
+                    if val_set and (last or is_due(state.step, config.eval.every)):
+                        miou = validate(config, env, state, variant, val_set, tracker)
+                        is_best = state.take_score(miou)
+                    if last or is_best or result.stop or is_due(state.step, config.checkpoint.every):
+                        save(config, checkpoints, state, variant, train_set, is_best=is_best)
+                if result.stop and not last:
+                    status = "KILLED"
+                    log.warning("asked to stop: saved step %d; the same command goes on from there", state.step)
+                    return STOPPED_EARLY
+            status = "FINISHED"
+            log.info("done: %d steps; the run is in %s", state.step, config.run_dir)
+            return 0
+        finally:
+            tracker.close(status)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dist_deeplab.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of keys that differ from the defaults")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key, e.g. optim.lr=1e-3")
+    return parser.parse_intermixed_args(argv)
+
+
+def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
+    """Return the manifests of training and (where configured) validation, checked against the configuration."""
+    if not config.data.train:
+        raise UserError(
+            "no training data: data.train names no manifest; make shards with `python tools/make_shards.py --voc-root "
+            "VOCdevkit/VOC2012 --split train --out data/voc`, then add data.train=data/voc/train.json (or try "
+            "./launch/quickstart.sh, which makes sample data)"
+        )
+    manifests = [load_manifest(path) for path in (config.data.train, config.data.val) if path]
+    for manifest in manifests:
+        require_fit(manifest, num_classes=config.data.num_classes, ignore_label=config.data.ignore_label)
+    return manifests[0], manifests[1] if config.data.val else None
+
+
+def build_network(config: RunConfig, split: BatchSplit, variant: Variant, weights: Weights | None) -> DeepLabV2:
+    """Return the network with weights that depend on seed and `weights` alone."""
+    torch.manual_seed(config.seed)
+    model = config.model
+    norm = norm_factory(model.batch_norm, sync_bn=model.sync_bn, accumulation=split.accumulation)
+    net = DeepLabV2(model.backbone, config.data.num_classes, norm=norm, stride_on_1x1=variant.stride_on_1x1)
+    if weights:
+        log.info("weights from %s", fit_weights(net, weights, restore_last=model.restore_last))
+    return net
+
+
+def build_train_loader(
+    config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifest, *, start: int
+) -> TrainLoader:
+    """Return the stream of this rank's micro-batches from step `start` on."""
+    data = config.data
+    augmentation = Augmentation(data.crop_size, data.scale_range, data.mirror, data.ignore_label)
+    dataset = TrainDataset(train_set, num_classes=data.num_classes, augmentation=augmentation, seed=config.seed)
+    sampler = StepSampler(start, config.max_steps, split=split, rank=env.rank)
+    return TrainLoader(dataset, sampler, num_workers=data.num_workers, pin_memory=env.device.type == "cuda")
+
+
+def open_tracker(config: RunConfig, env: DistEnv, tags: dict[str, object]) -> tracking.Tracker:
+    """Return the tracker, which knows everything about the run that MLflow should show."""
+    return tracking.open_tracker(
+        config.run_dir,
+        is_main=env.is_main,
+        uri=tracking.resolve_uri(config.tracking.uri, config.output_dir),
+        experiment=config.tracking.experiment,
+        config_yaml=configuration.config_to_yaml(config),
+        run_info={"name": config.name, "parameters": configuration.flatten(config), "tags": tags},
+    )
+
+
+def validate(
+    config: RunConfig, env: DistEnv, state: TrainState, variant: Variant, val_set: Manifest, tracker: tracking.Tracker
+) -> float:
+    """Evaluate on all of `val_set`, record and report the scores, and return the mIoU; every rank calls it."""
+    started = time.perf_counter()
+    if config.model.batch_norm == "local":
+        share_buffers(state.net)
+    evaluation = evaluate(
+        state.net,
+        val_set,
+        env,
+        preprocessing=variant.preprocessing,
+        num_workers=config.data.num_workers,
+        num_panels=config.eval.num_panels,
+    )
+    result, names = scores(evaluation.confusion), val_set.class_names
+    seconds = time.perf_counter() - started
+    tracker.log(state.step, report.metric_values(result, names) | {"time/eval_s": seconds})
+    folder = config.run_dir / "eval" / f"step_{state.step:08d}"
+    tracker.log_files(state.step, lambda: report.write_report(evaluation, names, folder))
+    title = f"step {state.step}: {evaluation.num_images} images in {format_duration(seconds)}"
+    log.info("evaluation\n%s", report.render(report.iou_table(result, names, title=title)))
+    return result.miou
+
+
+def save(
+    config: RunConfig,
+    checkpoints: CheckpointFolder,
+    state: TrainState,
+    variant: Variant,
+    train_set: Manifest,
+    *,
+    is_best: bool,
+) -> None:
+    """Write a checkpoint, once the losses up to here are known to be finite; every rank calls it."""
+    state.losses.reduce(state.step)
+    if config.model.batch_norm == "local":
+        share_buffers(state.net)
+    content = checkpoint_content(config, state, variant, train_set)
+    checkpoints.save(content, step=state.step, is_best=is_best)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Return whether something that happens each `every` steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""`TrainState`: all that a run needs to go on, and nothing else.
+
+Held: weights and batch-norm statistics, momentum, gradient scaler, losses since the last log line, step,
+updates skipped by fp16, best score. Not
+held, because it follows from the configuration and the step: learning rate, sample order, augmentation.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.training.loss_window import LossWindow
+from dist_deeplab.training.precision import Precision
+from dist_deeplab.training.step import StepResult
+
+
+@dataclass
+class TrainState:
+    """The mutable state of a run; `step` counts the optimizer steps done."""
+
+    net: DeepLabV2
+    optimizer: Optimizer
+    precision: Precision
+    losses: LossWindow
+    step: int = 0
+    num_skipped: int = 0
+    best_miou: float = -1.0
+
+    def advance(self, result: StepResult) -> None:
+        """Count a step that was done."""
+        self.step += 1
+        self.num_skipped += not result.updated
+        self.losses.add(result.losses)
+
+    def take_score(self, miou: float) -> bool:
+        """Remember the best mIoU; return whether this is it."""
+        is_best = miou > self.best_miou
+        self.best_miou = max(miou, self.best_miou)
+        return is_best
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values for a checkpoint."""
+        return {
+            "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.state_dict(),
+            "losses": self.losses.reduced,
+            "step": self.step,
+            "num_skipped": self.num_skipped,
+            "best_miou": self.best_miou,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned.
+
+        Raises:
+            RuntimeError: a tensor is missing or has another shape.
+        """
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.load_state_dict(state["scaler"])
+        self.losses.reduced = list(state["losses"])
+        self.step = state["step"]
+        self.num_skipped = state["num_skipped"]
+        self.best_miou = state["best_miou"]

@@ -1,0 +1,89 @@
+"""One optimizer update: where accumulation, precision and gradient synchronisation meet, and nowhere else."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dist_deeplab.data.loader import Batch
+from dist_deeplab.model.deeplabv2 import MultiScale
+from dist_deeplab.model.preprocessing import Preprocessing
+from dist_deeplab.runtime.distributed import all_reduce_sum, get_world_size
+from dist_deeplab.runtime.parallel import gradient_sync, unwrap
+from dist_deeplab.training.loss import cross_entropy_sum, num_valid, sample_label
+from dist_deeplab.training.precision import Precision
+
+
+@dataclass
+class StepResult:
+    """What one update did.
+
+    losses: {output name: this rank's share of the cross-entropy, float32 [] on the device}; their sum over the ranks
+    is the mean over the step's valid pixels. updated: False where fp16 skipped. stop: whether some rank was asked to
+    stop; equal on all ranks.
+    """
+
+    losses: dict[str, torch.Tensor]
+    updated: bool
+    stop: bool
+
+
+@dataclass
+class TrainStep:
+    """Runs optimizer updates on a prepared model; holds no state of its own."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    precision: Precision
+    preprocessing: Preprocessing
+    ignore_label: int
+    clip_norm: float = 0.0
+
+    def __call__(self, micro_batches: list[Batch], *, stop: bool = False) -> StepResult:
+        """Make one update from this rank's micro-batches (CPU tensors, at least one); every rank must call it.
+
+        `stop` is this rank's wish to stop. There is no host-device synchronisation but fp16's own.
+        """
+        # 1. Count valid pixels of all ranks before the first backward, on the CPU where the labels still are: one
+        #    small gloo all-reduce, which also carries the wishes to stop.
+        sizes = self._output_sizes(micro_batches[0])
+        labels = [{name: sample_label(b.label, size) for name, size in sizes.items()} for b in micro_batches]
+        counts = [sum(num_valid(label[name], self.ignore_label) for label in labels) for name in sizes]
+        *counts, stops = all_reduce_sum(torch.tensor([*counts, int(stop)], dtype=torch.int64)).tolist()
+        # 2. DDP averages gradients over the ranks, so each rank's sum is multiplied by their number. All-void: 0.
+        world_size = get_world_size()
+        weights = {name: world_size / max(1, count) for name, count in zip(sizes, counts, strict=True)}
+        # 3. Forward and backward; gradients are reduced on the last micro-batch only.
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, torch.Tensor] = {}
+        last = len(micro_batches) - 1
+        for i, (batch, label) in enumerate(zip(micro_batches, labels, strict=True)):
+            with gradient_sync(self.model, enabled=i == last):
+                losses = self._forward(batch, label, weights)
+                self.precision.backward(torch.stack(list(losses.values())).sum())
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0) + loss.detach()
+        # 4. Update.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        updated = self.precision.step(self.optimizer, parameters, self.clip_norm)
+        return StepResult({name: loss / world_size for name, loss in sums.items()}, updated, stops > 0)
+
+    def _output_sizes(self, batch: Batch) -> dict[str, tuple[int, int]]:
+        net = unwrap(self.model)
+        assert isinstance(net, MultiScale)
+        return net.output_sizes((batch.label.shape[1], batch.label.shape[2]))
+
+    def _forward(
+        self, batch: Batch, label: dict[str, torch.Tensor], weights: dict[str, float]
+    ) -> dict[str, torch.Tensor]:
+        """Return each output's weighted loss, float32 [] on the device."""
+        device = self.precision.device
+        image = self.preprocessing.normalize(batch.image.to(device, non_blocking=True), batch.content)
+        with self.precision.autocast():
+            outputs = self.model(image)
+        return {
+            name: cross_entropy_sum(logits, label[name].to(device, non_blocking=True), self.ignore_label)
+            * weights[name]
+            for name, logits in outputs.items()
+        }

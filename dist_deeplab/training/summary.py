@@ -1,0 +1,93 @@
+"""What a run says about itself: at its start, and while it goes on."""
+
+import logging
+import math
+import sys
+from typing import Any
+
+import torch
+
+from dist_deeplab.config import RunConfig
+from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.data.shards import Manifest
+from dist_deeplab.model.weights import SCRATCH, Variant
+from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.runtime.logs import format_duration
+from dist_deeplab.runtime.tracking import git_revision
+from dist_deeplab.training.optim import describe_groups
+from dist_deeplab.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def describe(
+    config: RunConfig,
+    env: DistEnv,
+    split: BatchSplit,
+    train_set: Manifest,
+    val_set: Manifest | None,
+    state: TrainState,
+    variant: Variant,
+) -> None:
+    """Log what is about to happen."""
+    log.info("run %s on %d x %s (%s)", config.run_dir, env.world_size, device_name(env), env.launcher)
+    log.info(
+        "network %s, %s batch norm, %s, %s",
+        config.model.backbone,
+        config.model.batch_norm,
+        config.precision.dtype,
+        variant.family,
+    )
+    if variant is SCRATCH:
+        log.info("no model.init: all weights are random; the published scores start from ImageNet or COCO weights")
+    validated = f", validated on {val_set.num_samples}" if val_set else "; no data.val, so there will be no score"
+    log.info("data %s: %d samples%s", train_set.path, train_set.num_samples, validated)
+    log.info("%s", split)
+    recipe = RunConfig()
+    if split.global_size != recipe.batch.global_size:
+        suggestion = recipe.optim.lr * split.global_size / recipe.batch.global_size
+        log.info(
+            "optim.lr is %g; the recipe's, scaled linearly to %d images, is %g",
+            config.optim.lr,
+            split.global_size,
+            suggestion,
+        )
+    for line in describe_groups(state.optimizer):
+        log.info("  %s", line)
+    log.info("from step %d to %d", state.step, config.max_steps)
+
+
+def log_progress(step: int, max_steps: int, values: dict[str, float]) -> None:
+    """Log one line of progress."""
+    remaining = format_duration((max_steps - step) * values["time/step_s"])
+    share = 100 * values["time/data_s"] / values["time/step_s"]
+    log.info(
+        "step %*d/%d  loss %.4f  lr %.3g  %.1f images/s  data wait %.0f%%  ETA %s",
+        int(math.log10(max_steps)) + 1,
+        step,
+        max_steps,
+        values["train/loss"],
+        values["lr/backbone"],
+        values["images_per_s"],
+        share,
+        remaining,
+    )
+
+
+def run_tags(env: DistEnv, split: BatchSplit, train_set: Manifest) -> dict[str, Any]:
+    """Return what MLflow should know about a run beside its configuration."""
+    return {
+        "command": " ".join(sys.argv),
+        "world_size": env.world_size,
+        "device": device_name(env),
+        "accumulation": split.accumulation,
+        "train_samples": train_set.num_samples,
+        "train_keys_sha256": train_set.keys_sha256,
+        "torch": torch.__version__,
+        **git_revision(),
+    }
+
+
+def device_name(env: DistEnv) -> str:
+    """Return e.g. NVIDIA H100 80GB HBM3, or CPU."""
+    return torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else "CPU"
