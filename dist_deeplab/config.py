@@ -6,6 +6,7 @@ the nearest key. Checks that need only the values are made here; checks that nee
 made by whoever knows these.
 """
 
+import copy
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -195,15 +196,19 @@ def grid_size(value: int) -> int:
     return max(33, round((value - 1) / 8) * 8 + 1)
 
 
-def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path | None, overrides: Iterable[str] = (), *, base: dict[str, Any] | None = None
+) -> RunConfig:
     """Return the defaults, changed by the YAML file `path` (None: no file), changed by `section.key=value` strings.
+
+    `base`, nested plain values as `config_to_dict` gives them, stands in for a file.
 
     Values of overrides are YAML: `data.scale_range=[0.5,1.5]`, `data.mirror=false`, `model.init=`.
 
     Raises:
         UserError: file missing or not YAML; unknown key (the nearest one is named); value of a wrong type or range.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = copy.deepcopy(base or {})
     if path is not None:
         values = _read_yaml(Path(path))
         _check_keys(values, where=str(path))

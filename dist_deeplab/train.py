@@ -59,78 +59,79 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.print_config:
             sys.stdout.write(configuration.config_to_yaml(config) if env.is_main else "")
             return 0
-        return train(config, env)
+        # What can be wrong is found before any heavy work.
+        train_set, val_set = open_data(config)
+        split = BatchSplit.derive(
+            global_size=config.batch.global_size, micro_size=config.batch.micro_size, world_size=env.world_size
+        )
+        with process_group(env):
+            return train(config, env, split, train_set, val_set)
     except UserError as error:
         return exit_with_error(env, error)
 
 
-def train(config: RunConfig, env: DistEnv) -> int:
+def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifest, val_set: Manifest | None) -> int:
     """Train to `config.max_steps` and return the exit code; every rank calls it."""
-    # --- 1. What can be wrong is found before any heavy work ----------------------------------------------------------
-    train_set, val_set = open_data(config)
-    split = BatchSplit.derive(
-        global_size=config.batch.global_size, micro_size=config.batch.micro_size, world_size=env.world_size
-    )
+    # --- 1. Where to start from ---------------------------------------------------------------------------------------
+    stop = StopRequest().install()
     checkpoints = CheckpointFolder(config.run_dir / "checkpoints", config.checkpoint.keep_last, env.is_main)
-    with process_group(env):
-        stop = StopRequest().install()
-        saved = find_checkpoint(config, checkpoints, train_set)
-        weights = load_weights(config.model.init) if config.model.init and saved is None else None
-        setup_logging(is_main=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
+    saved = find_checkpoint(config, checkpoints, train_set)
+    weights = load_weights(config.model.init) if config.model.init and saved is None else None
+    variant = Variant.from_plain(saved["variant"]) if saved else weights.variant if weights else SCRATCH
+    setup_logging(is_main=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
 
-        # --- 2. Network, optimizer, state -----------------------------------------------------------------------------
-        variant = Variant.from_plain(saved["variant"]) if saved else weights.variant if weights else SCRATCH
-        net = build_network(config, split, variant, weights)
-        model = prepare_model(MultiScale(net, config.multi_scale.scales), env)
-        optimizer = build_optimizer(net, config.optim)
-        precision = Precision(config.precision.dtype, env.device)
-        state = TrainState(net, optimizer, precision, LossWindow())
-        if saved:
-            state.load_state_dict(saved)
-        describe(config, env, split, train_set, val_set, state, variant)
-        if state.step >= config.max_steps:
-            log.info("nothing to do: %s is done (step %d of %d)", config.run_dir, state.step, config.max_steps)
-            return 0
+    # --- 2. Network, optimizer, state ---------------------------------------------------------------------------------
+    net = build_network(config, split, variant, weights)
+    model = prepare_model(MultiScale(net, config.multi_scale.scales), env)
+    optimizer = build_optimizer(net, config.optim)
+    precision = Precision(config.precision.dtype, env.device)
+    state = TrainState(net, optimizer, precision, LossWindow())
+    if saved:
+        state.load_state_dict(saved)
+    describe(config, env, split, train_set, val_set, state, variant)
+    if state.step >= config.max_steps:
+        log.info("nothing to do: %s is done (step %d of %d)", config.run_dir, state.step, config.max_steps)
+        return 0
 
-        # --- 3. Data, update, tracking --------------------------------------------------------------------------------
-        batches = build_train_loader(config, env, split, train_set, start=state.step)
-        update = TrainStep(
-            model, optimizer, precision, variant.preprocessing, config.data.ignore_label, config.optim.clip_norm
-        )
-        tracker = open_tracker(config, env, run_tags(env, split, train_set))
+    # --- 3. Data, update, tracking ------------------------------------------------------------------------------------
+    batches = build_train_loader(config, env, split, train_set, start=state.step)
+    update = TrainStep(
+        model, optimizer, precision, variant.preprocessing, config.data.ignore_label, config.optim.clip_norm
+    )
+    tracker = open_tracker(config, env, run_tags(env, split, train_set))
 
-        # --- 4. The loop: one turn is one optimizer step --------------------------------------------------------------
-        status = "FAILED"
-        try:
-            meter = Meter()
-            for step, micro_batches in meter.timed(batches):
-                rates = set_lr(optimizer, poly_lr(step - state.num_skipped, config.optim, max_steps=config.max_steps))
-                result = update(micro_batches, stop=bool(stop))
-                state.advance(result)
-                last = state.step == config.max_steps
-                if last or is_due(state.step, config.tracking.log_every):
-                    state.losses.reduce(state.step)  # a CPU-GPU synchronisation point
-                    values = state.losses.pop_mean() | {f"lr/{group}": rate for group, rate in rates.items()}
-                    values["train/grad_norm"] = grad_norm(optimizer).item()
-                    values |= meter.pop(images_per_step=split.global_size, device=env.device)
-                    tracker.log(state.step, values)
-                    log_progress(state.step, config.max_steps, values)
-                with meter.paused():
-                    is_best = False
-                    if val_set and (last or is_due(state.step, config.eval.every)):
-                        miou = validate(config, env, state, variant, val_set, tracker)
-                        is_best = state.take_score(miou)
-                    if last or is_best or result.stop or is_due(state.step, config.checkpoint.every):
-                        save(config, checkpoints, state, variant, train_set, is_best=is_best)
-                if result.stop and not last:
-                    status = "KILLED"
-                    log.warning("asked to stop: saved step %d; the same command goes on from there", state.step)
-                    return STOPPED_EARLY
-            status = "FINISHED"
-            log.info("done: %d steps; the run is in %s", state.step, config.run_dir)
-            return 0
-        finally:
-            tracker.close(status)
+    # --- 4. The loop: one turn is one optimizer step ------------------------------------------------------------------
+    status = "FAILED"
+    try:
+        meter = Meter()
+        for step, micro_batches in meter.timed(batches):
+            rates = set_lr(optimizer, poly_lr(step - state.num_skipped, config.optim, max_steps=config.max_steps))
+            result = update(micro_batches, stop=bool(stop))
+            state.advance(result)
+            last = state.step == config.max_steps
+            if last or is_due(state.step, config.tracking.log_every):
+                state.losses.reduce(state.step)  # a CPU-GPU synchronisation point
+                values = state.losses.pop_mean() | {f"lr/{group}": rate for group, rate in rates.items()}
+                values["train/grad_norm"] = grad_norm(optimizer).item()
+                values |= meter.pop(images_per_step=split.global_size, device=env.device)
+                tracker.log(state.step, values)
+                log_progress(state.step, config.max_steps, values)
+            with meter.paused():
+                is_best = False
+                if val_set and (last or is_due(state.step, config.eval.every)):
+                    miou = validate(config, env, state, variant, val_set, tracker)
+                    is_best = state.take_score(miou)
+                if last or is_best or result.stop or is_due(state.step, config.checkpoint.every):
+                    save(config, checkpoints, state, variant, train_set, is_best=is_best)
+            if result.stop and not last:
+                status = "KILLED"
+                log.warning("asked to stop: saved step %d; the same command goes on from there", state.step)
+                return STOPPED_EARLY
+        status = "FINISHED"
+        log.info("done: %d steps; the run is in %s", state.step, config.run_dir)
+        return 0
+    finally:
+        tracker.close(status)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -211,8 +212,10 @@ def validate(
     tracker.log(state.step, report.metric_values(result, names) | {"time/eval_s": seconds})
     folder = config.run_dir / "eval" / f"step_{state.step:08d}"
     tracker.log_files(state.step, lambda: report.write_report(evaluation, names, folder))
-    title = f"step {state.step}: {evaluation.num_images} images in {format_duration(seconds)}"
-    log.info("evaluation\n%s", report.render(report.iou_table(result, names, title=title)))
+    table = report.render(report.iou_table(result, names))
+    log.info(
+        "evaluation at step %d: %d images in %s\n%s", state.step, evaluation.num_images, format_duration(seconds), table
+    )
     return result.miou
 
 

@@ -34,9 +34,9 @@ def metric_values(result: Scores, class_names: Sequence[str]) -> dict[str, float
     return values
 
 
-def iou_table(result: Scores, class_names: Sequence[str], *, title: str) -> Table:
+def iou_table(result: Scores, class_names: Sequence[str]) -> Table:
     """Return the per-class IoU as a terminal table with bars, the mean last."""
-    table = Table("class", "IoU", "", title=title)
+    table = Table("class", "IoU", "")
     for name, iou in zip(class_names, result.iou.tolist(), strict=True):
         if math.isnan(iou):
             table.add_row(name, "-", "not in this set", style="dim")

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_deeplab.errors import UserError
 
@@ -21,7 +22,7 @@ MOMENTUM = 0.1  # torch's default: the new statistics' share; the TensorFlow and
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
-NormFactory = Callable[[int], nn.Module]
+NormFactory = Callable[[int], _BatchNorm]
 
 
 def norm_factory(

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dist_deeplab.model.batch_norm import NormFactory
-from dist_deeplab.model.resnet import SPECS, DilatedResNet, feature_length
+from dist_deeplab.model.resnet import SPECS, Bottleneck, DilatedResNet, feature_length
 
 ASPP_RATES = (6, 12, 18, 24)  # ASPP-L of the paper, section 4.1.2; fc1_voc12_c0 .. c3 of the prototxt
 
@@ -42,10 +42,16 @@ class DeepLabV2(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights from torch's global generator; batch norm is 1 and 0 from its construction."""
+        """Draw new weights from torch's global generator; batch norm is 1 and 0 from its construction.
+
+        But each residual branch's last gain is 0 where it is trained (Goyal et al. 2017, section 5.1): a random
+        ResNet-101 starts near the uniform loss instead of diverging at the recipe's rate for the head.
+        """
         for module in self.backbone.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, Bottleneck) and module.bn3.weight.requires_grad:
+                nn.init.zeros_(module.bn3.weight)
         for branch in self.head.branches:
             assert isinstance(branch, nn.Conv2d)
             assert branch.bias is not None

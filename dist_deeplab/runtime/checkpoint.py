@@ -4,6 +4,7 @@ A checkpoint is a pair `step_00001000.pt` and `step_00001000.json`; the sidecar 
 notices a truncated file but not a flipped byte) and is written last. `best.pt` is such a pair too.
 """
 
+import collections
 import hashlib
 import json
 import logging
@@ -40,10 +41,12 @@ class CheckpointFolder:
 
         Raises:
             OSError: e.g. a full disk; what was there before is untouched.
-            ValueError: the model holds NaN or infinity; nothing was written.
+            ValueError: the model holds NaN or infinity, or `content` something that a safe load would refuse; nothing
+                was written.
         """
         if not self.is_writer:
             return
+        _require_plain(content)
         _require_finite(content)
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / f"step_{step:08d}.pt"
@@ -118,6 +121,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a {FORMAT!r} file; tools and train write those")
     return content
+
+
+def _require_plain(value: Any, where: str = "checkpoint") -> None:
+    """Raise ValueError for anything but tensors and exact plain types: `weights_only=True` would not load it again."""
+    if type(value) in (dict, collections.OrderedDict):
+        for key, item in value.items():
+            _require_plain(item, f"{where}.{key}")
+    elif type(value) in (list, tuple):
+        for number, item in enumerate(value):
+            _require_plain(item, f"{where}[{number}]")
+    elif type(value) not in (str, int, float, bool, type(None), torch.Tensor):
+        raise ValueError(f"{where} is a {type(value).__name__}, not a tensor or plain value")
 
 
 def _require_finite(content: dict[str, Any]) -> None:

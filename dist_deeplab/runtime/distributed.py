@@ -5,6 +5,7 @@ Only `runtime/` knows what the main rank is; everything else makes the same call
 
 import contextlib
 import datetime
+import gc
 import logging
 import os
 import subprocess
@@ -121,6 +122,9 @@ def process_group(env: DistEnv) -> Iterator[None]:
     try:
         yield
     finally:
+        # DDP keeps the group's threads alive in reference cycles; those still there when the interpreter ends abort it
+        # ("terminate called without an active exception"). So: use the group in a function that has returned by now.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_deeplab.runtime.distributed import DistEnv, gather_to_all
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def prepare_model(model: nn.Module, env: DistEnv) -> nn.Module:
@@ -21,13 +25,20 @@ def prepare_model(model: nn.Module, env: DistEnv) -> nn.Module:
     Raises:
         RuntimeError: the ranks' weights differ.
     """
-    model = model.to(env.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = place_model(model, env.device)
     if env.world_size == 1:
         return model
     check_replicas(model)
     devices = [env.device] if env.device.type == "cuda" else None
     # Buffers (batch-norm statistics) are equal by construction or, with batch_norm=local, meant to differ.
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch >= 2.13
+    options: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
+
+
+def place_model(model: ModuleT, device: torch.device) -> ModuleT:
+    """Return `model` on `device` in channels-last memory, which tensor cores and CPU kernels want."""
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

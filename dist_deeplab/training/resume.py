@@ -22,7 +22,7 @@ def checkpoint_content(config: RunConfig, state: TrainState, variant: Variant, t
         "config": config_to_dict(config),
         "class_names": list(train_set.class_names),
         "train_keys_sha256": train_set.keys_sha256,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
 
 

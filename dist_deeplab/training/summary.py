@@ -83,7 +83,7 @@ def run_tags(env: DistEnv, split: BatchSplit, train_set: Manifest) -> dict[str, 
         "accumulation": split.accumulation,
         "train_samples": train_set.num_samples,
         "train_keys_sha256": train_set.keys_sha256,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         **git_revision(),
     }
 

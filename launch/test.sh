@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+#
+# Run the tests, in the active environment or in .venv, which is set up first:
+#
+#     ./launch/test.sh                                # everything
+#     ./launch/test.sh tests/unit -k order -x         # arguments go to pytest
+#     ./launch/test.sh -m "not slurm and not browser" # without the tests that need system packages
+#     EXTRAS=test,crf ./launch/test.sh                # with another choice of extras installed (see setup.py)
+#
+# Tests that need something this machine lacks (Slurm, Chromium, shellcheck, a GPU) are skipped and say why.
+
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+setup_environment "${EXTRAS:-test}"
+cd "$REPO"
+exec python -m pytest "$@"

@@ -1,0 +1,66 @@
+"""Packaging of dist_deeplab: all metadata is here; `pyproject.toml` holds the build system and the tools' settings.
+
+    pip install -e . -c constraints.txt            # the tested versions
+    pip install -e ".[crf]" -c constraints.txt     # with the dense CRF
+    pip install -e ".[dev]" -c constraints.txt     # tests, linter, type checker
+
+The requirements below are open ranges: what the code needs. `constraints.txt` is what it was tested with.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest", "pytest-timeout", "hypothesis"]
+
+
+def read_version() -> str:
+    """The version as `dist_deeplab/__init__.py` states it, read as text: importing it would need torch."""
+    source = (Path(__file__).parent / "dist_deeplab" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', source, flags=re.MULTILINE)
+    if found is None:
+        raise RuntimeError('dist_deeplab/__init__.py has no line __version__ = "X.Y.Z"')
+    return found.group(1)
+
+
+setup(
+    name="dist_deeplab",
+    version=read_version(),
+    description="Distributed training of DeepLab-v2 for semantic segmentation with torchrun and Slurm",
+    author="The dist_deeplab authors",
+    license="MIT",
+    packages=find_packages(include=["dist_deeplab", "dist_deeplab.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.10",  # older ones load hostile checkpoints: CVE-2025-32434, CVE-2026-24747
+        "webdataset>=1.0",
+        "pyyaml>=6",
+        "pydantic>=2.7",
+        "mlflow>=3.1",  # not mlflow-skinny: that cannot open the SQLite store
+        "opencv-python-headless>=4.8",
+        "Pillow>=10",
+        "numpy>=1.26",
+        "rich>=13",
+        "matplotlib>=3.8",
+        "filelock",
+    ],
+    extras_require={
+        "crf": ["pydensecrf2>=1.1"],  # PyPI's pydensecrf does not compile with Cython 3
+        "test": TEST,
+        "dev": [*TEST, "ruff", "mypy", "types-PyYAML", "pre-commit"],
+    },
+    entry_points={
+        "console_scripts": [
+            "dist-deeplab-train = dist_deeplab.train:main",
+            "dist-deeplab-evaluate = dist_deeplab.evaluate:main",
+        ]
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)

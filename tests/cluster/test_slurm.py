@@ -1,0 +1,115 @@
+"""`sbatch slurm/train.sh` on a real Slurm of two nodes: who takes part, and what the training is told.
+
+The training itself is replaced, in a copy of the launchers beside a package of the same name: it sums ranks over gloo
+and prints its arguments.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.slurm
+
+STAND_IN = """
+import json, os, sys, time
+import torch
+import torch.distributed as dist
+
+FAILING_RANK = "--fail-on-rank-1"
+
+def main():
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    total = torch.tensor(float(rank + 1))
+    dist.all_reduce(total)
+    names = ("SLURM_NODEID", "SLURMD_NODENAME", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "SRUN_CPUS_PER_TASK",
+             "TORCHELASTIC_RUN_ID", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+    seen = {"rank": rank, "sum": total.item(), "arguments": sys.argv[1:], "cwd": os.getcwd()}
+    seen.update({name: os.environ.get(name) for name in names})
+    sys.stdout.write("SEEN " + json.dumps(seen) + "\\n")
+    sys.stdout.flush()
+    if FAILING_RANK in sys.argv and rank == 1:
+        return 1
+    # Nothing in this process notices the other's end: only Slurm can end it.
+    if FAILING_RANK in sys.argv:
+        time.sleep(3600)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    """A repository of the real launchers and a stand-in for the training."""
+    for folder in ("launch", "slurm"):
+        shutil.copytree(REPO / folder, tmp_path / folder)
+    package = tmp_path / "dist_deeplab"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "train.py").write_text(STAND_IN)
+    return tmp_path
+
+
+@pytest.fixture
+def environ() -> Mapping[str, str]:
+    """The tests' own environment as the active one."""
+    return {"VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+
+
+def seen(output: str) -> list[dict[str, Any]]:
+    """What each process printed, in the order of ranks. srun's --label puts "0: " before each line."""
+    lines = (line.partition("SEEN ")[2] for line in output.splitlines() if "SEEN {" in line)
+    return sorted((json.loads(line) for line in lines), key=lambda process: process["rank"])
+
+
+def test_both_nodes_take_part_and_arguments_arrive_unchanged(slurm, repo, environ):
+    arguments = ["data.scale_range=[0.5, 1.5]", "name=it's a $HOME `test` *", "--config", "", 'x="a\\b"']
+    state, output = slurm.run_job("--nodes=2", "slurm/train.sh", *arguments, cwd=repo, NPROC_PER_NODE="2", **environ)
+
+    assert state == "COMPLETED", output
+    processes = seen(output)
+    assert [process["rank"] for process in processes] == [0, 1, 2, 3], output
+    assert [process["sum"] for process in processes] == [1 + 2 + 3 + 4] * 4
+    assert {process["SLURMD_NODENAME"] for process in processes} == set(slurm.nodes)
+    assert sorted(process["LOCAL_RANK"] for process in processes) == ["0", "0", "1", "1"]
+    assert all(process["arguments"] == arguments for process in processes), processes
+    assert all(process["cwd"] == str(repo) for process in processes)
+    assert all(process["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1" for process in processes)
+
+
+def test_a_node_without_gpus_runs_one_process_and_cpus_per_task_reach_the_step(slurm, repo, environ):
+    state, output = slurm.run_job("--nodes=2", "--cpus-per-task=3", "slurm/train.sh", cwd=repo, **environ)
+
+    assert state == "COMPLETED", output
+    processes = seen(output)
+    assert [process["WORLD_SIZE"] for process in processes] == ["2", "2"], output
+    assert [process["SRUN_CPUS_PER_TASK"] for process in processes] == ["3", "3"]
+
+
+def test_one_failing_process_ends_the_job_on_all_nodes(slurm, repo, environ):
+    state, output = slurm.run_job("--nodes=2", "slurm/train.sh", "--fail-on-rank-1", cwd=repo, **environ)
+
+    assert state == "FAILED", output
+    assert len(seen(output)) == 2, output
+    assert "First task exited" not in output  # srun's --wait, a minute later
+
+
+def test_a_folder_that_is_no_repository_is_refused_in_one_sentence(slurm, tmp_path, environ):
+    state, output = slurm.run_job(str(REPO / "slurm" / "train.sh"), cwd=tmp_path, **environ)
+
+    assert state == "FAILED"
+    assert output.strip() == (
+        f"slurm/train.sh: {tmp_path} is not the repository (no launch/multi_node.sh, dist_deeplab/): "
+        "call sbatch there or set REPO."
+    )

@@ -1,0 +1,53 @@
+"""Fixtures that start real processes on real (drawn) data."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def command_environ() -> dict[str, str]:
+    """Return this process's environment for a command started by a test: one thread, no rank, default MLflow store."""
+    environ = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MLFLOW_TRACKING_URI")
+    }
+    environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return environ
+
+
+def torchrun_command(num_processes: int, *target: str) -> list[str]:
+    """Return the command line of a torchrun with so many local processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    return [*launcher, *target]
+
+
+@pytest.fixture(scope="session")
+def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with train.json (16 drawn images) and val.json (7)."""
+    root = tmp_path_factory.mktemp("sample_voc")
+    tools = REPO / "tools"
+    make_sample = [sys.executable, tools / "make_sample_voc.py", "--out", root, "--num-train", "16", "--num-val", "7"]
+    subprocess.run(make_sample, check=True, env=command_environ(), capture_output=True)
+    for split in ("train", "val"):
+        voc = root / "VOCdevkit" / "VOC2012"
+        make = [sys.executable, tools / "make_shards.py", "--voc-root", voc, "--split", split, "--out", root / "shards"]
+        subprocess.run([*make, "--samples-per-shard", "6"], check=True, env=command_environ(), capture_output=True)
+    return root / "shards"
+
+
+@pytest.fixture
+def run_ranks() -> Run:
+    """Return a function that runs `python target...` on so many ranks and returns the finished process."""
+
+    def run(num_processes: int, *target: str | Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        command = torchrun_command(num_processes, *map(str, target))
+        return subprocess.run(command, env=command_environ(), capture_output=True, text=True, timeout=timeout_s)
+
+    return run

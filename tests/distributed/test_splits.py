@@ -1,0 +1,97 @@
+"""Promises P1 to P4 on real torchrun processes: any split of the work, one result."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Run
+
+pytestmark = pytest.mark.distributed
+WORKERS = Path(__file__).parent / "workers"
+
+
+def relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Return |got - expected| / |expected| over all tensors as one vector."""
+    assert got.keys() == expected.keys()
+    difference = sum((got[k].double() - expected[k].double()).square().sum() for k in got)
+    return float((difference / sum(expected[k].double().square().sum() for k in got)).sqrt())
+
+
+@pytest.mark.parametrize("sizes", [(2,), (2, 2), (3, 1), (2, 0, 3), (1, 2, 1, 3)])
+def test_sync_batch_norm_equals_batch_norm_on_the_whole_batch(run_ranks: Run, sizes: tuple[int, ...]) -> None:
+    result = run_ranks(len(sizes), WORKERS / "sync_batch_norm.py", *map(str, sizes))
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def train_split(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> Any:
+    def train(ranks: int, micro_size: int, batch_norm: str, steps: int, *scales: str) -> dict[str, Any]:
+        out = tmp_path / f"{ranks}x{micro_size}.pt"
+        arguments = [sample_shards / "train.json", out, micro_size, batch_norm, steps, *scales]
+        result = run_ranks(ranks, WORKERS / "gradients.py", *map(str, arguments))
+        assert result.returncode == 0, result.stderr
+        return torch.load(out, weights_only=True)
+
+    return train
+
+
+def test_every_split_of_a_batch_has_the_same_samples_gradient_and_weights(train_split: Any) -> None:
+    """8 images as ranks x micro-batch x accumulation; batch norm frozen."""
+    expected = train_split(1, 8, "frozen", 20)
+    assert sorted(expected["seen"]) == list(range(160))
+    for ranks, micro_size in ((1, 2), (2, 4), (2, 2), (4, 2), (4, 1)):
+        got = train_split(ranks, micro_size, "frozen", 20)
+        assert got["seen"] == expected["seen"], "other samples, or other pixels of them"
+        assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert relative_error(got["grads"], expected["grads"]) < 1e-5
+        assert relative_error(got["model"], expected["model"]) < 1e-4
+        assert relative_error(got["moved"], expected["moved"]) < 1e-3
+
+
+def test_sync_batch_norm_makes_ranks_equal_one_process(train_split: Any) -> None:
+    """With trained batch norm and no accumulation, gradients and running statistics are those of one large batch."""
+    expected = train_split(1, 8, "sync", 1)
+    for ranks, micro_size in ((2, 4), (4, 2)):
+        got = train_split(ranks, micro_size, "sync", 1)
+        assert relative_error(got["grads"], expected["grads"]) < 1e-4
+        assert relative_error(got["model"], expected["model"]) < 1e-5
+
+
+def test_local_batch_norm_does_not(train_split: Any) -> None:
+    """The test above can fail: statistics per rank give another gradient."""
+    expected = train_split(1, 8, "sync", 1)
+    assert relative_error(train_split(2, 4, "local", 1)["grads"], expected["grads"]) > 1e-2
+
+
+def test_four_multi_scale_losses_do_not_depend_on_the_split(train_split: Any) -> None:
+    expected = train_split(1, 8, "frozen", 1, "1.0", "0.75", "0.5")
+    assert list(expected["losses"]) == ["fused", "scale_1", "scale_0.75", "scale_0.5"]
+    got = train_split(2, 2, "frozen", 1, "1.0", "0.75", "0.5")
+    assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert relative_error(got["grads"], expected["grads"]) < 1e-5
+
+
+def test_evaluation_is_the_same_on_any_number_of_ranks(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
+    """7 images on 1, 2 and 3 ranks: each once, so the confusion matrices are identical."""
+    arguments = [f"data.train={sample_shards}/train.json", f"output_dir={tmp_path}", "name=run", "max_steps=2"]
+    arguments += ["model.backbone=resnet_tiny", "data.crop_size=65", "batch.global_size=4", "data.num_workers=0"]
+    trained = run_ranks(1, "-m", "dist_deeplab.train", *arguments, "tracking.uri=none", "optim.lr=1e-3")
+    assert trained.returncode == 0, trained.stderr
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002.pt"
+    reports = []
+    for ranks in (1, 2, 3):
+        file = tmp_path / f"{ranks}.json"
+        scored = evaluate(run_ranks, ranks, checkpoint, sample_shards / "val.json", file)
+        assert scored.returncode == 0, scored.stderr
+        reports.append(json.loads(file.read_text()))
+    assert reports[0]["num_images"] == 7
+    assert reports[1] == reports[0]
+    assert reports[2] == reports[0]
+
+
+def evaluate(run: Run, ranks: int, checkpoint: Path, data: Path, file: Path) -> subprocess.CompletedProcess[str]:
+    return run(ranks, "-m", "dist_deeplab.evaluate", checkpoint, "--data", data, "--json", file)

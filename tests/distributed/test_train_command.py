@@ -1,0 +1,228 @@
+"""The main job as users run it: torchrun, kill, go on, evaluate; and what wrong input says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_deeplab import train
+from tests.conftest import Run, command_environ, torchrun_command
+
+pytestmark = pytest.mark.distributed
+
+SMALL = [
+    *("model.backbone=resnet_tiny", "data.crop_size=65", "data.num_workers=1", "batch.global_size=4", "optim.lr=1e-3"),
+    *("max_steps=12", "tracking.log_every=3", "checkpoint.every=4", "eval.every=8", "eval.num_panels=2"),
+]
+
+
+def run_arguments(shards: Path, output_dir: Path, name: str) -> list[str]:
+    """Return the arguments of a small run."""
+    data = [f"data.train={shards}/train.json", f"data.val={shards}/val.json"]
+    return [*data, f"output_dir={output_dir}", f"name={name}", *SMALL]
+
+
+def read_journal(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_dir: Path, key: str) -> dict[int, float]:
+    """Return {step: value}, after checking that no step is there twice."""
+    points = [(r["step"], r["value"]) for r in read_journal(run_dir) if r.get("key") == key]
+    assert len(dict(points)) == len(points), f"{key} has a step twice: {points}"
+    return dict(points)
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "checkpoints" / "step_00000012.pt", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run on two ranks that nothing happened to, with MLflow in SQLite."""
+    out = tmp_path_factory.mktemp("runs")
+    command = torchrun_command(2, "-m", "dist_deeplab.train", *run_arguments(sample_shards, out, "run"))
+    done = subprocess.run(command, env=command_environ(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return out / "run"
+
+
+def test_a_run_leaves_what_its_folder_promises(undisturbed: Path) -> None:
+    names = {str(path.relative_to(undisturbed)) for path in undisturbed.rglob("*") if path.is_file()}
+    checkpoints = {f"checkpoints/{stem}.{end}" for stem in ("step_00000012", "best") for end in ("pt", "json")}
+    pictures = {f"eval/step_00000012/{name}" for name in ("metrics.json", "confusion.png", "iou.png", "panels.png")}
+    assert checkpoints | pictures | {"config.yaml", "run.json", "metrics.jsonl"} <= names
+    assert {"logs/rank_0.log", "logs/rank_1.log"} <= names
+    assert sorted(curve(undisturbed, "train/loss")) == [3, 6, 9, 12]
+    assert sorted(curve(undisturbed, "val/mIoU")) == [8, 12]
+
+
+def test_mlflow_holds_the_run(undisturbed: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{undisturbed.parent}/mlflow.db")
+    experiment = client.get_experiment_by_name("dist_deeplab")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.power"] == "0.9"
+    assert run.data.params["batch.global_size"] == "4"
+    assert run.data.tags["world_size"] == "2"
+    history = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "train/loss")}
+    assert history == curve(undisturbed, "train/loss")
+    assert {"val/mIoU", "val/iou/background", "lr/backbone", "lr/head_bias", "images_per_s"} <= run.data.metrics.keys()
+    artifacts = {a.path for a in client.list_artifacts(run.info.run_id, "eval/step_00000012")}
+    assert {f"eval/step_00000012/{name}.png" for name in ("confusion", "iou", "panels")} <= artifacts
+    assert [a.path for a in client.list_artifacts(run.info.run_id) if not a.is_dir] == ["config.yaml"]
+
+
+def test_a_finished_run_has_nothing_to_do(run_ranks: Run, undisturbed: Path, sample_shards: Path) -> None:
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    arguments = run_arguments(sample_shards, undisturbed.parent, "run")
+    again = run_ranks(2, "-m", "dist_deeplab.train", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert "nothing to do" in again.stdout
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def test_evaluate_gives_the_scores_of_the_training_run(run_ranks: Run, undisturbed: Path, sample_shards: Path) -> None:
+    checkpoint = undisturbed / "checkpoints" / "step_00000012.pt"
+    out = undisturbed.parent / "report"
+    scored = run_ranks(2, "-m", "dist_deeplab.evaluate", checkpoint, "--data", sample_shards / "val.json", "--out", out)
+    assert scored.returncode == 0, scored.stderr
+    assert "aeroplane" in scored.stdout
+    assert "mIoU" in scored.stdout
+    during_training = json.loads((undisturbed / "eval/step_00000012/metrics.json").read_text())
+    assert json.loads((out / "metrics.json").read_text()) == during_training
+
+
+@pytest.mark.parametrize("victim", ["rank", "all"])
+def test_a_killed_run_goes_on_to_the_same_weights_and_curve(
+    run_ranks: Run, undisturbed: Path, sample_shards: Path, tmp_path: Path, victim: str
+) -> None:
+    """SIGKILL after step 6, whose checkpoint is step 4: final weights and curve are bit-identical at two ranks."""
+    arguments = [*run_arguments(sample_shards, tmp_path, "run"), "tracking.uri=none"]
+    command = torchrun_command(2, "-m", "dist_deeplab.train", *arguments)
+    with subprocess.Popen(command, env=command_environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as agent:
+        wait_for_step(tmp_path / "run", 6)
+        ranks = {pid: environ["RANK"] for pid, environ in children_with(agent.pid, "RANK")}
+        for pid in [p for p, rank in ranks.items() if rank == "1" or victim == "all"]:
+            os.kill(pid, signal.SIGKILL)
+        if victim == "all":
+            agent.kill()
+        agent.communicate(timeout=120)
+    assert agent.returncode != 0
+    assert not (tmp_path / "run/checkpoints/step_00000012.pt").exists(), "killed too late to test anything"
+
+    resumed = run_ranks(2, "-m", "dist_deeplab.train", *arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step 4 to 12" in resumed.stdout or "from step 8 to 12" in resumed.stdout
+    expected = final_weights(undisturbed)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in final_weights(tmp_path / "run").items())
+    for key in ("train/loss", "lr/head_weight", "val/mIoU"):
+        assert curve(tmp_path / "run", key) == curve(undisturbed, key)
+
+
+def test_sigterm_saves_and_the_next_start_goes_on(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
+    arguments = [*run_arguments(sample_shards, tmp_path, "run"), "tracking.uri=none", "checkpoint.every=1000"]
+    command = [sys.executable, "-m", "dist_deeplab.train", *arguments]
+    with subprocess.Popen(command, env=command_environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        wait_for_step(tmp_path / "run", 3)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 75, output
+    assert "goes on from there" in output
+    assert len(list((tmp_path / "run/checkpoints").glob("step_*.pt"))) == 1
+    resumed = run_ranks(1, "-m", "dist_deeplab.train", *arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert sorted(curve(tmp_path / "run", "train/loss")) == [3, 6, 9, 12]
+
+
+def test_another_recipe_under_the_same_name_is_refused(undisturbed: Path, sample_shards: Path, capsys: Any) -> None:
+    arguments = run_arguments(sample_shards, undisturbed.parent, "run")
+    assert train.main([*arguments, "optim.power=1.0", "max_steps=20"]) == 2
+    error = capsys.readouterr().err
+    assert "max_steps: 12 -> 20" in error
+    assert "optim.power: 0.9 -> 1.0" in error
+
+
+def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:
+    """Return once the journal holds a point of `step` or later."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        journal = run_dir / "metrics.jsonl"
+        if journal.exists():
+            complete = journal.read_text().splitlines()[:-1]  # the last line may be half written
+            if any(json.loads(line).get("step", 0) >= step for line in complete):
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"{run_dir} did not come to step {step}")
+
+
+def children_with(parent: int, variable: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (pid, environment) of the direct children that have an environment variable."""
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        environ = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        if variable in environ:
+            yield int(pid), environ
+
+
+# --- wrong input: one sentence, exit code 2, nothing written ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], ["no training data", "tools/make_shards.py", "data.train="]),
+        (["data.train=nowhere/train.json"], ["no manifest at nowhere/train.json", "make_shards.py"]),
+        (["data.train={shards}/train.json", "data.num_classes=5"], ["21 classes", "data.num_classes=21"]),
+        (["data.train={shards}/train.json", "data.ignore_label=0"], ["255, not 0", "data.ignore_label=255"]),
+        (["data.train={shards}/train.json", "batch.micro_size=3"], ["micro_size=3 does not divide", "1, 2, 5, 10"]),
+        (["data.train={shards}/train.json", "model.init=nowhere.pth"], ["no weights file at nowhere.pth"]),
+        (["data.train={shards}/train.json", "model.sync_bn=torch"], ["CUDA only", "model.sync_bn=own"]),
+        (["data.train={shards}/train.json", "resume=nowhere.pt"], ["no checkpoint at nowhere.pt"]),
+        (["optim.learning_rate=1"], ["unknown configuration key", "'optim.lr'"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "configs/"]),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(
+    sample_shards: Path, tmp_path: Path, capsys: Any, monkeypatch: Any, arguments: list[str], says: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    filled = [argument.format(shards=sample_shards) for argument in arguments]
+    assert train.main([*filled, f"output_dir={tmp_path / 'runs'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, "more than one line"
+    for text in says:
+        assert text in error
+    assert not list((tmp_path / "runs").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("missing", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_half_set_environment_is_named(capsys: Any, monkeypatch: Any, missing: str) -> None:
+    complete = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in complete.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    assert train.main([]) == 2
+    assert f"not {missing}" in capsys.readouterr().err
+
+
+def test_wrong_input_on_several_ranks_is_said_once_and_nobody_hangs(run_ranks: Run, sample_shards: Path) -> None:
+    result = run_ranks(3, "-m", "dist_deeplab.train", f"data.train={sample_shards}/train.json", timeout_s=60)
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert len(lines) == 1, result.stderr
+    assert "batch.global_size=10 can't be shared equally by 3 processes" in lines[0]
+    assert "batch.global_size=9 or 12" in lines[0]
+    assert "exitcode  : 2" in result.stderr

@@ -1,0 +1,67 @@
+"""Train a small network for a few steps under one split of the batch; the main rank saves what came out.
+
+Arguments: MANIFEST OUT MICRO_SIZE BATCH_NORM STEPS [SCALE ...]. OUT gets the first step's gradients and losses, the
+final weights and their way from the start, and the keys and pixel digests of every sample by global position.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+
+from dist_deeplab.config import OptimConfig
+from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
+from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.data.shards import load_manifest
+from dist_deeplab.data.transforms import Augmentation
+from dist_deeplab.model.batch_norm import FrozenBatchNorm, norm_factory
+from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
+from dist_deeplab.model.preprocessing import CAFFE
+from dist_deeplab.runtime.distributed import DistEnv, all_reduce_sum, gather_to_all, process_group
+from dist_deeplab.runtime.parallel import prepare_model
+from dist_deeplab.training.optim import build_optimizer, set_lr
+from dist_deeplab.training.precision import Precision
+from dist_deeplab.training.step import TrainStep
+
+
+def main(env: DistEnv, manifest: str, out: str, micro_size: str, batch_norm: str, steps: str, *scales: str) -> None:
+    torch.manual_seed(3)
+    split = BatchSplit.derive(global_size=8, micro_size=int(micro_size), world_size=env.world_size)
+    net = DeepLabV2("resnet_tiny", 21, norm=norm_factory(batch_norm, accumulation=split.accumulation))  # type: ignore[arg-type]
+    for module in net.modules():
+        if isinstance(module, FrozenBatchNorm):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    model = prepare_model(MultiScale(net, tuple(map(float, scales))), env)
+    optimizer = build_optimizer(net, OptimConfig())
+    set_lr(optimizer, 1e-5)
+    update = TrainStep(model, optimizer, Precision("fp32", env.device), CAFFE, ignore_label=255)
+    augmentation = Augmentation(65, (0.5, 1.5), True, 255)
+    dataset = TrainDataset(load_manifest(manifest), num_classes=21, augmentation=augmentation, seed=5)
+    sampler = StepSampler(0, int(steps), split=split, rank=env.rank)
+    seen, first = {}, {}
+    for step, batches in TrainLoader(dataset, sampler, num_workers=0, pin_memory=False):
+        for positions, batch in zip(split.positions(step, env.rank).tolist(), batches, strict=True):
+            for i, position in enumerate(positions):
+                pixels = batch.image[i].numpy().tobytes() + batch.label[i].numpy().tobytes()
+                seen[position] = (batch.keys[i], hashlib.sha256(pixels).hexdigest())
+        result = update(batches)
+        if step == 0:
+            first = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+            losses = {name: all_reduce_sum(loss.clone()).item() for name, loss in result.losses.items()}
+    everyone: dict[int, tuple[str, str]] = {}
+    for part in gather_to_all(seen):
+        everyone |= part
+    if env.is_main:
+        moved = {name: p.detach() - start[name] for name, p in net.named_parameters()}
+        torch.save(
+            {"moved": moved, "grads": first, "losses": losses, "model": net.state_dict(), "seen": everyone}, Path(out)
+        )
+
+
+if __name__ == "__main__":
+    this = DistEnv.from_environ()
+    with process_group(this):
+        main(this, *sys.argv[1:])

@@ -1,0 +1,62 @@
+"""On each rank: compare SyncBatchNorm on this rank's part with BatchNorm2d on the whole batch, in float64.
+
+Arguments: the number of images of each rank. Exits non-zero with the difference where one is above 1e-12.
+"""
+
+import sys
+
+import torch
+from torch import nn
+
+from dist_deeplab.model.batch_norm import SyncBatchNorm
+from dist_deeplab.runtime.distributed import DistEnv, all_reduce_sum, process_group
+
+CHANNELS = 5
+
+
+def require_close(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+    if got.numel():
+        difference = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+        assert difference < 1e-12, f"rank {env.rank}: {name} differs by {difference:.1e}"
+
+
+def check(sizes: list[int], memory_format: torch.memory_format) -> None:
+    torch.manual_seed(1)
+    whole = torch.randn(sum(sizes), CHANNELS, 4, 7, dtype=torch.float64) * 3 + 10
+    grad = torch.randn_like(whole)
+    expected_norm = nn.BatchNorm2d(CHANNELS).double()
+    nn.init.uniform_(expected_norm.weight, -1, 1)
+    nn.init.uniform_(expected_norm.bias)
+    norm = SyncBatchNorm(CHANNELS).double()
+    norm.load_state_dict(expected_norm.state_dict())
+    start = sum(sizes[: env.rank])
+    mine = slice(start, start + sizes[env.rank])
+
+    for _ in range(3):  # the running statistics move more than once
+        whole.requires_grad_(True).grad = None
+        expected_norm.zero_grad()
+        norm.zero_grad()
+        expected = expected_norm(whole)
+        expected.backward(grad)
+        part = whole.detach()[mine].contiguous(memory_format=memory_format).requires_grad_(True)
+        output = norm(part)
+        output.backward(grad[mine])
+        require_close("output", output, expected[mine])
+        require_close("input gradient", part.grad, whole.grad[mine])
+        for name in ("weight", "bias"):
+            total = all_reduce_sum(getattr(norm, name).grad.clone())
+            require_close(f"{name} gradient", total, getattr(expected_norm, name).grad)
+        for name, buffer in norm.named_buffers():
+            require_close(name, buffer.double(), dict(expected_norm.named_buffers())[name].double())
+        assert output.is_contiguous(memory_format=memory_format) or not part.numel()
+
+    norm.eval()
+    before = [buffer.clone() for buffer in norm.buffers()]
+    norm(whole.detach()[mine])
+    assert all(torch.equal(a, b) for a, b in zip(before, norm.buffers(), strict=True)), "eval moved the statistics"
+
+
+env = DistEnv.from_environ()
+with process_group(env):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        check([int(size) for size in sys.argv[1:]], layout)

@@ -1,0 +1,223 @@
+"""Every batch norm mode equals torch's BatchNorm2d where it should, and stands still where it should."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dist_deeplab.errors import UserError
+from dist_deeplab.model import batch_norm
+from dist_deeplab.model.batch_norm import EPS, MOMENTUM, FrozenBatchNorm, SyncBatchNorm, norm_factory
+
+TIMEOUT_S = 30.0  # a rank that fails breaks the barrier for the others instead of leaving them waiting
+
+
+class ThreadWorld:
+    """Ranks as threads of one process; has the part of `torch.distributed` that SyncBatchNorm uses."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size)
+        self.local = threading.local()
+        self.board: dict[int, torch.Tensor] = {}
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_world_size(self) -> int:
+        return self.size
+
+    def _exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self.board[self.local.rank] = tensor.clone()
+        self.barrier.wait(TIMEOUT_S)
+        gathered = [self.board[rank] for rank in range(self.size)]
+        self.barrier.wait(TIMEOUT_S)
+        return gathered
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(torch.stack(self._exchange(tensor)).sum(0))
+
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
+        output.copy_(torch.cat(self._exchange(tensor)))
+
+    def run(self, work: Callable[[int], object]) -> list[object]:
+        """What `work(rank)` returns on every rank; autograd on the CPU runs backward in the calling thread."""
+
+        def on_rank(rank: int) -> object:
+            self.local.rank = rank
+            try:
+                return work(rank)
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(batch_norm, "dist", self)
+            patch.setattr(batch_norm, "_all_gather", self.all_gather)
+            with ThreadPoolExecutor(self.size) as pool:
+                futures = [pool.submit(on_rank, rank) for rank in range(self.size)]
+            errors = [error for future in futures if (error := future.exception()) is not None]
+            for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+                raise error  # the cause before the barriers that it broke
+            return [future.result() for future in futures]
+
+
+def _fill(layer: nn.BatchNorm2d, seed: int = 0) -> nn.BatchNorm2d:
+    """Give a layer parameters and statistics that are not 0 and 1, the same for any layer of as many channels."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5)
+    return layer
+
+
+def _buffers(layer: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in layer.named_buffers()}
+
+
+def _input(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) + 7
+
+
+def _train_once(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output, gradients of sum(weight * output), and buffers after one training forward and backward."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    (weight * y).sum().backward()
+    assert x.grad is not None
+    gradients = {f"{name}.grad": p.grad for name, p in layer.named_parameters()}
+    return {"output": y.detach(), "input.grad": x.grad, **gradients, **_buffers(layer)}
+
+
+def test_sync_in_one_process_is_batch_norm_forward_backward_and_statistics() -> None:
+    x, weight = _input(4, 3, 5, 6), _input(4, 3, 5, 6, seed=2)
+    ours = _train_once(_fill(SyncBatchNorm(3).double()), x, weight)
+    reference = _train_once(_fill(nn.BatchNorm2d(3, eps=EPS, momentum=MOMENTUM).double()), x, weight)
+    assert ours.keys() == reference.keys()
+    for name, value in reference.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0, msg=name)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(0, 3), min_size=2, max_size=4).filter(lambda sizes: sum(sizes) > 0))
+def test_sync_over_any_split_of_a_batch_is_batch_norm_over_the_whole(sizes: list[int]) -> None:
+    x, weight = _input(sum(sizes), 3, 2, 4), _input(sum(sizes), 3, 2, 4, seed=2)
+    reference = _train_once(_fill(nn.BatchNorm2d(3, eps=EPS, momentum=MOMENTUM).double()), x, weight)
+    parts, weights = x.split(sizes), weight.split(sizes)
+    layers = [_fill(SyncBatchNorm(3).double()) for _ in sizes]
+    ranks = ThreadWorld(len(sizes)).run(lambda rank: _train_once(layers[rank], parts[rank], weights[rank]))
+    close = {"rtol": 1e-10, "atol": 1e-10}
+    for name in ("output", "input.grad"):
+        torch.testing.assert_close(torch.cat([rank[name] for rank in ranks]), reference[name], **close, msg=name)
+    for name in ("weight.grad", "bias.grad"):
+        torch.testing.assert_close(sum(rank[name] for rank in ranks), reference[name], **close, msg=name)
+    for rank in ranks:
+        torch.testing.assert_close(rank["running_mean"], reference["running_mean"], **close)
+        torch.testing.assert_close(rank["running_var"], reference["running_var"], **close)
+        assert int(rank["num_batches_tracked"]) == 1
+        assert torch.equal(rank["running_var"], ranks[0]["running_var"])  # the same bits on all ranks
+
+
+def test_sync_variance_does_not_cancel_where_the_mean_is_large() -> None:
+    x = _input(4, 2, 8, 8, dtype=torch.float32) + 10_000
+    parts = x.split([1, 3])
+    layers = [SyncBatchNorm(2, momentum=1.0) for _ in parts]
+    ThreadWorld(2).run(lambda rank: layers[rank](parts[rank]))
+    expected = x.double().transpose(0, 1).flatten(1).var(dim=1)
+    torch.testing.assert_close(layers[0].running_var.double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sync_keeps_dtype_and_memory_format_and_has_float32_statistics(dtype: torch.dtype) -> None:
+    x = _input(2, 4, 6, 6).to(dtype).to(memory_format=torch.channels_last)
+    layers = [SyncBatchNorm(4) for _ in range(2)]
+    outputs = ThreadWorld(2).run(lambda rank: layers[rank](x))
+    for y in outputs:
+        assert isinstance(y, torch.Tensor)
+        assert y.dtype == dtype
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    assert layers[0].running_mean.dtype == layers[0].running_var.dtype == torch.float32
+
+
+def test_sync_refuses_a_single_value_per_channel_over_all_ranks() -> None:
+    parts = _input(1, 3, 1, 1).split([1, 0])
+    layers = [SyncBatchNorm(3).double() for _ in parts]
+    with pytest.raises(ValueError, match="value"):
+        ThreadWorld(2).run(lambda rank: layers[rank](parts[rank]))
+
+
+@pytest.mark.parametrize("mode", ["sync", "local", "frozen"])
+def test_eval_uses_stored_statistics_and_leaves_every_buffer_bit_identical(mode: str) -> None:
+    layer = _fill(norm_factory(mode)(3)).eval()
+    before = _buffers(layer)
+    x = _input(4, 3, 5, 5, dtype=torch.float32)
+    y = ThreadWorld(2).run(lambda rank: layer(x))[0]
+    view = (1, 3, 1, 1)
+    expected = (x - before["running_mean"].view(view)) / (before["running_var"].view(view) + EPS).sqrt()
+    torch.testing.assert_close(y, expected * layer.weight.view(view) + layer.bias.view(view))
+    for name, value in _buffers(layer).items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_frozen_stays_frozen_through_train() -> None:
+    frozen = _fill(FrozenBatchNorm(3))
+    net = nn.Sequential(nn.Conv2d(2, 3, 1), frozen)
+    net.train()
+    before = _buffers(frozen)
+    x = _input(4, 2, 5, 5, dtype=torch.float32)
+    y = net(x)
+    y.square().sum().backward()
+    assert torch.equal(y, net.eval()(x))
+    assert [p.requires_grad for p in frozen.parameters()] == [False, False]
+    assert [p.grad for p in frozen.parameters()] == [None, None]
+    assert net[0].weight.grad.abs().sum() > 0
+    for name, value in _buffers(frozen).items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("mode", ["sync", "local"])
+@pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
+def test_statistics_of_accumulated_micro_batches_move_as_far_as_those_of_one_large_batch(
+    mode: str, accumulation: int
+) -> None:
+    x = _input(4, 3, 5, 5)
+    large = _fill(nn.BatchNorm2d(3, eps=EPS, momentum=MOMENTUM).double())
+    large(x)
+    small = _fill(norm_factory(mode, accumulation=accumulation)(3).double())
+    for _ in range(accumulation):
+        small(x)
+    torch.testing.assert_close(small.running_mean, large.running_mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(small.running_var, large.running_var, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("sync", SyncBatchNorm), ("local", nn.BatchNorm2d), ("frozen", FrozenBatchNorm)]
+)
+def test_norm_factory_makes_the_layer_of_the_mode_with_the_prototxts_epsilon(mode: str, kind: type) -> None:
+    layer = norm_factory(mode)(7)
+    assert type(layer) is kind
+    assert layer.num_features == 7
+    assert layer.eps == 1e-5
+
+
+def test_all_modes_share_names_so_that_weights_move_between_them() -> None:
+    states = [norm_factory(mode)(4).state_dict() for mode in ("sync", "local", "frozen")]
+    assert all(state.keys() == nn.BatchNorm2d(4).state_dict().keys() for state in states)
+
+
+def test_torch_sync_bn_without_a_gpu_is_refused_and_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"model\.sync_bn=own"):
+        norm_factory("sync", sync_bn="torch")
+
+
+def test_torch_sync_bn_with_a_gpu_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    layer = norm_factory("sync", sync_bn="torch", accumulation=2)(3)
+    assert type(layer) is nn.SyncBatchNorm
+    assert layer.momentum == pytest.approx(1 - 0.9**0.5)

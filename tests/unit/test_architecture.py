@@ -1,0 +1,190 @@
+"""The package is a house of floors: imports only go down, and rooms on one floor do not know each other.
+
+    floor 3  the commands: train.py, evaluate.py and whatever else lies beside them
+    floor 2  training/  evaluation/
+    floor 1  runtime/  data/  model/  config.py
+    floor 0  errors.py  __init__.py
+
+Read from the source by `ast`, so nothing has to be imported and a forbidden import inside a function counts too.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = "dist_deeplab"
+COMMANDS = 3
+FLOORS = {"training": 2, "evaluation": 2, "runtime": 1, "data": 1, "model": 1, "config": 1, "errors": 0, "__init__": 0}
+MAX_TRAIN_LINES = 250
+
+
+def _read_modules() -> dict[str, ast.Module]:
+    """Dotted module name -> syntax tree, a package under `<package>.__init__`."""
+    files = sorted((ROOT / NAME).rglob("*.py"))
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts): ast.parse(file.read_bytes()) for file in files}
+
+
+MODULES = _read_modules()
+
+
+def room_of(module: str) -> str:
+    """The folder or file directly under the package: `dist_deeplab.training.step` -> `training`."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def floor_of(room: str) -> int:
+    return FLOORS.get(room, COMMANDS)
+
+
+def imported_modules(module: str, tree: ast.AST) -> Iterator[str]:
+    """Absolute dotted names of all that is imported anywhere in the module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:  # `from dist_deeplab import config` names a module, `import __version__` does not
+                is_room = base == NAME and any(room_of(other) == alias.name for other in MODULES)
+                yield f"{base}.{alias.name}" if is_room else base
+
+
+def forbidden_imports(module: str, tree: ast.AST) -> list[str]:
+    """The imports of a module that do not go down."""
+    own = room_of(module)
+    targets = {name for name in imported_modules(module, tree) if name.split(".")[0] == NAME}
+    return [
+        f"{module} imports {target}"
+        for target in sorted(targets)
+        if room_of(target) != own and floor_of(room_of(target)) >= floor_of(own)
+    ]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_go_down(module: str) -> None:
+    assert forbidden_imports(module, MODULES[module]) == []
+
+
+def test_every_folder_has_its_floor() -> None:
+    folders = {room_of(module) for module in MODULES if module.count(".") > 1}
+    assert folders <= set(FLOORS)
+    assert {"training", "evaluation", "runtime", "data", "model", "config", "train", "evaluate"} <= {
+        room_of(module) for module in MODULES
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dist_deeplab.runtime.logs", "from dist_deeplab.config import RunConfig"),
+        ("dist_deeplab.data.order", "def f():\n    from dist_deeplab import model"),
+        ("dist_deeplab.model.resnet", "import dist_deeplab.runtime.parallel as p"),
+        ("dist_deeplab.config", "from dist_deeplab.data import voc"),
+        ("dist_deeplab.training.step", "from dist_deeplab.evaluation.confusion import scores"),
+        ("dist_deeplab.evaluation.report", "from ..training import loss"),
+        ("dist_deeplab.evaluation.report", "from dist_deeplab.train import main"),
+        ("dist_deeplab.train", "from dist_deeplab import evaluate"),
+        ("dist_deeplab.errors", "from . import config"),
+    ],
+)
+def test_the_import_check_sees_a_forbidden_import(module: str, source: str) -> None:
+    assert len(forbidden_imports(module, ast.parse(source))) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dist_deeplab.train", "from dist_deeplab import config, __version__\nimport dist_deeplab.training.step"),
+        ("dist_deeplab.training.step", "from dist_deeplab.data.loader import Batch\nfrom . import loss"),
+        ("dist_deeplab.config", "from dist_deeplab.errors import UserError"),
+    ],
+)
+def test_the_import_check_passes_a_proper_import(module: str, source: str) -> None:
+    assert forbidden_imports(module, ast.parse(source)) == []
+
+
+def test_train_is_one_readable_page() -> None:
+    assert len((ROOT / NAME / "train.py").read_text(encoding="utf-8").splitlines()) < MAX_TRAIN_LINES
+
+
+def test_train_imports_no_heavy_library_itself() -> None:
+    imported = {name.split(".")[0] for name in imported_modules(f"{NAME}.train", MODULES[f"{NAME}.train"])}
+    assert "torch" in imported
+    assert imported.isdisjoint({"mlflow", "apex", "webdataset", "cv2"})
+
+
+def test_importing_train_loads_nothing_that_a_run_may_not_need() -> None:
+    program = f"import json, sys, {NAME}.train; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(json.loads(done.stdout))
+    assert f"{NAME}.training.step" in loaded
+    assert loaded.isdisjoint({"mlflow", "matplotlib", "webdataset", "pandas", "apex"})
+
+
+def main_rank_knowledge(tree: ast.AST, *, may_pass_on: bool) -> list[str]:
+    """What a module knows of the main rank: `is_main`, or a rank compared with 0.
+
+    `may_pass_on`: `env.is_main` as the argument of a call is fine, a decision by it is not.
+    """
+    passed_on = set()
+    if may_pass_on:
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            passed_on |= {id(argument) for argument in [*call.args, *(keyword.value for keyword in call.keywords)]}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name) and _name(node) == "is_main" and id(node) not in passed_on:
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        sides: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if not any(isinstance(side, ast.Constant) and side.value == 0 for side in sides):
+                sides = []
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            sides = [node.operand]
+        if any("rank" in _name(side) for side in sides):
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def _name(node: ast.expr) -> str:
+    if isinstance(node, ast.Call):
+        return _name(node.func)
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) != "runtime"])
+def test_only_runtime_knows_the_main_rank(module: str) -> None:
+    found = main_rank_knowledge(MODULES[module], may_pass_on=floor_of(room_of(module)) == COMMANDS)
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("source", "in_command", "elsewhere"),
+    [
+        ("f(is_main=env.is_main)", 0, 1),
+        ("f(env.is_main)", 0, 1),
+        ("if env.is_main: pass", 1, 1),
+        ("x = 1 if env.is_main else 2", 1, 1),
+        ("env.rank == 0", 1, 1),
+        ("0 != dist.get_rank()", 1, 1),
+        ("not self.rank", 1, 1),
+        ("f(env.rank, rank=env.rank, n=rank + 0)", 0, 0),
+    ],
+)
+def test_the_main_rank_check_sees_decisions(source: str, in_command: int, elsewhere: int) -> None:
+    assert len(main_rank_knowledge(ast.parse(source), may_pass_on=True)) == in_command
+    assert len(main_rank_knowledge(ast.parse(source), may_pass_on=False)) == elsewhere
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_global_statement_and_no_bare_except(module: str) -> None:
+    nodes = list(ast.walk(MODULES[module]))
+    assert [node.lineno for node in nodes if isinstance(node, ast.Global)] == []
+    assert [node.lineno for node in nodes if isinstance(node, ast.ExceptHandler) and node.type is None] == []
