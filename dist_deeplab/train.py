@@ -68,17 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(config, env, split, train_set, val_set)
     except UserError as error:
         return exit_with_error(env, error)
+    except Exception:
+        log.exception("rank %d failed", env.rank)  # to its log file too
+        return 1
 
 
 def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifest, val_set: Manifest | None) -> int:
     """Train to `config.max_steps` and return the exit code; every rank calls it."""
     # --- 1. Where to start from ---------------------------------------------------------------------------------------
+    setup_logging(is_main=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
     stop = StopRequest().install()
     checkpoints = CheckpointFolder(config.run_dir / "checkpoints", config.checkpoint.keep_last, env.is_main)
     saved = find_checkpoint(config, checkpoints, train_set)
     weights = load_weights(config.model.init) if config.model.init and saved is None else None
     variant = Variant.from_plain(saved["variant"]) if saved else weights.variant if weights else SCRATCH
-    setup_logging(is_main=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
 
     # --- 2. Network, optimizer, state ---------------------------------------------------------------------------------
     net = build_network(config, split, variant, weights)

@@ -13,7 +13,8 @@
 #     TORCH_INDEX_URL=URL           where to get torch from when it has to be installed (a CPU or another CUDA build)
 #     OMP_NUM_THREADS=N             CPU threads per process (default: cores / processes)
 #
-# A torch >= 2.10 that is already installed is kept, whatever constraints.txt pins. Exit codes: 1 error, 2 wrong setting.
+# A torch >= 2.10 that is already installed is kept, whatever constraints.txt pins.
+# Exit codes: 1 error, 2 wrong setting.
 
 set -euo pipefail
 
@@ -37,7 +38,7 @@ print_manual() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; 
 
 # --- the environment --------------------------------------------------------------------------------------------------
 
-# "3.11" for an interpreter that runs, nothing for one that does not (such as a version manager's shim of a missing one).
+# "3.11" for an interpreter that runs, nothing for one that does not (as a version manager's shim of a missing one).
 python_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
 
 is_supported() { [[ $1 =~ ^3\.([0-9]+)$ ]] && ((BASH_REMATCH[1] >= 10)); }
@@ -137,19 +138,22 @@ use_environment() {
 # need_command NAME: an error that names the remedy, instead of bash's "command not found".
 need_command() {
     command -v "$1" >/dev/null ||
-        fail 1 "$1 is not installed in this environment: pip install -e . -c constraints.txt, or any launcher that does it."
+        fail 1 "$1 is not installed in this environment: pip install -e . -c constraints.txt, or launch/quickstart.sh."
 }
 
 # --- installation -----------------------------------------------------------------------------------------------------
 
 # What an installation depends on. The path is in it, because an editable installation points to the repository.
-fingerprint() { { cat "$REPO/setup.py" "$REPO/constraints.txt" && printf '%s\n' "$1" "$ENVIRONMENT" "$REPO"; } | cksum; }
+fingerprint() {
+    { cat "$REPO/setup.py" "$REPO/constraints.txt" && printf '%s\n' "$1" "$ENVIRONMENT" "$REPO"; } | cksum
+}
 
 # Up to date: same fingerprint, and nobody has uninstalled the two things that matter. Takes some 0.1 s.
 is_installed() {
     local stamp=$ENVIRONMENT/.dist_deeplab_installed_$1
     [[ ! -e $ENVIRONMENT/.dist_deeplab_unfinished && -e $stamp && $(<"$stamp") == "$(fingerprint "$1")" ]] &&
-        "$ENVIRONMENT/bin/python" -c 'from importlib.metadata import version as v; v("torch"), v("dist_deeplab")' 2>/dev/null
+        "$ENVIRONMENT/bin/python" -c 'from importlib.metadata import version as v; v("torch"), v("dist_deeplab")' \
+            2>/dev/null
 }
 
 # The version of the installed torch if it can be imported and is new enough, else nothing.
@@ -171,7 +175,7 @@ install_torch() {
     local pin
     pin=$(sed -n 's/^\(torch==[^; ]*\).*/\1/p' "$REPO/constraints.txt")
     if [[ -z ${TORCH_INDEX_URL:-} && $(uname -sm) == "Linux x86_64" ]] && ! has_gpu; then
-        say "note: there is no NVIDIA GPU here, and the default torch for Linux may bring several GB of CUDA packages." \
+        say "note: there is no NVIDIA GPU here; the default torch for Linux may bring several GB of CUDA packages." \
             "For the small CPU build stop now (Ctrl-C) and run this again with TORCH_INDEX_URL set to the CPU index" \
             "that the install selector on PyTorch's web site shows."
     fi

@@ -36,7 +36,7 @@ processes=${NPROC_PER_NODE:-$(num_processes 0)}
 if [[ $processes == 0 && -z ${NPROC_PER_NODE:-} ]]; then
     # A driver or torch build that does not fit would otherwise train on the CPU of a GPU node, unnoticed.
     ((${SLURM_GPUS_ON_NODE:-0} == 0)) ||
-        fail 1 "Slurm gave $SLURM_GPUS_ON_NODE GPUs on $(uname -n), but torch sees none: check its build and the driver."
+        fail 1 "Slurm gave $SLURM_GPUS_ON_NODE GPUs on $(uname -n), but torch sees none: check build and driver."
     processes=1
 fi
 check_count NPROC_PER_NODE "$processes"

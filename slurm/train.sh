@@ -8,7 +8,7 @@
 # sbatch's options come before the script: what your site asks for (partition, account, memory) goes there or into
 # SBATCH_PARTITION, SBATCH_ACCOUNT ... Everything after the script goes to dist_deeplab.train as it is.
 #
-# One task per node: a torchrun that starts one process per GPU of the node (see launch/multi_node.sh, which runs there).
+# One task per node: a torchrun that starts one process per GPU of the node (launch/multi_node.sh, which runs there).
 #
 #     NPROC_PER_NODE=N  processes per node, if not one per GPU (on nodes without GPUs the default is 1)
 #     REPO=DIR          the repository, if it is not the folder where sbatch was called
@@ -49,7 +49,7 @@ if ! getent hosts "$host" >/dev/null; then
     host=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
     [[ -n $host ]] || fail "no address found for the first node, $first_node."
 fi
-# Below the ephemeral ports (32768 and up), so that no client's connection holds it; jobs that share a node differ in it.
+# Below the ephemeral ports (32768 and up), so that no client's connection holds it; jobs sharing a node differ in it.
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 export NNODES=$SLURM_JOB_NUM_NODES

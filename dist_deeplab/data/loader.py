@@ -5,7 +5,7 @@ checked and augmented, and is still uint8: normalisation happens on the device.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -17,6 +17,7 @@ from dist_deeplab.data import order
 from dist_deeplab.data.decode import DecodeError, decode_image, decode_label
 from dist_deeplab.data.shards import Manifest, Sample, ShardError, ShardReader
 from dist_deeplab.data.transforms import Augmentation, next_grid_size, pad_to
+from dist_deeplab.errors import UserError
 
 
 @dataclass
@@ -37,14 +38,28 @@ class Batch:
         return Batch(self.image.pin_memory(), self.label.pin_memory(), self.content.pin_memory(), self.keys)
 
 
-class DecodingDataset(Dataset[Batch]):
-    """Decodes and checks samples of a shard set; what a bad sample is called is the same everywhere."""
+class DecodingDataset(Dataset["Batch | UserError"]):
+    """Decodes and checks samples of a shard set; what a bad sample is called is the same everywhere.
+
+    An item may be the error instead of the sample: raised inside a worker it would arrive as a traceback in a string.
+    The loaders below raise it.
+    """
 
     def __init__(self, manifest: Manifest, *, num_classes: int, ignore_label: int) -> None:
         self.reader = ShardReader(manifest)
         self.allowed = np.zeros(256, dtype=bool)
         self.allowed[:num_classes] = self.allowed[ignore_label] = True
         self.ignore_label = ignore_label
+
+    def __getitem__(self, number: int) -> "Batch | UserError":
+        try:
+            return self.fetch(number)
+        except UserError as error:
+            return error
+
+    def fetch(self, number: int) -> Batch:
+        """Return sample or position `number` as a batch of one."""
+        raise NotImplementedError
 
     def load(self, index: int) -> tuple[str, np.ndarray, np.ndarray]:
         """Return key, image uint8 [H, W, 3] and label uint8 [H, W] of a sample.
@@ -76,18 +91,20 @@ class TrainDataset(DecodingDataset):
         self.augmentation = augmentation
         self.seed = seed
 
-    def __getitem__(self, position: int) -> Batch:
-        index = order.samples_at(np.array([position]), num_samples=len(self.reader), seed=self.seed)[0]
+    def fetch(self, number: int) -> Batch:
+        """See the class."""
+        index = order.samples_at(np.array([number]), num_samples=len(self.reader), seed=self.seed)[0]
         key, image, label = self.load(int(index))
-        draws = order.uniforms(self.seed, position, self.augmentation.num_draws)
+        draws = order.uniforms(self.seed, number, self.augmentation.num_draws)
         return to_batch(key, *self.augmentation(image, label, draws))
 
 
 class EvalDataset(DecodingDataset):
     """Sample index -> whole image at its own size, padded to the next 8k+1, as a batch of one."""
 
-    def __getitem__(self, index: int) -> Batch:
-        key, image, label = self.load(index)
+    def fetch(self, number: int) -> Batch:
+        """See the class."""
+        key, image, label = self.load(number)
         height, width = label.shape
         size = next_grid_size(height), next_grid_size(width)
         return to_batch(key, pad_to(image, size, 0), pad_to(label, size, self.ignore_label), (height, width))
@@ -120,17 +137,25 @@ class TrainLoader:
         self.batches = _data_loader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
-        batches = iter(self.batches)
+        batches = raise_errors(self.batches)
         for step in range(self.sampler.start, self.sampler.stop):
             yield step, [next(batches) for _ in range(self.sampler.split.accumulation)]
 
 
 def eval_loader(
     dataset: EvalDataset, *, rank: int, world_size: int, num_workers: int, pin_memory: bool
-) -> "DataLoader[Batch]":
-    """Return a loader of this rank's share of all images: `rank, rank + world_size, ...`, each once, one at a time."""
+) -> Iterator[Batch]:
+    """Return this rank's share of all images: `rank, rank + world_size, ...`, each once, one at a time."""
     shares = [[index] for index in range(rank, len(dataset.reader), world_size)]
-    return _data_loader(dataset, shares, num_workers=min(num_workers, len(shares)), pin_memory=pin_memory)
+    return raise_errors(_data_loader(dataset, shares, num_workers=min(num_workers, len(shares)), pin_memory=pin_memory))
+
+
+def raise_errors(batches: "Iterable[Batch | UserError]") -> Iterator[Batch]:
+    """Yield the batches; raise the error that came instead of one."""
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def to_batch(key: str, image: np.ndarray, label: np.ndarray, content: tuple[int, int]) -> Batch:
@@ -143,8 +168,13 @@ def to_batch(key: str, image: np.ndarray, label: np.ndarray, content: tuple[int,
     )
 
 
-def collate(samples: list[Batch]) -> Batch:
-    """Return batches of one size as a single batch."""
+def collate(items: "list[Batch | UserError]") -> "Batch | UserError":
+    """Return batches of one size as a single batch, or the first error among them."""
+    samples = []
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+        samples.append(item)
     return Batch(
         image=torch.cat([s.image for s in samples]),
         label=torch.cat([s.label for s in samples]),
@@ -153,7 +183,7 @@ def collate(samples: list[Batch]) -> Batch:
     )
 
 
-def _data_loader(dataset, batch_sampler, *, num_workers: int, pin_memory: bool) -> "DataLoader[Batch]":  # type: ignore[no-untyped-def]
+def _data_loader(dataset, batch_sampler, *, num_workers: int, pin_memory: bool) -> "DataLoader[Batch | UserError]":  # type: ignore[no-untyped-def]
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,

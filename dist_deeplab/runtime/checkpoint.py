@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from dist_deeplab.errors import UserError
+from dist_deeplab.runtime.distributed import broadcast_from_main
 
 FORMAT = "dist_deeplab.checkpoint/1"
 BEST = "best"
@@ -57,7 +58,13 @@ class CheckpointFolder:
         self._prune()
 
     def newest(self) -> Path | None:
-        """Return the newest checkpoint that verifies, or None; damaged ones are reported and passed over."""
+        """Return the newest checkpoint that verifies, or None; damaged ones are reported and passed over.
+
+        The writer looks and tells the others: every rank must call it.
+        """
+        return broadcast_from_main(self._newest_here() if self.is_writer else None)
+
+    def _newest_here(self) -> Path | None:
         for path in reversed(self._all()):
             try:
                 verify(path)

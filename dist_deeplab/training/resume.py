@@ -10,7 +10,6 @@ from dist_deeplab.data.shards import Manifest
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.runtime.checkpoint import CheckpointFolder, load_checkpoint
-from dist_deeplab.runtime.distributed import broadcast_from_main
 from dist_deeplab.training.state import TrainState
 
 
@@ -38,7 +37,7 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
     if config.resume not in ("auto", "never"):
         path: Path | None = Path(config.resume)
     else:
-        path = broadcast_from_main(folder.newest())
+        path = folder.newest()
     if path is None:
         if folder.has_any():
             raise UserError(f"no checkpoint in {folder.path} can be read; move them away to start anew under this name")

@@ -146,6 +146,36 @@ def test_sigterm_saves_and_the_next_start_goes_on(run_ranks: Run, sample_shards:
     assert sorted(curve(tmp_path / "run", "train/loss")) == [3, 6, 9, 12]
 
 
+def test_sigterm_to_torchrun_saves_too(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
+    arguments = [*run_arguments(sample_shards, tmp_path, "run"), "tracking.uri=none", "checkpoint.every=1000"]
+    command = torchrun_command(2, "-m", "dist_deeplab.train", *arguments)
+    with subprocess.Popen(command, env=command_environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as agent:
+        wait_for_step(tmp_path / "run", 3)
+        agent.send_signal(signal.SIGTERM)
+        output = agent.communicate(timeout=120)[0].decode()
+    assert "goes on from there" in output
+    assert len(list((tmp_path / "run/checkpoints").glob("step_*.pt"))) == 1
+    resumed = run_ranks(2, "-m", "dist_deeplab.train", *arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert sorted(curve(tmp_path / "run", "train/loss")) == [3, 6, 9, 12]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_sample_is_named_in_one_sentence(
+    sample_shards: Path, tmp_path: Path, capsys: Any, num_workers: int
+) -> None:
+    for file in sample_shards.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for shard in tmp_path.glob("train-*.tar"):
+        shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"\x89JNG"))
+    arguments = [*run_arguments(tmp_path, tmp_path, "run"), "tracking.uri=none", f"data.num_workers={num_workers}"]
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: sample 'sample_0000")
+    assert "train.json: the label" in error
+    assert error.count("\n") == 1
+
+
 def test_another_recipe_under_the_same_name_is_refused(undisturbed: Path, sample_shards: Path, capsys: Any) -> None:
     arguments = run_arguments(sample_shards, undisturbed.parent, "run")
     assert train.main([*arguments, "optim.power=1.0", "max_steps=20"]) == 2

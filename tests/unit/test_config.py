@@ -24,7 +24,7 @@ from dist_deeplab.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
-text = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=12)
+text = st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=12)
 name = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,10}\Z")
 positive_float = st.floats(min_value=1e-12, max_value=1e6)
 configs = st.fixed_dictionaries(
@@ -132,7 +132,7 @@ def test_a_base_stands_in_for_a_file_and_is_left_alone() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_in_the_repository_loads(path: Path) -> None:
-    assert load_config(path) != RunConfig()
+    assert load_config(path).max_steps > 0
 
 
 @pytest.mark.parametrize("value", ["007", "1_000", "2026-01-31", "12:30", "no", "1.50", "0x10"])
@@ -223,7 +223,7 @@ def test_a_name_from_drsleeps_script_leads_to_ours(theirs: str, spelling: str) -
         ("data.scale_range=1.0", "data.scale_range", "1.0"),
         ("data.scale_range=[1,2,3]", "data.scale_range", "[1, 2, 3]"),
         ("data.train=[a,b]", "data.train", "['a', 'b']"),
-        ("output_dir={a: b}", "output_dir", "{'a': 'b'}"),
+        ("output_dir=[a]", "output_dir", "['a']"),
         ("model.backbone=resnet102", "model.backbone", "'resnet102'"),
         ("max_steps=true", "max_steps", "True"),
         ("seed=yes", "seed", "True"),
@@ -253,7 +253,7 @@ def test_a_value_of_a_wrong_type_is_named_with_its_key(override: str, key: str, 
         ("data.ignore_label=256", "less than or equal to 255"),
         ("data.crop_size=320", "321"),
         ("data.crop_size=1", "33"),
-        ("data.crop_size=-5", "33"),
+        ("data.crop_size=-5", "greater than or equal to 1"),
         ("data.scale_range=[1.5,0.5]", "0 < low <= high"),
         ("data.scale_range=[0,1]", "0 < low <= high"),
         ("data.scale_range=[.nan,1]", "finite"),

@@ -37,7 +37,7 @@ def _net(backbone: str, num_classes: int = 5, *, stride_on_1x1: bool = True, see
     return net.eval()
 
 
-# --- the reference: DeepLab-v2 ResNet in plain functions on a state dict -----------------------------------------------
+# --- the reference: DeepLab-v2 ResNet in plain functions on a state dict ----------------------------------------------
 
 
 def _normalized(state: State, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ def make_net(trained_state: dict[str, torch.Tensor]) -> Callable[..., DeepLabV2]
 @pytest.fixture
 def make_batch() -> Callable[..., Batch]:
     def make_batch(void_shares: list[float], seed: int = 1) -> Batch:
-        """Random images with as many random labels, of which a share is void: 1.0 is all, the lowest right kept last."""
+        """Random images with random labels, the upper share of each void; every second image is padded on the right."""
         generator = torch.Generator().manual_seed(seed)
         shape = (len(void_shares), CROP, CROP)
         image = torch.randint(0, 256, (shape[0], 3, CROP, CROP), dtype=torch.uint8, generator=generator)

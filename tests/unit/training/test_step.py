@@ -24,10 +24,9 @@ UNEQUAL_VOID = [0.0, 0.9, 0.3, 1.0, 0.95, 0.95, 0.0, 0.1]
 
 def cut(batch: Batch, size: int) -> list[Batch]:
     """The batch as micro-batches of `size` images."""
-    return [
-        Batch(batch.image[i : i + size], batch.label[i : i + size], batch.content[i : i + size], batch.keys[i : i + size])
-        for i in range(0, len(batch.keys), size)
-    ]
+    parts = zip(batch.image.split(size), batch.label.split(size), batch.content.split(size))
+    keys = [batch.keys[i : i + size] for i in range(0, len(batch.keys), size)]
+    return [Batch(*part, names) for part, names in zip(parts, keys)]
 
 
 def gradient(net: torch.nn.Module) -> torch.Tensor:
@@ -102,16 +101,14 @@ def test_losses_and_gradient_equal_the_slow_reference(
     for name, loss in result.losses.items():
         assert loss.dtype == torch.float32
         assert not loss.requires_grad
-        assert float(loss) == pytest.approx(float(expected[name]), rel=1e-5)
+        assert float(loss) == pytest.approx(expected[name].item(), rel=1e-5)
     assert relative_error(gradient(net), gradient(reference)) <= 1e-5
 
 
 # --- void -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_all_void_micro_batch_changes_nothing(
-    make_net: MakeNet, make_batch: MakeBatch, make_step: MakeStep
-) -> None:
+def test_an_all_void_micro_batch_changes_nothing(make_net: MakeNet, make_batch: MakeBatch, make_step: MakeStep) -> None:
     content, void = make_batch([0.2, 0.5]), make_batch([1.0, 1.0], seed=9)
     alone, among = make_net(), make_net()
     expected = make_step(alone)([content]).losses["scale_1"]
@@ -166,7 +163,7 @@ def test_three_steps_equal_a_slow_implementation(
     for name, expected in reference.named_parameters():
         ours = dict(net.named_parameters())[name]
         if expected.requires_grad:
-            assert relative_error(ours.detach() - start[name], expected.detach() - start[name]) <= 2e-4, name
+            assert relative_error(ours.detach() - start[name], expected.detach() - start[name]) <= 5e-5, name
         else:
             assert torch.equal(ours, start[name]), name
 

@@ -1,0 +1,188 @@
+"""What only a GPU can show: lower precisions train, a step does not wait for the device, batch norm is the same there.
+
+python -m pytest tests/gpu                # all skipped, with the reason, where there is no CUDA device
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from dist_deeplab.config import OptimConfig
+from dist_deeplab.data.loader import Batch
+from dist_deeplab.model import batch_norm
+from dist_deeplab.model.batch_norm import EPS, MOMENTUM, SyncBatchNorm, norm_factory
+from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
+from dist_deeplab.model.preprocessing import CAFFE
+from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.runtime.parallel import prepare_model
+from dist_deeplab.training.optim import build_optimizer
+from dist_deeplab.training.precision import Precision
+from dist_deeplab.training.step import StepResult, TrainStep
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and torch sees none"),
+]
+
+ALONE = DistEnv(0, 0, 1, "single process")
+IGNORE, NUM_CLASSES, CROP = 255, 21, 65
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_flags() -> Iterator[None]:
+    """`Precision` and these tests set global flags of torch; leave them as they were."""
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
+
+
+def _batches(num: int) -> list[Batch]:
+    """Pinned micro-batches of random images, each label's upper part void, its lower part in bands."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for number in range(num):
+        image = torch.randint(0, 256, (4, 3, CROP, CROP), dtype=torch.uint8, generator=generator)
+        label = (torch.arange(CROP, dtype=torch.uint8) // 4 % NUM_CLASSES).view(1, CROP, 1).repeat(4, 1, CROP)
+        label[:, : 8 * (number + 1)] = IGNORE
+        content = torch.tensor([[CROP, CROP], [CROP - 8, CROP], [CROP, 40], [33, 33]])
+        batches.append(Batch(image, label, content, ["a", "b", "c", "d"]).pin_memory())
+    return batches
+
+
+def _step(dtype: str, *, norm: str = "sync", clip_norm: float = 0.0) -> TrainStep:
+    """A step of a small network that starts from the same weights whatever the precision."""
+    torch.manual_seed(0)
+    net = DeepLabV2("resnet_tiny", NUM_CLASSES, norm=norm_factory(norm))
+    model = prepare_model(MultiScale(net, (1.0, 0.75, 0.5)), ALONE).train()
+    optimizer = build_optimizer(net, OptimConfig(lr=1e-3))
+    return TrainStep(model, optimizer, Precision(dtype, ALONE.device), CAFFE, IGNORE, clip_norm)
+
+
+def _total(result: StepResult) -> float:
+    return sum(float(loss) for loss in result.losses.values())
+
+
+def _gradient(step: TrainStep) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in step.model.parameters()]).double().cpu()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_lower_precision_step_stays_finite_and_near_fp32(dtype: str) -> None:
+    exact, lower = _step("fp32"), _step(dtype)
+    batches = _batches(2)
+    expected, result = exact(batches), lower(batches)
+    for _ in range(20):  # fp16 starts with too large a scale and skips until it fits: nothing has moved by then
+        if result.updated:
+            break
+        result = lower(batches)
+    assert result.updated
+    for name, loss in result.losses.items():
+        assert float(loss) == pytest.approx(float(expected.losses[name]), rel=0.02)
+    gradient, reference = _gradient(lower), _gradient(exact)
+    assert torch.isfinite(gradient).all()
+    cosine = float(gradient @ reference / gradient.norm() / reference.norm())
+    assert cosine > 0.98
+    assert float(gradient.norm()) == pytest.approx(float(reference.norm()), rel=0.1)
+    assert all(torch.isfinite(tensor).all() for tensor in lower.model.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_the_loss_falls_on_one_batch_in_every_precision(dtype: str) -> None:
+    step, batches = _step(dtype), _batches(1)
+    totals = [_total(step(batches)) for _ in range(60)]
+    assert totals[-1] < 0.8 * totals[0]
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("norm", ["sync", "frozen"])
+def test_a_step_never_waits_for_the_device(norm: str, clip_norm: float) -> None:
+    step, batches = _step("bf16", norm=norm, clip_norm=clip_norm), _batches(2)
+    step(batches)  # libraries load and choose algorithms in the first step
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [step(batches) for _ in range(2)]
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            results[0].losses["fused"].item()  # the mode is on
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(result.updated and _total(result) > 0 for result in results)
+
+
+class EchoWorld:
+    """Two ranks with the same batch, as one sees it: the part of `torch.distributed` that SyncBatchNorm uses."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_world_size(self) -> int:
+        return 2
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        tensor.mul_(2)
+
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
+        output.copy_(torch.cat([tensor, tensor]))
+
+
+@pytest.fixture
+def two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = EchoWorld()
+    monkeypatch.setattr(batch_norm, "dist", world)
+    monkeypatch.setattr(batch_norm, "_all_gather", world.all_gather)
+
+
+def _filled(make: Callable[[int], nn.BatchNorm2d], device: str) -> nn.BatchNorm2d:
+    layer = make(8).to(device)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(0.5, 1.5, 8))
+        layer.bias.copy_(torch.linspace(-1, 1, 8))
+    return layer
+
+
+@pytest.mark.usefixtures("two_equal_ranks")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)], ids=str
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_sync_batch_norm_equals_batch_norm_over_both_ranks(
+    dtype: torch.dtype, tolerance: float, memory_format: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    half = (2 * torch.randn(3, 8, 9, 7, generator=generator) + 5).to(dtype)
+    weight = torch.randn(3, 8, 9, 7, generator=generator).to(dtype)
+
+    layer = _filled(SyncBatchNorm, "cuda")
+    x = half.to("cuda", memory_format=memory_format).requires_grad_()
+    y = layer(x)
+    y.backward(weight.to("cuda", memory_format=memory_format))
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=memory_format)
+
+    reference = _filled(lambda n: nn.BatchNorm2d(n, eps=EPS, momentum=MOMENTUM), "cpu").double()
+    both = torch.cat([half, half]).double().requires_grad_()
+    expected = reference(both)
+    expected.backward(torch.cat([weight, weight]).double())
+
+    def close(value: torch.Tensor, wanted: torch.Tensor, bound: float = tolerance) -> None:
+        assert float((value.double().cpu() - wanted).norm() / wanted.norm()) <= bound
+
+    close(y.detach(), expected.detach()[:3])
+    close(x.grad, both.grad[:3])
+    close(2 * layer.weight.grad, reference.weight.grad)
+    close(2 * layer.bias.grad, reference.bias.grad)
+    close(layer.running_mean, reference.running_mean, 1e-5)  # statistics are float32 whatever the input
+    close(layer.running_var, reference.running_var, 1e-5)
+
+
+@pytest.mark.usefixtures("two_equal_ranks")
+def test_sync_batch_norm_never_waits_for_the_device() -> None:
+    layer = SyncBatchNorm(8).cuda()
+    x = torch.randn(2, 8, 9, 9, device="cuda", requires_grad=True)
+    layer(x).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    layer(x).sum().backward()

@@ -1,0 +1,253 @@
+"""The order is a pure function of (seed, step), each epoch shows every sample once, and no split changes a sample."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_deeplab.data.order import BatchSplit, hash_integers, permute, samples_at, uniforms
+from dist_deeplab.errors import UserError
+
+MASK = 2**64 - 1
+seeds = st.integers(0, 2**63 - 1)
+
+SPLITMIX64_FIRST = 0xE220A8397B1DCDAF
+"""The published first output of splitmix64 for seed 0."""
+GOLDEN_FIRST = [0.6972785839011911, 0.6921428870302645, 0.44037625107470335, 0.04112249322585326]
+GOLDEN_LATER = [0.6432172091017536, 0.11859922656606614, 0.5412027866637629, 0.873001297390587]
+GOLDEN_ORDER_10 = [6, 8, 4, 9, 0, 1, 5, 3, 7, 2]
+GOLDEN_ORDER_VOC = [2540, 3506, 1003, 4101, 8730]
+
+
+def slow_mix(value: int) -> int:
+    """splitmix64's finaliser in Python's own integers."""
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & MASK
+    return value ^ (value >> 31)
+
+
+def slow_hash(*parts: int) -> int:
+    state = 0
+    for part in parts:
+        state = slow_mix((state * 0x9E3779B97F4A7C15 + part + 0x9E3779B97F4A7C15) & MASK)
+    return state
+
+
+def epoch_of(size: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the samples of one whole epoch, in order."""
+    return samples_at(np.arange(epoch * size, (epoch + 1) * size), num_samples=size, seed=seed)
+
+
+# --- hashes -----------------------------------------------------------------------------------------------------------
+
+
+@given(parts=st.lists(st.integers(0, MASK), min_size=1, max_size=4))
+def test_the_hash_equals_splitmix64_in_plain_integers(parts: list[int]) -> None:
+    assert hash_integers(*parts).tolist() == [slow_hash(*parts)]
+
+
+def test_the_hash_broadcasts_and_gives_the_same_as_one_by_one() -> None:
+    together = hash_integers(3, np.arange(4)[:, None], np.arange(5)[None, :])
+    assert together.tolist() == [[slow_hash(3, a, b) for b in range(5)] for a in range(4)]
+
+
+@given(seed=seeds, position=st.integers(0, 2**62), count=st.integers(0, 8))
+def test_uniforms_lie_in_0_to_1_and_a_longer_draw_begins_with_the_shorter(seed: int, position: int, count: int) -> None:
+    draws = uniforms(seed, position, count)
+    assert draws.dtype == np.float64
+    assert draws.shape == (count,)
+    assert ((draws >= 0) & (draws < 1)).all()
+    assert (uniforms(seed, position, count + 1)[:count] == draws).all()
+
+
+def test_the_largest_hash_still_gives_a_number_below_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_deeplab.data.order.hash_integers", lambda *parts: np.array([MASK], dtype=np.uint64))
+    assert uniforms(0, 0, 1)[0] == 1 - 2**-53
+
+
+def test_numbers_never_change_between_versions() -> None:
+    """Recorded once. A change here means that every run, resumed or repeated, sees other pixels than before."""
+    assert hash_integers(0).tolist() == [SPLITMIX64_FIRST]
+    assert uniforms(0, 0, 4).tolist() == GOLDEN_FIRST
+    assert uniforms(0, 123_456, 4).tolist() == GOLDEN_LATER
+    assert epoch_of(10, 0, 0).tolist() == GOLDEN_ORDER_10
+    assert samples_at(np.arange(105_820, 105_825), num_samples=10_582, seed=0).tolist() == GOLDEN_ORDER_VOC
+
+
+def test_another_process_computes_the_same_numbers() -> None:
+    code = (
+        "import numpy as np; from dist_deeplab.data.order import samples_at, uniforms; "
+        "print(samples_at(np.arange(40), num_samples=13, seed=7).tolist(), uniforms(7, 5, 3).tolist())"
+    )
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    here = f"{samples_at(np.arange(40), num_samples=13, seed=7).tolist()} {uniforms(7, 5, 3).tolist()}\n"
+    assert there == here
+
+
+def test_the_draws_of_positions_are_spread_evenly() -> None:
+    draws = np.array([uniforms(0, position, 4) for position in range(4000)])
+    for column in draws.T:
+        counts = np.histogram(column, bins=20, range=(0, 1))[0]
+        chi_square = ((counts - 200) ** 2 / 200).sum()
+        assert chi_square < 43.8, "19 degrees of freedom: exceeded once in 1000 by chance, and the numbers are fixed"
+    correlation = np.corrcoef(np.vstack([draws.T, np.roll(draws, 1, axis=0).T]))
+    assert np.abs(correlation - np.eye(8)).max() < 0.06, "draws are independent of each other and of their neighbours'"
+
+
+def test_order_and_augmentation_share_no_number() -> None:
+    order_hashes = {int(h) for h in hash_integers(0, 0, np.arange(1000)[:, None], np.arange(8)).ravel()}
+    augmentation_hashes = {int(h) for h in hash_integers(1, 0, np.arange(1000)[:, None], np.arange(8)).ravel()}
+    assert len(order_hashes) == len(augmentation_hashes) == 8000
+    assert not order_hashes & augmentation_hashes
+
+
+# --- permutations -----------------------------------------------------------------------------------------------------
+
+
+@given(size=st.integers(1, 700), seed=seeds, epoch=st.integers(0, 10**6))
+def test_every_epoch_shows_every_sample_exactly_once(size: int, seed: int, epoch: int) -> None:
+    samples = epoch_of(size, seed, epoch)
+    assert samples.dtype == np.int64
+    assert sorted(samples.tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [*range(1, 40), 63, 64, 65, 255, 256, 257, 1023, 1025, 1464, 4096, 10_582])
+def test_every_epoch_is_a_permutation_around_powers_of_two_too(size: int) -> None:
+    for epoch in (0, 1):
+        assert (np.sort(epoch_of(size, 0, epoch)) == np.arange(size)).all()
+
+
+@pytest.mark.parametrize("size", [10**6 + 3, 10**9, 2**31, 2**40 + 1])
+def test_huge_sets_are_permuted_without_a_list(size: int) -> None:
+    rng = np.random.default_rng(0)
+    index = np.unique(np.concatenate([np.arange(1000), size - 1 - np.arange(1000), rng.integers(0, size, 3000)]))
+    samples = permute(index, size=size, seed=5, epoch=np.full(index.shape, 3))
+    assert samples.min() >= 0
+    assert samples.max() < size
+    assert len(np.unique(samples)) == len(index)
+    assert abs(samples.mean() / size - 0.5) < 0.05
+
+
+@given(size=st.integers(8, 300), seed=seeds, epoch=st.integers(0, 1000))
+def test_epochs_and_seeds_have_orders_of_their_own(size: int, seed: int, epoch: int) -> None:
+    this = epoch_of(size, seed, epoch).tolist()
+    assert this != list(range(size))
+    assert this != epoch_of(size, seed, epoch + 1).tolist()
+    assert this != epoch_of(size, seed + 1, epoch).tolist()
+
+
+def test_every_sample_is_equally_often_at_every_place() -> None:
+    size, epochs = 10, 4000
+    orders = samples_at(np.arange(size * epochs), num_samples=size, seed=0).reshape(epochs, size)
+    counts = np.array([np.bincount(place, minlength=size) for place in orders.T])
+    chi_square = ((counts - epochs / size) ** 2 / (epochs / size)).sum()
+    assert chi_square < 126.1, "81 degrees of freedom: exceeded once in 1000 by chance, and the numbers are fixed"
+
+
+def test_all_orders_of_a_tiny_set_occur() -> None:
+    orders = samples_at(np.arange(3 * 2000), num_samples=3, seed=1).reshape(2000, 3)
+    counts = np.unique(orders, axis=0, return_counts=True)[1]
+    assert len(counts) == 6
+    assert counts.min() > 2000 / 6 * 0.8
+
+
+@settings(max_examples=25)
+@given(start=st.integers(0, 10**6), size=st.integers(1, 12), seed=seeds)
+def test_any_piece_of_the_stream_is_the_stream_read_one_by_one(start: int, size: int, seed: int) -> None:
+    positions = np.arange(start, start + 2 * size + 1)
+    one_by_one = [
+        int(permute(np.array([p % size]), size=size, seed=seed, epoch=np.array([p // size]))[0]) for p in positions
+    ]
+    assert samples_at(positions, num_samples=size, seed=seed).tolist() == one_by_one
+
+
+def test_a_batch_may_straddle_two_epochs() -> None:
+    split = BatchSplit.derive(global_size=4, micro_size=None, world_size=1)
+    stream = np.concatenate([samples_at(split.positions(step, 0), num_samples=6, seed=0).ravel() for step in range(3)])
+    assert sorted(stream[:6]) == sorted(stream[6:]) == list(range(6))
+    assert (stream[:6] != stream[6:]).any()
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> BatchSplit:
+    world_size, micro_size, accumulation = (draw(st.integers(1, 6)) for _ in range(3))
+    return BatchSplit.derive(
+        global_size=world_size * micro_size * accumulation, micro_size=micro_size, world_size=world_size
+    )
+
+
+@given(split=splits(), step=st.integers(0, 10**9))
+def test_the_ranks_take_every_position_of_a_step_exactly_once(split: BatchSplit, step: int) -> None:
+    taken = np.concatenate([split.positions(step, rank).ravel() for rank in range(split.world_size)])
+    assert sorted(taken.tolist()) == list(range(step * split.global_size, (step + 1) * split.global_size))
+
+
+@given(split=splits(), step=st.integers(0, 10**9))
+def test_positions_equal_counting_through_micro_batches_then_ranks_then_images(split: BatchSplit, step: int) -> None:
+    expected: list[list[list[int]]] = [[] for _ in range(split.world_size)]
+    position = step * split.global_size
+    for _ in range(split.accumulation):
+        for rank in range(split.world_size):
+            expected[rank].append(list(range(position, position + split.micro_size)))
+            position += split.micro_size
+    for rank in range(split.world_size):
+        positions = split.positions(step, rank)
+        assert positions.dtype == np.int64
+        assert positions.tolist() == expected[rank]
+
+
+def test_all_splits_of_a_batch_hold_the_same_samples() -> None:
+    expected = samples_at(np.arange(24, 36), num_samples=100, seed=3)
+    for world_size in (1, 2, 3, 4, 6, 12):
+        for micro_size in (size for size in range(1, 13) if 12 // world_size % size == 0):
+            split = BatchSplit.derive(global_size=12, micro_size=micro_size, world_size=world_size)
+            positions = np.stack([split.positions(2, rank) for rank in range(world_size)], axis=1)
+            assert (samples_at(positions, num_samples=100, seed=3).ravel() == expected).all()
+
+
+@given(world_size=st.integers(1, 16), global_size=st.integers(1, 64), micro_size=st.none() | st.integers(1, 64))
+def test_a_split_is_exact_or_refused_with_sizes_that_work(
+    world_size: int, global_size: int, micro_size: int | None
+) -> None:
+    try:
+        split = BatchSplit.derive(global_size=global_size, micro_size=micro_size, world_size=world_size)
+    except UserError as error:
+        assert global_size % world_size or (micro_size and (global_size // world_size) % micro_size)
+        message = str(error)
+    else:
+        assert split.global_size == global_size == world_size * split.micro_size * split.accumulation
+        assert split.micro_size == (micro_size or global_size // world_size)
+        return
+    if global_size % world_size:
+        remedies = message.partition("use batch.global_size=")[2].partition(",")[0].split(" or ")
+        assert remedies
+        for size in remedies:
+            assert BatchSplit.derive(global_size=int(size), micro_size=None, world_size=world_size)
+    else:
+        remedies = message.partition("use one of ")[2].split(", ")
+        share = global_size // world_size
+        assert [int(size) for size in remedies] == [size for size in range(1, share + 1) if share % size == 0]
+
+
+def test_a_batch_that_cannot_be_shared_names_sizes_that_can() -> None:
+    with pytest.raises(UserError, match=r"batch\.global_size=10 .* 4 processes; use batch\.global_size=8 or 12"):
+        BatchSplit.derive(global_size=10, micro_size=None, world_size=4)
+    with pytest.raises(UserError, match=r"batch\.global_size=3 .* use batch\.global_size=8, or"):
+        BatchSplit.derive(global_size=3, micro_size=None, world_size=8)
+
+
+def test_a_micro_batch_that_does_not_fit_names_those_that_do() -> None:
+    with pytest.raises(UserError, match=r"batch\.micro_size=4 .* 6 images .*; use one of 1, 2, 3, 6"):
+        BatchSplit.derive(global_size=12, micro_size=4, world_size=2)
+
+
+def test_a_split_says_its_arithmetic() -> None:
+    assert str(BatchSplit.derive(global_size=12, micro_size=2, world_size=3)) == (
+        "12 images a step = 3 ranks x 2 images x 2 accumulated micro-batches"
+    )

@@ -1,0 +1,164 @@
+"""evaluate() equals a plain loop over the images, and leaves the network as it was."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dist_deeplab.data.shard_writer import LabelSpace, SourceSample, write_shards
+from dist_deeplab.data.shards import Manifest, ShardError
+from dist_deeplab.errors import TrainingError
+from dist_deeplab.evaluation.evaluator import evaluate
+from dist_deeplab.model.batch_norm import norm_factory
+from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.model.preprocessing import CAFFE, Preprocessing
+from dist_deeplab.runtime.distributed import DistEnv
+
+NUM_CLASSES, IGNORE = 4, 255
+RGB_WITH_STD = Preprocessing("rgb", mean=(120.5, 110.25, 100.75), std=(0.5, 0.8, 1.25))
+ALONE = DistEnv(0, 0, 1, "single process")
+SIZES = [(33, 41), (30, 47), (57, 34), (26, 26), (40, 33)]  # height, width: on the grid 8k+1 or not, each way
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images and labels in folders, the files as PIL writes them."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number, (height, width) in enumerate(SIZES):
+        coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((width, height)).save(folder / f"image_{number}.jpg", quality=95)
+        label = rng.integers(0, NUM_CLASSES - 1, (height, width), dtype=np.uint8)  # the last class is absent
+        label[rng.random(label.shape) < 0.2] = IGNORE
+        label[:, -3:] = IGNORE if number % 2 else 0
+        Image.fromarray(label).save(folder / f"image_{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    samples = [SourceSample(f"image_{n}", folder / f"image_{n}.jpg", folder / f"image_{n}.png") for n in range(5)]
+    labels = LabelSpace(tuple("abcd"), IGNORE)
+    return write_shards(samples, tmp_path_factory.mktemp("shards"), split="val", labels=labels, samples_per_shard=2)
+
+
+@pytest.fixture(scope="module")
+def net() -> DeepLabV2:
+    """A network that tells its classes apart: random weights with the statistics of random images."""
+    torch.manual_seed(0)
+    net = DeepLabV2("resnet_tiny", NUM_CLASSES, norm=norm_factory("local"))
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        net.train()(100 * torch.randn(4, 3, 65, 65))
+    return net.eval()
+
+
+@torch.no_grad()
+def _slow_prediction(net: DeepLabV2, path: Path, preprocessing: Preprocessing) -> np.ndarray:
+    """Classes, uint8 [H, W]: pad with the mean to 8k+1, logits, corner-aligned upsampling, crop, argmax."""
+    rgb = np.asarray(Image.open(path).convert("RGB")).astype(np.float32)
+    height, width = rgb.shape[:2]
+    padded_height, padded_width = height, width
+    while padded_height % 8 != 1:
+        padded_height += 1
+    while padded_width % 8 != 1:
+        padded_width += 1
+    mean, std = np.float32(preprocessing.mean), np.float32(preprocessing.std)
+    canvas = np.tile(mean, (padded_height, padded_width, 1))
+    canvas[:height, :width] = rgb[:, :, ::-1] if preprocessing.channels == "bgr" else rgb
+    x = torch.from_numpy((canvas - mean) / std).permute(2, 0, 1)[None]
+    logits = F.interpolate(net(x), (padded_height, padded_width), mode="bilinear", align_corners=True)
+    return logits[0, :, :height, :width].argmax(0).numpy().astype(np.uint8)
+
+
+@pytest.mark.parametrize("preprocessing", [CAFFE, RGB_WITH_STD])
+def test_evaluate_equals_a_plain_loop(
+    net: DeepLabV2, manifest: Manifest, folder: Path, preprocessing: Preprocessing
+) -> None:
+    evaluation = evaluate(net, manifest, ALONE, preprocessing=preprocessing, num_workers=0, num_panels=5)
+    expected = np.zeros((NUM_CLASSES, NUM_CLASSES), dtype=np.int64)
+    for number, panel in enumerate(evaluation.panels):
+        pred = _slow_prediction(net, folder / f"image_{number}.jpg", preprocessing)
+        label = np.asarray(Image.open(folder / f"image_{number}.png"))
+        assert panel.key == f"image_{number}"
+        np.testing.assert_array_equal(panel.pred, pred)
+        np.testing.assert_array_equal(panel.label, label)
+        np.testing.assert_array_equal(panel.image, np.asarray(Image.open(folder / f"image_{number}.jpg")))
+        for true, predicted in zip(label.ravel(), pred.ravel()):
+            if true != IGNORE:
+                expected[true, predicted] += 1
+    np.testing.assert_array_equal(evaluation.confusion, expected)
+    assert (expected.sum(0) > 0).sum() > 1  # not one class everywhere
+    assert evaluation.num_images == 5
+    assert evaluation.ignore_label == IGNORE
+
+
+def test_worker_processes_and_panels_change_nothing_of_the_score(net: DeepLabV2, manifest: Manifest) -> None:
+    plain = evaluate(net, manifest, ALONE, preprocessing=CAFFE, num_workers=0)
+    other = evaluate(net, manifest, ALONE, preprocessing=CAFFE, num_workers=2, num_panels=3)
+    np.testing.assert_array_equal(other.confusion, plain.confusion)
+
+
+@pytest.mark.parametrize(("num_panels", "shown"), [(0, 0), (2, 2), (9, 5)])
+def test_panels_are_the_sets_first_images(net: DeepLabV2, manifest: Manifest, num_panels: int, shown: int) -> None:
+    panels = evaluate(net, manifest, ALONE, preprocessing=CAFFE, num_workers=0, num_panels=num_panels).panels
+    assert [panel.key for panel in panels] == [f"image_{n}" for n in range(shown)]
+    for panel, size in zip(panels, SIZES):
+        assert panel.image.shape == (*size, 3)
+        assert panel.label.shape == panel.pred.shape == size
+        assert panel.image.dtype == panel.label.dtype == panel.pred.dtype == np.uint8
+
+
+def test_images_that_no_rank_has_seen_are_an_error(net: DeepLabV2, manifest: Manifest) -> None:
+    missing_peer = DistEnv(0, 0, 2, "torchrun")  # one of two ranks, but alone: it sees images 0, 2 and 4
+    with pytest.raises(TrainingError, match=r"saw 3 images, but .* has 5"):
+        evaluate(net, manifest, missing_peer, preprocessing=CAFFE, num_workers=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch_norm", ["sync", "local", "frozen"])
+def test_the_network_is_left_as_it_was(net: DeepLabV2, manifest: Manifest, batch_norm: str, training: bool) -> None:
+    own = DeepLabV2("resnet_tiny", NUM_CLASSES, norm=norm_factory(batch_norm))
+    own.load_state_dict(net.state_dict())
+    own.train(training)
+    before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
+    evaluation = evaluate(own, manifest, ALONE, preprocessing=CAFFE, num_workers=0)
+    assert own.training is training
+    assert all(module.training is training for module in own.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
+    assert all(p.grad is None for p in own.parameters())
+    plain = evaluate(net, manifest, ALONE, preprocessing=CAFFE, num_workers=0)
+    np.testing.assert_array_equal(evaluation.confusion, plain.confusion)  # stored statistics, in any mode
+
+
+@pytest.fixture
+def write_one(tmp_path: Path, folder: Path) -> Callable[[np.ndarray], Manifest]:
+    def write_one(label: np.ndarray) -> Manifest:
+        Image.fromarray(label).save(tmp_path / "image_0.png")
+        sample = SourceSample("image_0", folder / "image_0.jpg", tmp_path / "image_0.png")
+        return write_shards([sample], tmp_path, split="one", labels=LabelSpace(tuple("abcd"), 255), samples_per_shard=1)
+
+    return write_one
+
+
+def test_an_all_void_image_counts_as_an_image_and_not_in_the_score(
+    net: DeepLabV2, write_one: Callable[[np.ndarray], Manifest]
+) -> None:
+    manifest = write_one(np.full(SIZES[0], IGNORE, dtype=np.uint8))
+    evaluation = evaluate(net, manifest, ALONE, preprocessing=CAFFE, num_workers=0)
+    assert evaluation.num_images == 1
+    assert evaluation.confusion.sum() == 0
+
+
+def test_a_sample_that_cannot_be_read_is_an_error(net: DeepLabV2, write_one: Callable[[np.ndarray], Manifest]) -> None:
+    manifest = write_one(np.zeros(SIZES[0], dtype=np.uint8))
+    shard = manifest.path.parent / manifest.shards[0].name
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(ShardError, match=shard.name):
+        evaluate(net, manifest, ALONE, preprocessing=CAFFE, num_workers=0)

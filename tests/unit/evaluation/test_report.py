@@ -1,0 +1,136 @@
+"""A report says the same in metrics, JSON, table and figures."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_deeplab.data.voc import CLASS_NAMES
+from dist_deeplab.evaluation.confusion import scores
+from dist_deeplab.evaluation.evaluator import Evaluation, Panel
+from dist_deeplab.evaluation.report import iou_table, metric_values, render, to_json, write_report
+
+NAMES = ("background", "cat", "unicorn")
+CONFUSION = np.array([[60, 20, 0], [0, 20, 0], [0, 0, 0]])  # IoU 75 %, 50 %, absent
+
+
+def _evaluation(num_panels: int = 0, confusion: np.ndarray = CONFUSION) -> Evaluation:
+    rng = np.random.default_rng(0)
+    panels = []
+    for number in range(num_panels):
+        image = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        label, pred = rng.integers(0, len(confusion), (2, 30, 40), dtype=np.uint8)
+        label[:3] = 255
+        panels.append(Panel(f"image_{number}", image, label, pred))
+    return Evaluation(confusion, num_images=7, ignore_label=255, panels=panels)
+
+
+def test_metrics_have_a_point_for_each_class_that_is_there() -> None:
+    values = metric_values(scores(CONFUSION), NAMES)
+    assert values == {
+        "val/mIoU": pytest.approx(0.625),
+        "val/pixel_accuracy": pytest.approx(0.8),
+        "val/mean_accuracy": pytest.approx((0.75 + 1.0) / 2),
+        "val/iou/background": pytest.approx(0.75),
+        "val/iou/cat": pytest.approx(0.5),
+    }
+    assert all(type(value) is float and math.isfinite(value) for value in values.values())
+
+
+def test_json_is_strict_json_with_null_for_an_absent_class() -> None:
+    text = json.dumps(to_json(_evaluation(), NAMES), allow_nan=False)
+    assert json.loads(text) == {
+        "num_images": 7,
+        "mIoU": pytest.approx(0.625),
+        "pixel_accuracy": pytest.approx(0.8),
+        "mean_accuracy": pytest.approx(0.875),
+        "iou": {"background": pytest.approx(0.75), "cat": pytest.approx(0.5), "unicorn": None},
+        "confusion": CONFUSION.tolist(),
+    }
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_another_number_of_names_than_classes_is_an_error(count: int) -> None:
+    names = ("a", "b", "c", "d")[:count]
+    with pytest.raises(ValueError, match="zip"):
+        metric_values(scores(CONFUSION), names)
+    with pytest.raises(ValueError, match="zip"):
+        to_json(_evaluation(), names)
+
+
+def test_the_table_shows_percentages_the_absent_class_and_the_means() -> None:
+    text = render(iou_table(scores(CONFUSION), NAMES))
+    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in text.splitlines() if "│" in line}
+    assert rows == {
+        "background": "75.00",
+        "cat": "50.00",
+        "unicorn": "-",
+        "mIoU": "62.50",
+        "pixel accuracy": "80.00",
+        "mean accuracy": "87.50",
+    }
+    assert "not in this set" in text
+    assert "1 classes have no pixel in this set" in " ".join(text.split())
+    assert "\x1b" not in text  # a log file takes it as it is
+
+
+def test_the_bar_of_a_class_is_as_long_as_its_iou() -> None:
+    text = render(iou_table(scores(CONFUSION), NAMES))
+    bars = {line.split("│")[1].strip(): line.count("█") for line in text.splitlines() if "│" in line}
+    assert bars["background"] == round(30 * 0.75)
+    assert bars["cat"] == 15
+    assert bars["unicorn"] == 0
+
+
+def test_a_table_of_a_set_with_all_classes_says_nothing_of_absent_ones() -> None:
+    assert "no pixel" not in render(iou_table(scores(np.eye(3, dtype=np.int64)), NAMES))
+
+
+def _picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("num_panels", [0, 2])
+def test_a_report_is_its_files_with_figures_to_look_at(tmp_path: Path, num_panels: int) -> None:
+    folder = tmp_path / "eval" / "step_00000001"
+    files = write_report(_evaluation(num_panels), NAMES, folder)
+    names = ["metrics.json", "confusion.png", "iou.png"] + ["panels.png"] * bool(num_panels)
+    assert files == [folder / name for name in names]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == to_json(_evaluation(), NAMES)
+    for path in files[1:]:
+        picture = _picture(path)
+        height, width = picture.shape[:2]
+        assert 200 <= height <= 4000
+        assert 300 <= width <= 4000
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20  # something is drawn
+
+
+def test_figures_of_21_classes_and_no_correct_pixel_are_drawn_too(tmp_path: Path) -> None:
+    confusion = np.zeros((21, 21), dtype=np.int64)
+    confusion[0, 1:] = 5
+    files = write_report(_evaluation(1, confusion), CLASS_NAMES, tmp_path)
+    assert [path.name for path in files] == ["metrics.json", "confusion.png", "iou.png", "panels.png"]
+    assert _picture(tmp_path / "confusion.png").shape[0] >= 800  # room for 21 names
+
+
+def test_panels_show_wrong_pixels_in_red_and_right_ones_not(tmp_path: Path) -> None:
+    label = np.zeros((40, 40), dtype=np.uint8)
+    image = np.full((40, 40, 3), 128, dtype=np.uint8)
+    red_pixels = []
+    for pred in (label, label + 1):
+        evaluation = Evaluation(CONFUSION, 1, 255, [Panel("image", image, label, pred)])
+        write_report(evaluation, NAMES, tmp_path)
+        red_pixels.append(int((_picture(tmp_path / "panels.png") == (214, 40, 40)).all(axis=2).sum()))
+    assert red_pixels[1] - red_pixels[0] > 10_000  # the whole of a picture, beside the legend's patch
+
+
+def test_writing_a_report_again_replaces_it(tmp_path: Path) -> None:
+    write_report(_evaluation(), NAMES, tmp_path)
+    write_report(_evaluation(confusion=np.diag([1, 1, 0])), NAMES, tmp_path)
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["mIoU"] == 1.0
