@@ -35,7 +35,7 @@ log = logging.getLogger("dist_deeplab.evaluate")
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    env = DistEnv(0, 0, 1, "single process")
+    env = DistEnv()
     try:
         env = DistEnv.from_environ()
         manifest = load_manifest(arguments.data)
@@ -71,8 +71,7 @@ def score(
     table = report.render(report.iou_table(scores(evaluation.confusion), names))
     source = f"{arguments.checkpoint}, step {saved['step']}"
     log.info("%s, on %d images of %s\n%s", source, evaluation.num_images, manifest.path, table)
-    if env.is_main:
-        write(evaluation, names, arguments)
+    env.on_main(write, evaluation, names, arguments)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

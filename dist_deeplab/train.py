@@ -52,12 +52,12 @@ log = logging.getLogger("dist_deeplab.train")
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    env = DistEnv(0, 0, 1, "single process")
+    env = DistEnv()
     try:
         env = DistEnv.from_environ()
         config = configuration.load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
-            sys.stdout.write(configuration.config_to_yaml(config) if env.is_main else "")
+            env.on_main(sys.stdout.write, configuration.config_to_yaml(config))
             return 0
         # What can be wrong is found before any heavy work.
         train_set, val_set = open_data(config)

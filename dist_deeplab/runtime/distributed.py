@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 class DistEnv:
     """This process among the ranks."""
 
-    rank: int
-    local_rank: int
-    world_size: int
-    launcher: str
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    launcher: str = "single process"
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "DistEnv":
@@ -64,12 +64,17 @@ class DistEnv:
                 _integer(environ, "SLURM_STEP_NUM_TASKS"),
                 "slurm",
             )
-        return cls(0, 0, 1, "single process")
+        return cls()
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes."""
         return self.rank == 0
+
+    def on_main(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call `function(*arguments)` on the main rank and nothing on the others: for printing and writing files."""
+        if self.is_main:
+            function(*arguments)
 
     @property
     def device(self) -> torch.device:
