@@ -15,3 +15,8 @@ class TrainingError(UserError):
     """Training cannot go on although arguments and data were fine at the start, e.g. the loss became NaN."""
 
     exit_code = 1
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's error, for use in a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -149,6 +149,8 @@ def _global_moments(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
     _all_gather(gathered, local)
     means, variances, counts = gathered.view(-1, local.numel()).double().split([channels, channels, 1], dim=1)
     count = counts.sum()
+    if input.numel() <= channels and count < 2:  # only ranks with less than two values need to look (host waits)
+        raise ValueError("expected more than one value per channel over all ranks when training")
     mean = (means * counts).sum(0) / count
     var = ((variances + (means - mean).square()) * counts).sum(0) / count
     return mean.to(wide.dtype), var.to(wide.dtype), count

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.model.preprocessing import CAFFE, TORCHVISION, Preprocessing
 
 MIN_BACKBONE_COVERAGE = 0.95  # below this, a file that "loads" would leave a silently random network
@@ -60,10 +60,10 @@ def load_file(path: str | Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"there is no weights file at {path}") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path} holds more than tensors and plain values, or is no torch file: {reason}") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} can't be read as a torch file ({str(error).splitlines()[0]}); is it whole?") from None
+    except Exception as error:  # an unpickler that meets arbitrary bytes may raise anything
+        raise UserError(f"{path} can't be read as a torch file ({first_line(error)}); is it whole?") from None
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -118,6 +118,12 @@ def fit_weights(net: nn.Module, weights: Weights, *, restore_last: bool) -> str:
         raise UserError(
             f"{weights.path} ({weights.variant.family}) lacks {len(missing)} of the backbone's {len(wanted)} tensors, "
             f"e.g. {missing[0]}; is model.backbone the one these weights are of?"
+        )
+    unused = [k for k in weights.tensors if k.startswith("backbone.") and k not in own]
+    if unused:
+        raise UserError(
+            f"{weights.path} ({weights.variant.family}) has {len(unused)} backbone tensors that the model has no place "
+            f"for, e.g. {unused[0]}; is model.backbone the one these weights are of?"
         )
     net.load_state_dict(taken, strict=False)
     head = [k for k in own if k.startswith("head.")]

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.runtime.distributed import broadcast_from_main
 
 FORMAT = "dist_deeplab.checkpoint/1"
@@ -123,8 +122,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     verify(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path} can't be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # an unpickler that meets arbitrary bytes may raise anything
+        raise UserError(f"{path} can't be read as a checkpoint: {first_line(error)}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a {FORMAT!r} file; tools and train write those")
     return content

@@ -68,7 +68,7 @@ def write(tmp_path: Path, content: str) -> Path:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=configs)
 def test_the_printed_yaml_reads_back_as_the_same_configuration(
     values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
@@ -79,7 +79,7 @@ def test_the_printed_yaml_reads_back_as_the_same_configuration(
     assert load_config(path) == config
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=configs)
 def test_plain_values_read_back_as_the_same_configuration(values: dict[str, Any]) -> None:
     config = config_from_dict(values, where="the test")

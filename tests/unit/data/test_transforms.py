@@ -68,7 +68,7 @@ unit = st.floats(0, 1, exclude_max=True)
 all_draws = st.tuples(unit, unit, unit, unit).map(np.array)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     height=st.integers(2, 45),
     width=st.integers(2, 45),
@@ -98,7 +98,7 @@ def test_augmentation_equals_computing_every_pixel(
     assert (got_image[outside] == 0).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(draws=all_draws, size=st.sampled_from([9, 33, 321]))
 def test_at_scale_1_a_sample_of_the_crops_size_is_itself_or_its_mirror_image(draws: np.ndarray, size: int) -> None:
     image, label = smooth_image(size, size), noise_label(size, size)
@@ -117,7 +117,7 @@ def test_without_mirror_nothing_is_mirrored() -> None:
         assert (got[1] == label).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(draws=all_draws)
 def test_at_scale_1_a_crop_is_a_window_of_the_sample(draws: np.ndarray) -> None:
     image, label = smooth_image(30, 50), noise_label(30, 50)
@@ -157,7 +157,7 @@ def test_a_label_halved_is_every_second_label() -> None:
     assert (got == label[::2, ::2]).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(draws=all_draws, height=st.integers(1, 40), width=st.integers(1, 40))
 def test_a_label_is_never_mixed_and_image_and_label_move_together(draws: np.ndarray, height: int, width: int) -> None:
     label = np.random.default_rng(height).choice(np.array([0, 7, 255], np.uint8), (height, width))
