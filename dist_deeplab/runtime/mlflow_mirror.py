@@ -25,6 +25,7 @@ from dist_deeplab.runtime.tracking import JOURNAL, RUN_FILE
 log = logging.getLogger("mlflow_mirror")
 
 _STATE_FILE = "mlflow.json"
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's pages for training, not for GenAI
 _POLL_S = 1.0
 _RETRY_S = (2.0, 5.0, 15.0, 30.0)  # waits after one, two, three, and more failures in a row
 _GIVE_UP_S = 600.0  # after the run has ended; what is left stays in the journal
@@ -58,7 +59,9 @@ class Mirror:
             experiment = client.get_experiment_by_name(name)
             if experiment is None:
                 try:
-                    experiment_id = client.create_experiment(name, artifact_location=artifact_location(uri))
+                    experiment_id = client.create_experiment(
+                        name, artifact_location=artifact_location(uri), tags=_EXPERIMENT_TAGS
+                    )
                 except MlflowException:  # another host was faster
                     found = client.get_experiment_by_name(name)
                     if found is None:

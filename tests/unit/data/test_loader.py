@@ -1,0 +1,264 @@
+"""The training stream is the same pixels however it is split, loaded or resumed; evaluation shows each image once."""
+
+import io
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from dist_deeplab.data import order, shard_writer
+from dist_deeplab.data.loader import Batch, EvalDataset, StepSampler, TrainDataset, TrainLoader, eval_loader
+from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.data.shards import FORMAT, Manifest, ShardError, load_manifest
+from dist_deeplab.data.transforms import Augmentation
+
+SEED, CROP, GLOBAL_SIZE, NUM_STEPS = 7, 33, 4, 5  # 20 positions of 8 samples: epochs change inside a step
+AUGMENTATION = Augmentation(CROP, (0.5, 1.5), True, 255)
+
+Pixels = tuple[bytes, bytes, tuple[int, ...], str]
+
+
+def train_loader(
+    manifest: Manifest, split: BatchSplit, *, rank: int = 0, workers: int = 0, start: int = 0, stop: int = NUM_STEPS
+) -> TrainLoader:
+    dataset = TrainDataset(manifest, num_classes=21, augmentation=AUGMENTATION, seed=SEED)
+    sampler = StepSampler(start, stop, split=split, rank=rank)
+    return TrainLoader(dataset, sampler, num_workers=workers, pin_memory=False)
+
+
+def samples_of(batch: Batch) -> Iterator[Pixels]:
+    """Yield every sample's pixels, content rectangle and key."""
+    for image, label, content, key in zip(batch.image, batch.label, batch.content, batch.keys, strict=True):
+        yield image.numpy().tobytes(), label.numpy().tobytes(), tuple(content.tolist()), key
+
+
+def stream_of(manifest: Manifest, *, world_size: int, micro_size: int, workers: int = 0, start: int = 0) -> list[Pixels]:
+    """Return the stream's samples by global position, put together from what all ranks load."""
+    split = BatchSplit.derive(global_size=GLOBAL_SIZE, micro_size=micro_size, world_size=world_size)
+    loaders = [train_loader(manifest, split, rank=rank, workers=workers, start=start) for rank in range(world_size)]
+    stream: list[Pixels] = []
+    for parts in zip(*loaders, strict=True):
+        assert len({step for step, _ in parts}) == 1
+        for micro_batches in zip(*(batches for _, batches in parts), strict=True):
+            for batch in micro_batches:
+                assert len(batch.keys) == micro_size
+                stream += samples_of(batch)
+    return stream
+
+
+@pytest.fixture(scope="module")
+def expected(shard_set: Manifest, voc_root: Path) -> list[Pixels]:
+    """The stream, made from the source files one position after the other."""
+    keys = (voc_root / "ImageSets/Segmentation/train.txt").read_text().split()
+    stream: list[Pixels] = []
+    for position in range(GLOBAL_SIZE * NUM_STEPS):
+        index = order.samples_at(np.array([position]), num_samples=len(keys), seed=SEED)[0]
+        image = cv2.imread(str(voc_root / f"JPEGImages/{keys[index]}.jpg"))[:, :, ::-1]
+        label = np.array(Image.open(voc_root / f"SegmentationClass/{keys[index]}.png"))
+        draws = order.uniforms(SEED, position, 4)
+        image, label, content = AUGMENTATION(np.ascontiguousarray(image), label, draws)
+        stream.append((image.transpose(2, 0, 1).tobytes(), label.tobytes(), content, keys[index]))
+    return stream
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_size", "workers"),
+    [
+        *((1, 4, 0), (1, 2, 0), (1, 1, 0), (2, 2, 0), (2, 1, 0), (4, 1, 0)),
+        *((1, 4, 1), (1, 2, 3), (2, 1, 1), (2, 2, 3), (4, 1, 1)),
+    ],
+)
+def test_every_split_and_number_of_workers_gives_the_same_pixels(
+    world_size: int, micro_size: int, workers: int, shard_set: Manifest, expected: list[Pixels]
+) -> None:
+    assert stream_of(shard_set, world_size=world_size, micro_size=micro_size, workers=workers) == expected
+
+
+@pytest.mark.parametrize("start", [1, 3, NUM_STEPS])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_resumed_at_any_step_is_the_rest_of_the_undisturbed_one(
+    start: int, workers: int, shard_set: Manifest, expected: list[Pixels]
+) -> None:
+    resumed = stream_of(shard_set, world_size=2, micro_size=1, workers=workers, start=start)
+    assert resumed == expected[start * GLOBAL_SIZE :]
+
+
+def test_every_epoch_shows_each_image_once(shard_set: Manifest, expected: list[Pixels]) -> None:
+    keys = [key for *_, key in expected]
+    assert sorted(keys[:8]) == sorted(keys[8:16]) == sorted(set(keys))
+    assert keys[:8] != keys[8:16]
+
+
+def test_an_image_is_augmented_in_another_way_each_time(expected: list[Pixels]) -> None:
+    assert len({image for image, *_ in expected}) == len(expected)
+
+
+def test_another_seed_is_another_stream(shard_set: Manifest, expected: list[Pixels]) -> None:
+    dataset = TrainDataset(shard_set, num_classes=21, augmentation=AUGMENTATION, seed=SEED + 1)
+    assert [pixels for position in range(8) for pixels in samples_of(dataset[position])] != expected[:8]
+
+
+def test_steps_are_numbered_and_hold_their_micro_batches(shard_set: Manifest) -> None:
+    split = BatchSplit.derive(global_size=4, micro_size=1, world_size=2)
+    loader = train_loader(shard_set, split, rank=1, start=2, stop=5)
+    assert [(step, len(batches)) for step, batches in loader] == [(2, 2), (3, 2), (4, 2)]
+    assert len(loader.sampler) == 6
+
+
+def test_a_run_that_is_done_loads_nothing(shard_set: Manifest) -> None:
+    split = BatchSplit.derive(global_size=4, micro_size=None, world_size=1)
+    for start in (5, 6):
+        assert list(train_loader(shard_set, split, start=start)) == []
+        assert len(StepSampler(start, 5, split=split, rank=0)) == 0
+
+
+@pytest.mark.parametrize(("micro_size", "workers"), [(1, 0), (4, 0), (4, 1)])
+def test_a_batch_has_the_documented_layout(micro_size: int, workers: int, shard_set: Manifest) -> None:
+    split = BatchSplit.derive(global_size=4, micro_size=micro_size, world_size=1)
+    for _, batches in train_loader(shard_set, split, workers=workers, stop=2):
+        for batch in batches:
+            assert (batch.image.dtype, batch.label.dtype, batch.content.dtype) == (torch.uint8, torch.uint8, torch.int64)
+            assert batch.image.shape == (micro_size, 3, CROP, CROP)
+            assert batch.label.shape == (micro_size, CROP, CROP)
+            assert batch.content.shape == (micro_size, 2)
+            assert batch.image.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_workers_are_deaf_to_the_signals_that_stop_a_run(shard_set: Manifest, expected: list[Pixels]) -> None:
+    """The rank ends its workers itself, after it has saved."""
+    split = BatchSplit.derive(global_size=4, micro_size=1, world_size=1)
+    batches = iter(train_loader(shard_set, split, workers=2).batches)
+    stream = list(samples_of(next(batches)))
+    for worker in batches._workers:  # type: ignore[attr-defined]
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+    for batch in batches:
+        stream += samples_of(batch)
+    assert stream == expected
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 0), (2, 1), (3, 0), (3, 2), (11, 0), (11, 1)])
+def test_evaluation_shows_each_image_once_at_any_number_of_ranks(
+    world_size: int, workers: int, shard_set: Manifest, voc_root: Path
+) -> None:
+    shown: list[str] = []
+    shares = []
+    for rank in range(world_size):
+        dataset = EvalDataset(shard_set, num_classes=21, ignore_label=255)
+        loader = eval_loader(dataset, rank=rank, world_size=world_size, num_workers=workers, pin_memory=False)
+        keys = [key for batch in loader for key in batch.keys]
+        shares.append(len(keys))
+        shown += keys
+    assert sorted(shown) == (voc_root / "ImageSets/Segmentation/train.txt").read_text().split()
+    assert max(shares) - min(shares) <= 1
+
+
+def test_evaluation_shows_whole_images_padded_with_void_to_the_grid(shard_set: Manifest, voc_root: Path) -> None:
+    dataset = EvalDataset(shard_set, num_classes=21, ignore_label=255)
+    for batch in eval_loader(dataset, rank=0, world_size=1, num_workers=0, pin_memory=False):
+        (key,) = batch.keys
+        image = cv2.imread(str(voc_root / f"JPEGImages/{key}.jpg"))[:, :, ::-1]
+        label = np.array(Image.open(voc_root / f"SegmentationClass/{key}.png"))
+        height, width = label.shape
+        rows, columns = batch.label.shape[1:]
+        assert rows % 8 == columns % 8 == 1
+        assert height <= rows < height + 8
+        assert width <= columns < width + 8
+        assert batch.content.tolist() == [[height, width]]
+        below, right = rows - height, columns - width
+        assert (batch.label[0].numpy() == np.pad(label, ((0, below), (0, right)), constant_values=255)).all()
+        padded = np.pad(image, ((0, below), (0, right), (0, 0)))
+        assert (batch.image[0].permute(1, 2, 0).numpy() == padded).all()
+
+
+# --- bad samples ------------------------------------------------------------------------------------------------------
+
+
+def own_manifest(folder: Path, members: dict[str, tuple[bytes, bytes]]) -> Manifest:
+    """Return a set of one shard with these (image, label) bytes, written by webdataset without any check."""
+    tar = folder / "mine-000000.tar"
+    with webdataset.TarWriter(str(tar)) as writer:
+        for key, (image, label) in members.items():
+            writer.write({"__key__": key, "jpg": image, "png": label})
+    index, keys = shard_writer.build_index([tar])
+    np.save(folder / "mine.index.npy", index)
+    shard = {"name": tar.name, "num_samples": len(keys), "size_bytes": tar.stat().st_size, "sha256": ""}
+    values = {"format": FORMAT, "split": "mine", "num_samples": len(keys), "num_classes": 3, "ignore_label": 255}
+    values |= {"class_names": ["a", "b", "c"], "class_pixels": [0] * 3, "keys_sha256": "", "index": "mine.index.npy"}
+    (folder / "mine.json").write_text(json.dumps(values | {"shards": [shard]}))
+    return load_manifest(folder / "mine.json")
+
+
+def jpeg(height: int, width: int) -> bytes:
+    return cv2.imencode(".jpg", np.full((height, width, 3), 90, np.uint8))[1].tobytes()
+
+
+def png(label: np.ndarray) -> bytes:
+    return cv2.imencode(".png", label)[1].tobytes()
+
+
+def rgb_png(height: int, width: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+GOOD = np.array([[0, 1, 2, 255]] * 3, np.uint8)
+BAD: dict[str, tuple[bytes, bytes, str]] = {
+    "label out of range": (jpeg(3, 4), png(np.array([[0, 1, 3, 255]] * 3, np.uint8)), "label 3 .*num_classes"),
+    "sizes differ": (jpeg(3, 5), png(GOOD), "differ in size"),
+    "undecodable image": (b"\xff\xd8 no more", png(GOOD), "image .* decoded"),
+    "label in colour": (jpeg(3, 4), rgb_png(3, 4), "in colour"),
+    "label of no bytes": (jpeg(3, 4), b"", "not a PNG"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_sample_is_named_with_shard_and_key(case: str, tmp_path: Path) -> None:
+    *data, reason = BAD[case]
+    manifest = own_manifest(tmp_path, {"good": (jpeg(3, 4), png(GOOD)), "bad_one": (data[0], data[1])})  # type: ignore[arg-type]
+    dataset = EvalDataset(manifest, num_classes=3, ignore_label=255)
+    assert dataset[0].keys == ["good"]
+    with pytest.raises(ShardError, match=reason) as caught:
+        dataset[1]
+    assert "'bad_one'" in str(caught.value)
+    assert str(tmp_path / "mine-000000.tar") in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_ends_loading_with_the_same_one_sentence_from_any_process(workers: int, tmp_path: Path) -> None:
+    image, label, reason = BAD["label out of range"]
+    manifest = own_manifest(tmp_path, {"bad_one": (image, label)})
+    train = TrainDataset(manifest, num_classes=3, augmentation=AUGMENTATION, seed=0)
+    split = BatchSplit.derive(global_size=1, micro_size=None, world_size=1)
+    sampler = StepSampler(0, 1, split=split, rank=0)
+    evaluation = EvalDataset(manifest, num_classes=3, ignore_label=255)
+    for loader in (
+        TrainLoader(train, sampler, num_workers=workers, pin_memory=False),
+        eval_loader(evaluation, rank=0, world_size=1, num_workers=workers, pin_memory=False),
+    ):
+        with pytest.raises(ShardError, match=reason) as caught:
+            list(loader)
+        assert "\n" not in str(caught.value), "not a worker's traceback"
+
+
+def test_the_classes_of_the_model_decide_which_labels_are_allowed(shard_set: Manifest) -> None:
+    with pytest.raises(ShardError, match="is no class and not void"):
+        for batch in eval_loader(
+            EvalDataset(shard_set, num_classes=2, ignore_label=255), rank=0, world_size=1, num_workers=0, pin_memory=False
+        ):
+            assert set(batch.label.unique().tolist()) <= {0, 1, 255}
