@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from dist_deeplab.errors import UserError
 
@@ -26,6 +35,8 @@ _YAML_END = "...\n"  # what PyYAML closes a bare scalar with
 _KNOWN_ELSEWHERE_AS = {
     "accumulation_steps": "batch.micro_size",
     "batch_size": "batch.global_size",
+    "data_dir": "data.train",
+    "data_list": "data.train",
     "grad_update_every": "batch.micro_size",
     "input_size": "data.crop_size",
     "is_training": "model.batch_norm",
@@ -55,6 +66,15 @@ class Section(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if cls.model_fields[info.field_name or ""].annotation is not bool:
+            values = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(v, bool) for v in values):
+                raise ValueError("must not be true or false (YAML reads yes, no, on and off as these too)")
+        return value
+
 
 class DataConfig(Section):
     train: Text = ""
@@ -71,7 +91,7 @@ class DataConfig(Section):
     """Mirror left-right with probability 1/2."""
     crop_size: Positive = 321
     """Side of the square training crop in pixels; 8k+1 keeps logits on the pixel grid."""
-    num_workers: NonNegative = 4
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 4
     """Loader processes per rank; 0 decodes in the training process."""
 
     @field_validator("crop_size")
@@ -167,7 +187,7 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "voc_resnet101"
     """Folder of the run under output_dir, and its name in MLflow."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Fixes sample order, augmentation and initial weights."""
     max_steps: Positive = 20000
     """Optimizer steps."""
@@ -185,10 +205,29 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @model_validator(mode="after")
+    def _scaled_crops_on_grid(self) -> "RunConfig":
+        scales, crop = self.multi_scale.scales, self.data.crop_size
+
+        def fits(size: int) -> bool:
+            return all(((size - 1) * scale) % 8 == 0 for scale in scales)
+
+        if not fits(crop):
+            fitting = sorted((size for size in range(33, 2 * crop + 64, 8) if fits(size)), key=lambda s: abs(s - crop))
+            remedy = f"use data.crop_size={fitting[0]}" if fitting else "use other scales"
+            raise ValueError(
+                f"data.crop_size={crop} scaled by multi_scale.scales={list(scales)} is not 8k+1 each time, so logits "
+                f"would miss their pixels; {remedy}"
+            )
+        return self
+
     @property
     def run_dir(self) -> Path:
         """Folder of this run."""
         return Path(self.output_dir) / self.name
+
+
+_SECTIONS: dict[str, type[Section]] = {name: type(value) for name, value in RunConfig() if isinstance(value, Section)}
 
 
 def grid_size(value: int) -> int:
@@ -228,7 +267,8 @@ def config_from_dict(values: dict[str, Any], *, where: str) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(str(part) for part in e['loc'])} = {e['input']!r}: {e['msg'].removeprefix('Value error, ')}"
+            (f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: " if e["loc"] else "")
+            + e["msg"].removeprefix("Value error, ")
             for e in error.errors()
         ]
         raise UserError(f"configuration from {where} (with overrides): {'; '.join(problems)}") from None
@@ -280,9 +320,26 @@ def _yaml_line(key: str, value: Any) -> str:
     return f"{key}: {text.removesuffix(_YAML_END).strip()}"
 
 
+class _RepeatedKey(Exception):
+    """A YAML mapping names a key twice; PyYAML would silently take the last."""
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise _RepeatedKey(repr(key))
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)
+    except _RepeatedKey as error:
+        raise UserError(f"{path} has the key {error} twice; keep one of them") from None
     except OSError as error:
         raise UserError(
             f"cannot read the configuration file {path}: {error.strerror}; the project's own are in configs/"
@@ -293,7 +350,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `section: {{key: value}}` pairs, not a {type(values).__name__}")
-    return values
+    # A section whose keys are all commented out means its defaults.
+    return {key: {} if value is None and key in _SECTIONS else value for key, value in values.items()}
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -311,6 +369,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise UserError(f"{parent!r} in the configuration file must be a section of keys, not {target!r}")
+    section = _SECTIONS[parents[0]] if parents else RunConfig
+    if section.model_fields[leaf].annotation is str and not isinstance(value, str | list | dict):
+        value = text  # what was typed: 007, 2026-01-31 and no are names here, not what YAML makes of them
     target[leaf] = value
 
 
@@ -326,11 +387,10 @@ def _check_key_path(parts: Sequence[str], *, where: str) -> None:
     """Raise UserError, naming the nearest key, unless `parts` is a top-level key, a section or a section's key."""
     key = ".".join(parts)
     known = list(flatten(RunConfig()))
-    sections = [name for name in RunConfig.model_fields if isinstance(getattr(RunConfig(), name), Section)]
-    if key in known or key in sections:
+    if key in known or key in _SECTIONS:
         return
     elsewhere = _KNOWN_ELSEWHERE_AS.get(parts[-1].replace("-", "_"))
-    nearest = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(key, [*known, *_SECTIONS], n=1, cutoff=0.5)
     same_leaf = [k for k in known if k.rpartition(".")[2] == parts[-1]]
     guesses = [elsewhere] if elsewhere else same_leaf or nearest
     hint = f"did you mean {guesses[0]!r}?" if guesses else "--print-config lists all keys"

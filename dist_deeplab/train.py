@@ -38,7 +38,7 @@ from dist_deeplab.runtime.meter import Meter
 from dist_deeplab.runtime.parallel import prepare_model, share_buffers
 from dist_deeplab.runtime.preemption import StopRequest
 from dist_deeplab.training.loss_window import LossWindow
-from dist_deeplab.training.optim import build_optimizer, grad_norm, poly_lr, set_lr
+from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.resume import checkpoint_content, find_checkpoint
 from dist_deeplab.training.state import TrainState
@@ -115,7 +115,7 @@ def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifes
             if last or is_due(state.step, config.tracking.log_every):
                 state.losses.reduce(state.step)  # a CPU-GPU synchronisation point
                 values = state.losses.pop_mean() | {f"lr/{group}": rate for group, rate in rates.items()}
-                values["train/grad_norm"] = grad_norm(optimizer).item()
+                values["train/grad_norm"] = result.grad_norm.item()
                 values |= meter.pop(images_per_step=split.global_size, device=env.device)
                 tracker.log(state.step, values)
                 log_progress(state.step, config.max_steps, values)

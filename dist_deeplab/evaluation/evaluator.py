@@ -72,16 +72,20 @@ def evaluate(
     panels = []
     was_training = net.training
     net.eval()
-    for batch in batches:
-        pred = predict(net, batch, preprocessing=preprocessing, device=env.device)
-        height, width = batch.content[0].tolist()
-        label = batch.label[:, :height, :width].to(env.device, non_blocking=True)
-        confusion += confusion_matrix(label, pred, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)
-        seen += len(batch.keys)
-        if batch.keys[0] in panel_keys:
-            image = batch.image[0, :, :height, :width].permute(1, 2, 0)
-            panels.append(Panel(batch.keys[0], image.numpy(), label[0].cpu().numpy(), pred[0].cpu().numpy()))
-    net.train(was_training)
+    try:
+        for batch in batches:
+            pred = predict(net, batch, preprocessing=preprocessing, device=env.device)
+            height, width = batch.content[0].tolist()
+            label = batch.label[:, :height, :width].to(env.device, non_blocking=True)
+            confusion += confusion_matrix(
+                label, pred, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label
+            )
+            seen += len(batch.keys)
+            if batch.keys[0] in panel_keys:
+                image = batch.image[0, :, :height, :width].permute(1, 2, 0)
+                panels.append(Panel(batch.keys[0], image.numpy(), label[0].cpu().numpy(), pred[0].cpu().numpy()))
+    finally:
+        net.train(was_training)
     total = int(all_reduce_sum(torch.tensor([seen])))
     if total != manifest.num_samples:
         raise TrainingError(

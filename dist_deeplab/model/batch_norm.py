@@ -37,6 +37,7 @@ def norm_factory(
             corrected to 1-(1-m)^(1/A): their time constant, in steps, is that of one large batch.
 
     Raises:
+        ValueError: an unknown mode or implementation.
         UserError: torch's SyncBatchNorm where there is no GPU.
     """
     momentum = 1.0 - (1.0 - MOMENTUM) ** (1.0 / accumulation)
@@ -44,6 +45,8 @@ def norm_factory(
         return partial(FrozenBatchNorm, eps=EPS)
     if mode == "local":
         return partial(nn.BatchNorm2d, eps=EPS, momentum=momentum)
+    if mode != "sync" or sync_bn not in ("own", "torch"):
+        raise ValueError(f"unknown batch norm {mode!r} ({sync_bn!r}); known: sync (own, torch), frozen, local")
     if sync_bn == "torch":
         if not torch.cuda.is_available():
             raise UserError("model.sync_bn=torch works on CUDA only and there is no GPU here; use model.sync_bn=own")

@@ -74,14 +74,21 @@ def load_weights(path: str | Path) -> Weights:
     """
     content = load_file(path)
     if isinstance(content, dict) and str(content.get("format", "")).startswith("dist_deeplab.checkpoint"):
-        return Weights(str(path), Variant.from_plain(content["variant"]), content["model"])
+        try:
+            return Weights(str(path), Variant.from_plain(content["variant"]), _tensors(content["model"]))
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"the checkpoint {path} is incomplete; use another one") from None
     if isinstance(content, dict) and {"conv1.weight", "bn1.weight", "layer4.0.conv1.weight"} <= content.keys():
-        tensors = {f"backbone.{name}": tensor for name, tensor in content.items() if not name.startswith("fc.")}
+        tensors = {f"backbone.{k}": tensor for k, tensor in _tensors(content).items() if not k.startswith("fc.")}
         return Weights(str(path), Variant("torchvision ResNet", False, TORCHVISION), tensors)
     raise UserError(
         f"the weights in {path} are of no known family; known: checkpoints of this project, and torchvision's "
         "ResNet-50/101 state dicts"
     )
+
+
+def _tensors(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def fit_weights(net: nn.Module, weights: Weights, *, restore_last: bool) -> str:
@@ -93,8 +100,8 @@ def fit_weights(net: nn.Module, weights: Weights, *, restore_last: bool) -> str:
         restore_last: false leaves the head as it is: for a data set with other classes.
 
     Raises:
-        UserError: under 95 % of the backbone's tensors are there; shapes that differ; a head of another class count
-            (the message names model.restore_last).
+        UserError: under 95 % of the backbone's tensors are there, or some that the model has no place for; shapes that
+            differ; a head of another class count (the message names model.restore_last).
     """
     own = net.state_dict()
     taken = {k: v for k, v in weights.tensors.items() if k in own and (restore_last or k.startswith("backbone."))}

@@ -7,6 +7,7 @@ import, ever costs training a moment. Other ranks get a tracker that does nothin
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ class Tracker:
     """The tracker of ranks that write nothing."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record metric values of a step; a `(key, step)` that is recorded already is left as it is."""
+        """Record metric values of a step; NaN and what is recorded already for `(key, step)` are left out."""
 
     def log_files(self, step: int, write: Callable[[], Iterable[Path]]) -> None:
         """Call `write`, which makes files under the run's folder and returns them, and hand these to MLflow."""
@@ -52,7 +53,7 @@ class JournalTracker(Tracker):
         """See Tracker. After a resume the steps since the checkpoint come again; MLflow must see each point once."""
         now = round(time.time(), 3)
         for key, value in values.items():
-            if (key, step) not in self.recorded:
+            if math.isfinite(value) and (key, step) not in self.recorded:  # NaN is no JSON, and no point of a curve
                 self.recorded.add((key, step))
                 self._append({"step": step, "time": now, "key": key, "value": value, "attempt": self.attempt})
         self.file.flush()

@@ -1,6 +1,5 @@
 """SGD with DeepLab-v2's learning rates per layer and its poly schedule."""
 
-import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -67,9 +66,3 @@ def describe_groups(optimizer: Optimizer) -> list[str]:
         f"lr x{g['lr_mult']:<4g} weight decay {g['weight_decay']:g}"
         for g in optimizer.param_groups
     ]
-
-
-def grad_norm(optimizer: Optimizer) -> torch.Tensor:
-    """Return the L2 norm of the whole gradient, float32 [] on the device."""
-    gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)

@@ -1,6 +1,5 @@
 """Arithmetic of the forward pass behind one call signature: fp32, tf32, bf16, fp16 with a gradient scaler."""
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,20 +30,23 @@ class Precision:
         """Add the (scaled) gradient of `loss` to the parameters'."""
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer: Optimizer, parameters: Iterable[torch.Tensor], clip_norm: float) -> bool:
-        """Clip (0: don't) and update; return False where fp16 found infinite gradients and skipped the update.
+    def step(self, optimizer: Optimizer, clip_norm: float) -> tuple[bool, torch.Tensor]:
+        """Clip (0: don't) and update; return whether the update was made, and the norm before clipping.
 
-        The gradients are already those of all ranks, so all ranks skip alike.
+        fp16 skips the update where gradients are infinite. They are already those of all ranks, so all skip alike.
+        The L2 norm of the whole gradient is float32 [] on the device.
         """
+        self.scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if clip_norm:
-            self.scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
         self.scaler.step(optimizer)
         if not self.scaler.is_enabled():
-            return True
+            return True, norm
         scale = self.scaler.get_scale()
         self.scaler.update()
-        return self.scaler.get_scale() >= scale
+        return self.scaler.get_scale() >= scale, norm
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler's state, empty but for fp16."""

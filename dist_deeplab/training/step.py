@@ -20,11 +20,14 @@ class StepResult:
     """What one update did.
 
     losses: {output name: this rank's share of the cross-entropy, float32 [] on the device}; their sum over the ranks
-    is the mean over the step's valid pixels. updated: False where fp16 skipped. stop: whether some rank was asked to
-    stop; equal on all ranks.
+    is the mean over the step's valid pixels. The others are equal on all ranks.
+    grad_norm: L2 norm of the whole gradient before clipping, float32 [] on the device.
+    updated: False where fp16 skipped.
+    stop: whether a rank was asked to stop.
     """
 
     losses: dict[str, torch.Tensor]
+    grad_norm: torch.Tensor
     updated: bool
     stop: bool
 
@@ -65,9 +68,8 @@ class TrainStep:
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.detach()
         # 4. Update.
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        updated = self.precision.step(self.optimizer, parameters, self.clip_norm)
-        return StepResult({name: loss / world_size for name, loss in sums.items()}, updated, stops > 0)
+        updated, grad_norm = self.precision.step(self.optimizer, self.clip_norm)
+        return StepResult({name: loss / world_size for name, loss in sums.items()}, grad_norm, updated, stops > 0)
 
     def _output_sizes(self, batch: Batch) -> dict[str, tuple[int, int]]:
         net = unwrap(self.model)

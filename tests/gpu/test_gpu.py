@@ -156,7 +156,7 @@ def test_sync_batch_norm_equals_batch_norm_over_both_ranks(
     weight = torch.randn(3, 8, 9, 7, generator=generator).to(dtype)
 
     layer = _filled(SyncBatchNorm, "cuda")
-    x = half.to("cuda", memory_format=memory_format).requires_grad_()
+    x = half.clone().to("cuda", memory_format=memory_format).requires_grad_()
     y = layer(x)
     y.backward(weight.to("cuda", memory_format=memory_format))
     assert y.dtype == dtype

@@ -1,6 +1,8 @@
 """A configuration is typed, frozen, readable back from what it prints, and every mistake in one names its remedy."""
 
 import copy
+import itertools
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ configs = st.fixed_dictionaries(
             {},
             optional={
                 "train": text,
-                "crop_size": st.integers(4, 100).map(lambda k: 8 * k + 1),
+                "crop_size": st.integers(1, 25).map(lambda k: 32 * k + 1),  # fits every scale below
                 "scale_range": st.tuples(positive_float, positive_float).map(sorted),
                 "mirror": st.booleans(),
             },
@@ -90,7 +92,7 @@ def test_plain_values_read_back_as_the_same_configuration(values: dict[str, Any]
 
 def test_the_printed_yaml_documents_every_key() -> None:
     lines = config_to_yaml(RunConfig()).splitlines()
-    documented = [line.split(":")[0].strip() for above, line in zip(lines, lines[1:]) if above.strip()[:2] == "# "]
+    documented = [line.split(":")[0].strip() for above, line in itertools.pairwise(lines) if above.strip()[:2] == "# "]
     assert documented == [key.rpartition(".")[2] for key in flatten(RunConfig())]
     assert "None" not in "".join(line for line in lines if line.strip().startswith("#")), "a key without docstring"
 
@@ -264,16 +266,37 @@ def test_a_value_of_a_wrong_type_is_named_with_its_key(override: str, key: str, 
         ("checkpoint.keep_last=1", "greater than or equal to 2"),
         ("model.backbone=vgg16", "'resnet101'"),
         ("precision.dtype=half", "'bf16'"),
-        ("resume=", "string"),
+        ("resume=", "String"),
         ("name=../elsewhere", "pattern"),
         ("name=a/b", "pattern"),
-        ("name=", "string"),
+        ("name=", "String"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_would_be_right(override: str, remedy: str) -> None:
     message = message_of(override)
     assert override.partition("=")[0] in message
     assert remedy in message
+
+
+@given(
+    crop=st.integers(4, 100).map(lambda k: 8 * k + 1),
+    scales=st.sampled_from([[1.0, 0.75, 0.5], [1.0, 0.5], [1.0, 0.75], [1.0, 0.25], [0.125, 1.0]]),
+)
+def test_a_crop_must_stay_on_the_grid_at_every_scale_or_a_size_that_does_is_named(
+    crop: int, scales: list[float]
+) -> None:
+    def fits(size: int) -> bool:
+        return all((size - 1) * Fraction(scale) % 8 == 0 for scale in scales)
+
+    overrides = f"data.crop_size={crop}", f"multi_scale.scales={scales}"
+    if fits(crop):
+        assert load_config(None, overrides).data.crop_size == crop
+    else:
+        message = message_of(*overrides)
+        assert f"data.crop_size={crop}" in message
+        remedy = int(message.rpartition("data.crop_size=")[2])
+        assert fits(remedy)
+        assert load_config(None, [f"data.crop_size={remedy}", overrides[1]])
 
 
 def test_all_wrong_values_are_reported_at_once() -> None:
@@ -429,3 +452,9 @@ def test_grid_size_is_the_nearest_size_on_the_grid(value: int) -> None:
 
 def test_the_run_folder_is_the_name_under_the_output_folder() -> None:
     assert load_config(None, ["output_dir=here", "name=a"]).run_dir == Path("here/a")
+
+
+def test_multi_scale_crops_must_stay_on_the_grid_at_every_scale() -> None:
+    assert load_config(None, ["multi_scale.scales=[1.0, 0.75, 0.5]"]).data.crop_size == 321
+    with pytest.raises(UserError, match=r"data\.crop_size=329 .* use data\.crop_size=321$"):
+        load_config(None, ["multi_scale.scales=[1.0, 0.75, 0.5]", "data.crop_size=329"])

@@ -40,7 +40,9 @@ def samples_of(batch: Batch) -> Iterator[Pixels]:
         yield image.numpy().tobytes(), label.numpy().tobytes(), tuple(content.tolist()), key
 
 
-def stream_of(manifest: Manifest, *, world_size: int, micro_size: int, workers: int = 0, start: int = 0) -> list[Pixels]:
+def stream_of(
+    manifest: Manifest, *, world_size: int, micro_size: int, workers: int = 0, start: int = 0
+) -> list[Pixels]:
     """Return the stream's samples by global position, put together from what all ranks load."""
     split = BatchSplit.derive(global_size=GLOBAL_SIZE, micro_size=micro_size, world_size=world_size)
     loaders = [train_loader(manifest, split, rank=rank, workers=workers, start=start) for rank in range(world_size)]
@@ -72,6 +74,7 @@ def expected(shard_set: Manifest, voc_root: Path) -> list[Pixels]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     ("world_size", "micro_size", "workers"),
     [
@@ -106,7 +109,7 @@ def test_an_image_is_augmented_in_another_way_each_time(expected: list[Pixels]) 
 
 def test_another_seed_is_another_stream(shard_set: Manifest, expected: list[Pixels]) -> None:
     dataset = TrainDataset(shard_set, num_classes=21, augmentation=AUGMENTATION, seed=SEED + 1)
-    assert [pixels for position in range(8) for pixels in samples_of(dataset[position])] != expected[:8]
+    assert [pixels for position in range(8) for pixels in samples_of(dataset.fetch(position))] != expected[:8]
 
 
 def test_steps_are_numbered_and_hold_their_micro_batches(shard_set: Manifest) -> None:
@@ -128,7 +131,11 @@ def test_a_batch_has_the_documented_layout(micro_size: int, workers: int, shard_
     split = BatchSplit.derive(global_size=4, micro_size=micro_size, world_size=1)
     for _, batches in train_loader(shard_set, split, workers=workers, stop=2):
         for batch in batches:
-            assert (batch.image.dtype, batch.label.dtype, batch.content.dtype) == (torch.uint8, torch.uint8, torch.int64)
+            assert (batch.image.dtype, batch.label.dtype, batch.content.dtype) == (
+                torch.uint8,
+                torch.uint8,
+                torch.int64,
+            )
             assert batch.image.shape == (micro_size, 3, CROP, CROP)
             assert batch.label.shape == (micro_size, CROP, CROP)
             assert batch.content.shape == (micro_size, 2)
@@ -138,13 +145,16 @@ def test_a_batch_has_the_documented_layout(micro_size: int, workers: int, shard_
 def test_workers_are_deaf_to_the_signals_that_stop_a_run(shard_set: Manifest, expected: list[Pixels]) -> None:
     """The rank ends its workers itself, after it has saved."""
     split = BatchSplit.derive(global_size=4, micro_size=1, world_size=1)
-    batches = iter(train_loader(shard_set, split, workers=2).batches)
-    stream = list(samples_of(next(batches)))
-    for worker in batches._workers:  # type: ignore[attr-defined]
+    batches = iter(train_loader(shard_set, split, workers=1).batches)
+    try:
+        stream = list(samples_of(next(batches)))
+        (worker,) = batches._workers
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(worker.pid, number)
-    for batch in batches:
-        stream += samples_of(batch)
+        for batch in batches:
+            stream += samples_of(batch)
+    finally:
+        batches._shutdown_workers()  # a deaf worker would outlive a failure here, and pytest wait for it for ever
     assert stream == expected
 
 
@@ -229,12 +239,12 @@ BAD: dict[str, tuple[bytes, bytes, str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_sample_is_named_with_shard_and_key(case: str, tmp_path: Path) -> None:
-    *data, reason = BAD[case]
-    manifest = own_manifest(tmp_path, {"good": (jpeg(3, 4), png(GOOD)), "bad_one": (data[0], data[1])})  # type: ignore[arg-type]
+    image, label, reason = BAD[case]
+    manifest = own_manifest(tmp_path, {"good": (jpeg(3, 4), png(GOOD)), "bad_one": (image, label)})
     dataset = EvalDataset(manifest, num_classes=3, ignore_label=255)
-    assert dataset[0].keys == ["good"]
+    assert dataset.fetch(0).keys == ["good"]
     with pytest.raises(ShardError, match=reason) as caught:
-        dataset[1]
+        dataset.fetch(1)
     assert "'bad_one'" in str(caught.value)
     assert str(tmp_path / "mine-000000.tar") in str(caught.value)
 
@@ -257,8 +267,6 @@ def test_a_bad_sample_ends_loading_with_the_same_one_sentence_from_any_process(w
 
 
 def test_the_classes_of_the_model_decide_which_labels_are_allowed(shard_set: Manifest) -> None:
+    dataset = EvalDataset(shard_set, num_classes=2, ignore_label=255)
     with pytest.raises(ShardError, match="is no class and not void"):
-        for batch in eval_loader(
-            EvalDataset(shard_set, num_classes=2, ignore_label=255), rank=0, world_size=1, num_workers=0, pin_memory=False
-        ):
-            assert set(batch.label.unique().tolist()) <= {0, 1, 255}
+        list(eval_loader(dataset, rank=0, world_size=1, num_workers=0, pin_memory=False))

@@ -2,15 +2,14 @@
 
 import hashlib
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -151,10 +150,6 @@ def test_the_folder_may_have_any_name(folder: str, samples: list[SourceSample], 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def with_image(data: bytes) -> Callable[[list[SourceSample]], None]:
-    return lambda samples: None if samples[4].image.write_bytes(data) else None
-
-
 def save_label(picture: Image.Image) -> Callable[[list[SourceSample]], None]:
     return lambda samples: picture.resize(Image.open(samples[4].image).size).save(samples[4].label)
 
@@ -194,7 +189,7 @@ REFUSALS: dict[str, tuple[Callable[[list[SourceSample]], object], str, str]] = {
     "mask is missing": (lambda samples: samples[4].label.unlink(), "label", "does not exist"),
     "image is a PNG": (lambda samples: shutil.copy(samples[4].label, samples[4].image), "image", "not a JPEG"),
     "image is empty": (truncate("image", 0), "image", "not a JPEG"),
-    "image is no image": (with_image(b"\xff\xd8 not really"), "image", "damaged"),
+    "image is no image": (lambda samples: samples[4].image.write_bytes(b"\xff\xd8 no"), "image", "damaged"),
     "image is truncated": (truncate("image", 0.9), "image", "damaged"),
 }
 
@@ -301,36 +296,42 @@ def test_replacing_a_set_leaves_no_shard_of_the_old_one_and_other_sets_alone(
     assert read_tree(own_set.parent) == read_tree(tmp_path / "clean") | dict.fromkeys(neighbours, b"another's")
 
 
-KILLED_RUN = textwrap.dedent(
-    """
-    import itertools, os, signal, sys
-    from pathlib import Path
-    from dist_deeplab.data import shard_writer, voc
-
-    root, out, place, count = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+def run_until_killed(voc_root: Path, out: Path, place: str, count: int) -> int | None:
+    """Replace the set in a process that gets `kill -9` at its call number `count` of `place`; return its exit code."""
     calls = itertools.count()
     replace = os.replace
 
-    def kill_at_the_call():
+    def kill_at_the_call() -> None:
         if next(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def killed_progress(samples):
+    def killed_progress(samples: Iterable[SourceSample]) -> Iterator[SourceSample]:
         for sample in samples:
-            kill_at_the_call() if place == "writing" else None
+            if place == "writing":
+                kill_at_the_call()
             yield sample
 
-    def killed_replace(*arguments):
-        kill_at_the_call() if place == "publishing" else None
-        replace(*arguments)
+    def killed_replace(source: Path, target: Path) -> None:
+        if place == "publishing":
+            kill_at_the_call()
+        replace(source, target)
 
-    os.replace = killed_replace
-    shard_writer.write_shards(
-        shard_writer.read_voc_list(root, "val"), out, split="train", samples_per_shard=3, overwrite=True,
-        labels=shard_writer.LabelSpace(voc.CLASS_NAMES, 255), progress=killed_progress,
-    )
-    """
-)
+    def run() -> None:
+        os.replace = killed_replace  # type: ignore[assignment]
+        write_shards(
+            read_voc_list(voc_root, "val"),
+            out,
+            split="train",
+            labels=VOC_LABELS,
+            samples_per_shard=3,
+            overwrite=True,
+            progress=killed_progress,
+        )
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 @pytest.mark.parametrize(
@@ -341,9 +342,7 @@ def test_kill_9_leaves_the_old_set_or_none_and_the_next_run_a_whole_one(
     place: str, count: int, old_set_survives: bool, voc_root: Path, own_set: Path, tmp_path: Path
 ) -> None:
     before = read_tree(own_set.parent)
-    command = [sys.executable, "-c", KILLED_RUN, str(voc_root), str(own_set.parent), place, str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert run_until_killed(voc_root, own_set.parent, place, count) == -signal.SIGKILL
     if old_set_survives:
         left = {name: data for name, data in read_tree(own_set.parent).items() if not name.startswith(".")}
         assert left == before
@@ -398,7 +397,7 @@ def test_a_list_of_pairs_is_read_as_drsleeps_are(newline: str, slash: str, tmp_p
 def test_a_line_that_is_no_pair_is_named_with_its_number(line: str, tmp_path: Path) -> None:
     listing = tmp_path / "list.txt"
     listing.write_text(f"a.jpg a.png\n\n{line}\n")
-    with pytest.raises(ShardError, match="line 3 of .*list.txt") as caught:
+    with pytest.raises(ShardError, match=r"line 3 of .*list\.txt") as caught:
         read_pair_list(tmp_path, listing)
     assert line in str(caught.value)
 

@@ -33,7 +33,6 @@ def read_with_tarfile(manifest: Manifest) -> list[Sample]:
     return samples
 
 
-
 def open_shards(folder: Path) -> int:
     """Return how many files of `folder` this process has open."""
     links = []

@@ -45,7 +45,10 @@ def augment_slowly(augmentation: Augmentation, image: np.ndarray, label: np.ndar
     left = math.floor(draws[2] * (max(0, scaled_width - crop) + 1))
     content = min(scaled_height, crop), min(scaled_width, crop)
     out = Reference(
-        np.zeros((crop, crop, 3)), np.full((crop, crop), augmentation.ignore_label), np.zeros((crop, crop), bool), content
+        np.zeros((crop, crop, 3)),
+        np.full((crop, crop), augmentation.ignore_label),
+        np.zeros((crop, crop), bool),
+        content,
     )
     for i in range(content[0]):
         for j in range(content[1]):

@@ -27,7 +27,14 @@ def test_the_palette_equals_vocs_label_colormap_bit_by_bit() -> None:
 
 @pytest.mark.parametrize(
     ("index", "color"),
-    [(0, (0, 0, 0)), (1, (128, 0, 0)), (2, (0, 128, 0)), (15, (192, 128, 128)), (20, (0, 64, 128)), (255, (224, 224, 192))],
+    [
+        (0, (0, 0, 0)),
+        (1, (128, 0, 0)),
+        (2, (0, 128, 0)),
+        (15, (192, 128, 128)),
+        (20, (0, 64, 128)),
+        (255, (224, 224, 192)),
+    ],
 )
 def test_well_known_colors(index: int, color: tuple[int, int, int]) -> None:
     assert tuple(voc.PALETTE[index].tolist()) == color

@@ -24,6 +24,12 @@ ALONE = DistEnv(0, 0, 1, "single process")
 SIZES = [(33, 41), (30, 47), (57, 34), (26, 26), (40, 33)]  # height, width: on the grid 8k+1 or not, each way
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank takes the GPU where there is one; here bits are compared with a loop on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images and labels in folders, the files as PIL writes them."""

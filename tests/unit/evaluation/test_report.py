@@ -119,15 +119,15 @@ def test_figures_of_21_classes_and_no_correct_pixel_are_drawn_too(tmp_path: Path
     assert _picture(tmp_path / "confusion.png").shape[0] >= 800  # room for 21 names
 
 
-def test_panels_show_wrong_pixels_in_red_and_right_ones_not(tmp_path: Path) -> None:
-    label = np.zeros((40, 40), dtype=np.uint8)
+def test_panels_show_wrong_pixels_in_red_but_neither_right_nor_void_ones(tmp_path: Path) -> None:
+    right = np.zeros((40, 40), dtype=np.uint8)
     image = np.full((40, 40, 3), 128, dtype=np.uint8)
-    red_pixels = []
-    for pred in (label, label + 1):
-        evaluation = Evaluation(CONFUSION, 1, 255, [Panel("image", image, label, pred)])
-        write_report(evaluation, NAMES, tmp_path)
-        red_pixels.append(int((_picture(tmp_path / "panels.png") == (214, 40, 40)).all(axis=2).sum()))
-    assert red_pixels[1] - red_pixels[0] > 10_000  # the whole of a picture, beside the legend's patch
+    red_pixels = {}
+    for case, label in (("right", right), ("wrong", right + 1), ("void", right + 255)):
+        write_report(Evaluation(CONFUSION, 1, 255, [Panel("image", image, label, right)]), NAMES, tmp_path)
+        red_pixels[case] = int((_picture(tmp_path / "panels.png") == (214, 40, 40)).all(axis=2).sum())
+    assert red_pixels["right"] == red_pixels["void"]  # the legend's patch
+    assert red_pixels["wrong"] - red_pixels["right"] > 10_000  # the whole of a picture
 
 
 def test_writing_a_report_again_replaces_it(tmp_path: Path) -> None:

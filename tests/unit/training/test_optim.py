@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
-from dist_deeplab.training.optim import build_optimizer, describe_groups, grad_norm, poly_lr, set_lr
+from dist_deeplab.training.optim import build_optimizer, describe_groups, poly_lr, set_lr
 
 
 def _net(batch_norm: str = "local") -> DeepLabV2:
@@ -117,17 +117,3 @@ def test_three_updates_equal_slow_sgd_with_momentum_and_decay() -> None:
         optimizer.step()
     for name, parameter in net.named_parameters():
         np.testing.assert_allclose(parameter.detach().numpy(), expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
-
-
-def test_grad_norm_is_the_norm_of_all_gradients_together() -> None:
-    net = _net()
-    optimizer = build_optimizer(net, OptimConfig())
-    assert float(grad_norm(optimizer)) == 0.0  # nothing has a gradient yet
-    rng = np.random.default_rng(0)
-    total = 0.0
-    for number, parameter in enumerate(net.parameters()):
-        if number % 3:
-            gradient = rng.normal(size=parameter.shape).astype(np.float32)
-            parameter.grad = torch.from_numpy(gradient)
-            total += float((gradient.astype(np.float64) ** 2).sum())
-    assert float(grad_norm(optimizer)) == pytest.approx(total**0.5, rel=1e-5)

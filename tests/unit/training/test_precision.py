@@ -25,7 +25,7 @@ def _update(precision: Precision, net: nn.Module, x: torch.Tensor, optimizer: SG
     with precision.autocast():
         y = net(x)
     precision.backward(y.float().square().mean())
-    return precision.step(optimizer, list(net.parameters()), clip_norm)
+    return precision.step(optimizer, clip_norm)[0]
 
 
 def _state(net: nn.Module, optimizer: SGD) -> list[torch.Tensor]:
@@ -82,12 +82,26 @@ def test_fp16_skips_an_update_whose_gradient_is_not_finite(bad: float, clip_norm
     optimizer.zero_grad()
     precision.backward(net(x).square().mean())
     net[0].weight.grad[0, 0, 0, 0] = bad
-    assert precision.step(optimizer, list(net.parameters()), clip_norm) is False
+    assert precision.step(optimizer, clip_norm)[0] is False
     assert all(torch.equal(a, b) for a, b in zip(_state(net, optimizer), before, strict=True))
     assert precision.scaler.get_scale() == scale / 2
 
     assert _update(precision, net, x, optimizer, clip_norm) is True
     assert not any(torch.equal(a, b) for a, b in zip(_state(net, optimizer), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("clip_norm", [0.0, 0.01])
+def test_the_norm_is_that_of_all_gradients_before_clipping_and_scaling(dtype: str, clip_norm: float) -> None:
+    net, x = _problem()
+    optimizer, precision = SGD(net.parameters(), lr=0.1), Precision(dtype, CPU)
+    net(x).square().mean().backward()
+    net[2].bias.grad = None  # a parameter without gradient counts nothing
+    expected = sum(float(p.grad.double().square().sum()) for p in net.parameters() if p.grad is not None) ** 0.5
+    optimizer.zero_grad()
+    precision.backward(net(x).square().mean())
+    net[2].bias.grad = None
+    assert float(precision.step(optimizer, clip_norm)[1]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_update_counts_as_done_when_the_scale_grows() -> None:
@@ -105,7 +119,7 @@ def test_the_scalers_state_survives_a_file() -> None:
     optimizer.zero_grad()
     precision.backward(net(x).square().mean())
     net[0].weight.grad.fill_(float("inf"))
-    precision.step(optimizer, list(net.parameters()), 0.0)
+    precision.step(optimizer, 0.0)
     _update(precision, net, x, optimizer)
 
     other = Precision("fp16", CPU)
