@@ -16,6 +16,7 @@ Exit codes: 0 done, 2 wrong arguments or data.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -48,8 +49,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--samples-per-shard must be at least 1, not {arguments.samples_per_shard}")
     if not 0 <= arguments.ignore_label <= 255:
         parser.error(f"--ignore-label must be in 0..255, not {arguments.ignore_label}")
-    if "/" in arguments.split or not arguments.split:
-        parser.error(f"--split must be a plain name, not {arguments.split!r}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", arguments.split):
+        parser.error(f"--split must be a plain name of letters, digits, dot, dash and underscore: {arguments.split!r}")
     return arguments
 
 
@@ -59,9 +60,9 @@ def read_class_names(path: Path | None) -> tuple[str, ...]:
         return voc.CLASS_NAMES
     if not path.is_file():
         raise ShardError(f"there is no file of class names at {path}; write one name a line, background first")
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    if len(names) < 2 or len(set(names)) != len(names):
-        raise ShardError(f"{path} must name two or more classes, each once, background first")
+    names = tuple(line for line in shard_writer.read_lines(path) if line)
+    if not 2 <= len(names) <= 255 or len(set(names)) != len(names):
+        raise ShardError(f"{path} must name 2 to 255 classes, each once, background first; it has {len(names)}")
     return names
 
 
@@ -76,10 +77,12 @@ def with_progress(samples: Iterable[shard_writer.SourceSample]) -> Iterable[shar
 def print_summary(manifest: Manifest) -> None:
     """Print where the set is and which share of the pixels each class has."""
     total = max(1, sum(manifest.class_pixels))
-    table = Table("label", "class", "pixels", title=f"{manifest.path}: {manifest.num_samples} samples")
+    table = Table("label", "class", "pixels")
     for label, (name, pixels) in enumerate(zip(manifest.class_names, manifest.class_pixels, strict=True)):
         table.add_row(str(label), name, f"{pixels / total:.2%}" if pixels else "none")
-    Console().print(table)
+    console = Console()
+    console.print(f"{manifest.path}: {manifest.num_samples} samples in {len(manifest.shards)} shards", soft_wrap=True)
+    console.print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"error: {error.strerror}: {error.filename}; nothing that looks finished was left", file=sys.stderr)
+        where = error.filename or arguments.out
+        print(f"error: {error.strerror}: {where}; nothing that looks finished was left", file=sys.stderr)
         return 1
     print_summary(manifest)
     return 0

@@ -71,16 +71,20 @@ class DecodingDataset(Dataset["Batch | UserError"]):
         try:
             image, label = decode_image(sample.image), decode_label(sample.label)
         except DecodeError as error:
-            raise ShardError(f"{self._where(sample)}: {error}") from None
+            raise ShardError(f"{self._where(index, sample)}: {error}") from None
         if label.shape != image.shape[:2]:
-            raise ShardError(f"{self._where(sample)}: image {image.shape[:2]} and label {label.shape} differ in size")
+            raise ShardError(
+                f"{self._where(index, sample)}: image {image.shape[:2]} and label {label.shape} differ in size"
+            )
         if not self.allowed[label].all():
             value = label[~self.allowed[label]][0]
-            raise ShardError(f"{self._where(sample)}: the label {value} is no class and not void; see data.num_classes")
+            raise ShardError(
+                f"{self._where(index, sample)}: the label {value} is no class and not void; see data.num_classes"
+            )
         return sample.key, image, label
 
-    def _where(self, sample: Sample) -> str:
-        return f"sample {sample.key!r} of {self.reader.manifest.path}"
+    def _where(self, index: int, sample: Sample) -> str:
+        return f"sample {sample.key!r} in {self.reader.shard_path(index)}"
 
 
 class TrainDataset(DecodingDataset):
@@ -161,7 +165,7 @@ def raise_errors(batches: "Iterable[Batch | UserError]") -> Iterator[Batch]:
 def to_batch(key: str, image: np.ndarray, label: np.ndarray, content: tuple[int, int]) -> Batch:
     """Return one sample, image [H, W, 3] and label [H, W], as a batch of one."""
     return Batch(
-        image=torch.from_numpy(image).permute(2, 0, 1)[None],
+        image=torch.from_numpy(image)[None].permute(0, 3, 1, 2),
         label=torch.from_numpy(label)[None],
         content=torch.tensor([content], dtype=torch.int64),
         keys=[key],

@@ -19,7 +19,8 @@ import webdataset
 from dist_deeplab.data.decode import DecodeError, decode_image, decode_label, encode_label
 from dist_deeplab.data.shards import INDEX_DTYPE, Manifest, Shard, ShardError, keys_digest
 
-_EPOCH_MTIME = 0.0  # one fixed time for all members: the same input gives the same bytes
+_MAX_CLASSES = 255  # 8 bits less the void label
+_MTIME = 0  # one fixed time for all members: the same input gives the same bytes; as a float it would need PAX headers
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class LabelSpace:
 
     class_names: tuple[str, ...]
     ignore_label: int
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) > _MAX_CLASSES:
+            raise ShardError(
+                f"{len(self.class_names)} classes don't fit into an 8-bit label; {_MAX_CLASSES} do, and void"
+            )
 
     def count(self, label: np.ndarray, *, where: str) -> np.ndarray:
         """Return the pixels of each class, int64 [num_classes].
@@ -70,10 +77,11 @@ def read_voc_list(voc_root: Path, split: str) -> list[SourceSample]:
     if not listing.is_file():
         there = ", ".join(sorted(file.stem for file in listing.parent.glob("*.txt"))) or "none"
         raise ShardError(f"there is no list {listing}; lists there: {there}")
-    keys = listing.read_text(encoding="utf-8").split()
+    keys = read_lines(listing)
     return [
         SourceSample(key, voc_root / "JPEGImages" / f"{key}.jpg", voc_root / "SegmentationClass" / f"{key}.png")
         for key in keys
+        if key
     ]
 
 
@@ -89,7 +97,7 @@ def read_pair_list(data_root: Path, listing: Path) -> list[SourceSample]:
     if not listing.is_file():
         raise ShardError(f"there is no list file {listing}")
     samples = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(listing), start=1):
         parts = line.split()
         if not parts:
             continue
@@ -98,6 +106,18 @@ def read_pair_list(data_root: Path, listing: Path) -> list[SourceSample]:
         image, label = (data_root / part.lstrip("/") for part in parts)
         samples.append(SourceSample(image.stem, image, label))
     return samples
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file without the white space around them; CRLF and a byte order mark are tolerated.
+
+    Raises:
+        ShardError: the file is not UTF-8 text.
+    """
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise ShardError(f"{path} is not UTF-8 text; convert it, e.g. with iconv") from None
 
 
 def write_shards(
@@ -128,9 +148,9 @@ def write_shards(
     scratch.mkdir()
     try:
         class_pixels = np.zeros(len(labels.class_names), dtype=np.int64)
-        pattern = str(scratch / f"{split}-%06d.tar")
+        pattern = str(scratch / split).replace("%", "%%") + "-%06d.tar"
         with webdataset.ShardWriter(
-            pattern, maxcount=samples_per_shard, maxsize=2**40, mtime=_EPOCH_MTIME, verbose=0
+            pattern, maxcount=samples_per_shard, maxsize=2**40, mtime=_MTIME, verbose=0
         ) as writer:
             for sample in progress(samples):
                 image, label, counts = _load_checked(sample, labels)
@@ -167,7 +187,7 @@ def build_index(tars: Sequence[Path]) -> tuple[np.ndarray, list[str]]:
     Raises:
         ShardError: a tar that can't be read, or a sample without its image or label.
     """
-    rows: list[tuple[int, int, int, int, int]] = []
+    rows: list[tuple[int, int, int, int, int, int]] = []
     keys: list[str] = []
     for shard, path in enumerate(tars):
         try:
@@ -182,7 +202,7 @@ def build_index(tars: Sequence[Path]) -> tuple[np.ndarray, list[str]]:
             label = members.get(f"{key}.png")
             if label is None:
                 raise ShardError(f"{path} holds {name} but not {key}.png; a sample needs both")
-            rows.append((shard, image.offset_data, image.size, label.offset_data, label.size))
+            rows.append((shard, image.offset, image.offset_data, image.size, label.offset_data, label.size))
             keys.append(key)
     return np.array(rows, dtype=INDEX_DTYPE), keys
 

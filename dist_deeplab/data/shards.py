@@ -6,6 +6,7 @@ Reading by position is what makes the sample order a pure function and a run res
 """
 
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -20,8 +21,12 @@ from dist_deeplab.errors import UserError
 
 FORMAT = "dist_deeplab.shards/1"
 INDEX_DTYPE = np.dtype(
-    [("shard", "<i4"), ("image_offset", "<i8"), ("image_size", "<i8"), ("label_offset", "<i8"), ("label_size", "<i8")]
+    [
+        *(("shard", "<i4"), ("header_offset", "<i8")),
+        *(("image_offset", "<i8"), ("image_size", "<i8"), ("label_offset", "<i8"), ("label_size", "<i8")),
+    ]
 )
+"""header_offset: where the image's tar header begins, the extended one of a long or non-ASCII name included."""
 _MAX_OPEN_SHARDS = 64
 _TAR_BLOCK = tarfile.BLOCKSIZE
 
@@ -81,7 +86,7 @@ def load_manifest(path: str | Path) -> Manifest:
     Raises:
         ShardError: no manifest there; not one; an index or shard missing or of another size; no samples.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -98,6 +103,8 @@ def load_manifest(path: str | Path) -> Manifest:
         manifest = Manifest(**values, class_names=names, class_pixels=pixels, shards=shards, path=path)
     except (TypeError, KeyError) as error:
         raise ShardError(f"the manifest {path} is incomplete ({error}); make the shards again") from None
+    if not isinstance(manifest.num_samples, int) or not isinstance(manifest.num_classes, int):
+        raise ShardError(f"the manifest {path} holds a count that is no number; make the shards again")
     if manifest.num_samples < 1:
         raise ShardError(f"the set {path} is empty; make the shards again from a list that names images")
     for shard in manifest.shards:
@@ -139,6 +146,22 @@ def _open_index(manifest: Manifest) -> np.ndarray:
     return index
 
 
+def _read_header(header: bytes) -> tuple[str, int]:
+    """Return name and size that a member's header blocks give, an extended header (PAX, GNU) included.
+
+    Raises:
+        tarfile.TarError: these are no header blocks.
+    """
+    if len(header) == _TAR_BLOCK:
+        member: tarfile.TarInfo | None = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    else:
+        with tarfile.open(fileobj=io.BytesIO(header + bytes(_TAR_BLOCK)), mode="r:") as tar:
+            member = tar.next()
+    if member is None:
+        raise tarfile.ReadError("no member")
+    return member.name, member.size
+
+
 class ShardReader:
     """Random access to the samples of a manifest, by `os.pread`: no seek state, so forked workers may share it.
 
@@ -169,26 +192,40 @@ class ShardReader:
         if self._index is None:
             self._index = _open_index(self.manifest)
         row = self._index[index]
-        shard = int(row["shard"])
-        header = self._pread(shard, int(row["image_offset"]) - _TAR_BLOCK, _TAR_BLOCK, index)
-        image = self._pread(shard, int(row["image_offset"]), int(row["image_size"]), index)
-        label = self._pread(shard, int(row["label_offset"]), int(row["label_size"]), index)
+        shard, image_offset = int(row["shard"]), int(row["image_offset"])
+        if not 0 <= shard < len(self.manifest.shards):
+            raise ShardError(
+                f"the index of {self.manifest.path} names a shard that is not there; make the shards again"
+            )
+        header_size = image_offset - int(row["header_offset"])
+        label_start, label_size = int(row["label_offset"]) - _TAR_BLOCK, int(row["label_size"])
+        image = self._pread(shard, int(row["header_offset"]), header_size + int(row["image_size"]), index)
+        label = self._pread(shard, label_start, _TAR_BLOCK + label_size, index)
         try:
-            name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-        except tarfile.HeaderError:
+            name, image_size = _read_header(image[:header_size])
+            if (image_size, _read_header(label[:_TAR_BLOCK])[1]) != (row["image_size"], label_size):
+                raise tarfile.ReadError("other sizes")
+        except tarfile.TarError:
             raise self._mismatch(shard, index) from None
-        return Sample(name.rpartition(".")[0], image, label)
+        return Sample(name.rpartition(".")[0], image[header_size:], label[_TAR_BLOCK:])
+
+    def shard_path(self, index: int) -> Path:
+        """Return the shard that sample `index` is in, for messages."""
+        return self._path(int(_open_index(self.manifest)[index]["shard"]))
 
     def key(self, index: int) -> str:
         """Return the key of sample `index`."""
         return self.read(index).key
 
     def _mismatch(self, shard: int, index: int) -> ShardError:
-        path = self.manifest.path.parent / self.manifest.shards[shard].name
-        return ShardError(f"sample {index} is not where the index says in {path}; copy or make the shards again")
+        where = f"sample {index} is not where the index says in {self._path(shard)}"
+        return ShardError(f"{where}; copy or make the shards again")
+
+    def _path(self, shard: int) -> Path:
+        return self.manifest.path.parent / self.manifest.shards[shard].name
 
     def _pread(self, shard: int, offset: int, size: int, index: int) -> bytes:
-        data = os.pread(self._open(shard), size, offset)
+        data = os.pread(self._open(shard), size, offset) if size > 0 <= offset else b""
         if len(data) != size:
             raise self._mismatch(shard, index)
         return data
@@ -196,7 +233,7 @@ class ShardReader:
     def _open(self, shard: int) -> int:
         file = self._files.get(shard)
         if file is None:
-            path = self.manifest.path.parent / self.manifest.shards[shard].name
+            path = self._path(shard)
             try:
                 file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:

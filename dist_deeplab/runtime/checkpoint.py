@@ -51,9 +51,10 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / f"step_{step:08d}.pt"
         digest = _write(path, lambda temporary: torch.save({"format": FORMAT, **content}, temporary))
-        _write_sidecar(path, step=step, sha256=digest)
+        _write_sidecar(path, step=step, digests=[digest])
         if is_best:
             self._link_best(path, step=step, sha256=digest)
+        self._set_later_aside(step)
         self._prune()
 
     def newest(self) -> Path | None:
@@ -88,8 +89,19 @@ class CheckpointFolder:
             os.link(path, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
+        # The sidecar goes first and names old and new file: killed between the two renames, best.pt still verifies.
+        _write_sidecar(best, step=step, digests=[sha256, *_sidecar_digests(best)[:2]], size_bytes=path.stat().st_size)
         os.replace(temporary, best)
-        _write_sidecar(best, step=step, sha256=sha256)
+        _fsync(self.path)
+
+    def _set_later_aside(self, step: int) -> None:
+        """Rename checkpoints of later steps: they were passed over, and must neither be found nor count as kept."""
+        for path in self._all():
+            if path.stem > f"step_{step:08d}":
+                log.warning("%s was passed over when the run went on from before it; renamed to *.passed_over", path)
+                for file in (path, path.with_suffix(".json")):
+                    if file.exists():
+                        os.replace(file, file.with_name(f"{file.name}.passed_over"))
 
     def _prune(self) -> None:
         for path in self._all()[: -self.keep_last]:
@@ -105,11 +117,10 @@ def verify(path: Path) -> None:
     """
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
-    try:
-        expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"the checkpoint {path} has no readable sidecar {path.with_suffix('.json').name}") from None
-    if _sha256(path) != expected:
+    expected = _sidecar_digests(path)
+    if not expected:
+        raise UserError(f"the checkpoint {path} has no readable sidecar {path.with_suffix('.json').name}")
+    if _sha256(path) not in expected:
         raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is not the one in its sidecar")
 
 
@@ -147,8 +158,20 @@ def _require_finite(content: dict[str, Any]) -> None:
             raise ValueError(f"{name} holds NaN or infinity")
 
 
-def _write_sidecar(path: Path, *, step: int, sha256: str) -> None:
-    text = json.dumps({"format": FORMAT, "step": step, "sha256": sha256, "size_bytes": path.stat().st_size})
+def _sidecar_digests(path: Path) -> list[str]:
+    """Return the digests that a checkpoint may have, the newest first; none where the sidecar can't be read."""
+    try:
+        values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return [values["sha256"], *values.get("replaces", [])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _write_sidecar(path: Path, *, step: int, digests: list[str], size_bytes: int | None = None) -> None:
+    """Write a sidecar that names the file's digest, first, and those of files that it may still be replacing."""
+    size = path.stat().st_size if size_bytes is None else size_bytes
+    values = {"format": FORMAT, "step": step, "sha256": digests[0], "size_bytes": size}
+    text = json.dumps(values | ({"replaces": digests[1:]} if digests[1:] else {}))
     _write(path.with_suffix(".json"), lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
@@ -160,6 +183,9 @@ def _write(path: Path, fill: Callable[[Path], Any]) -> str:
         digest = _sha256(temporary)
         _fsync(temporary)
         os.replace(temporary, path)
+    except RuntimeError as error:  # what torch makes of a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {first_line(error)}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 
 from filelock import FileLock, Timeout
 
-from dist_deeplab.runtime.tracking import JOURNAL, RUN_FILE
+from dist_deeplab.runtime.tracking import JOURNAL, RUN_FILE, parse_record
 
 log = logging.getLogger("mlflow_mirror")
 
@@ -38,7 +38,7 @@ class Mirror:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.info = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
-        self.state: dict[str, Any] = {"run_id": None, "sent_bytes": 0, "status": None}
+        self.state: dict[str, Any] = {"run_id": None, "sent_bytes": 0, "status": None, "described": -1}
         if (run_dir / _STATE_FILE).exists():
             self.state.update(json.loads((run_dir / _STATE_FILE).read_text(encoding="utf-8")))
         self.client: Any = None
@@ -70,16 +70,16 @@ class Mirror:
             else:
                 experiment_id = experiment.experiment_id
         if self.state["run_id"] is None:
-            run = client.create_run(experiment_id, run_name=self.info["name"])
-            params = [Param(key, str(value)) for key, value in self.info["parameters"].items()]
-            client.log_batch(run.info.run_id, params=params)
-            self._save_state(run_id=run.info.run_id)
-        else:
-            client.update_run(self.state["run_id"], status="RUNNING")
-            self._save_state(status=None)
-        client.log_batch(self.state["run_id"], tags=[RunTag(k, str(v)) for k, v in self.info["tags"].items()])
-        if (self.run_dir / "config.yaml").exists():
-            client.log_artifact(self.state["run_id"], str(self.run_dir / "config.yaml"))
+            self._save_state(run_id=client.create_run(experiment_id, run_name=self.info["name"]).info.run_id)
+        run_id, attempt = self.state["run_id"], self.info["attempt"]
+        if self.state["described"] < attempt:  # once an attempt; parameters are of the first, they can't change
+            if self.state["described"] < 0:
+                client.log_batch(run_id, params=[Param(k, str(v)) for k, v in self.info["parameters"].items()])
+            client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in self.info["tags"].items()])
+            if (self.run_dir / "config.yaml").exists():
+                client.log_artifact(run_id, str(self.run_dir / "config.yaml"))
+            client.update_run(run_id, status="RUNNING")
+            self._save_state(described=attempt, status=None)
         self.client = client
 
     def send_new(self) -> str | None:
@@ -91,8 +91,7 @@ class Mirror:
                 self._send_metrics(metrics)
             for record in batch:
                 if "file" in record:
-                    path = self.run_dir / record["file"]
-                    self.client.log_artifact(self.state["run_id"], str(path), str(Path(record["file"]).parent))
+                    self._send_file(Path(record["file"]))
             self._save_state(sent_bytes=end)
             ending = [r["status"] for r in batch if "status" in r and r["attempt"] == self.info["attempt"]]
             if ending:
@@ -107,9 +106,26 @@ class Mirror:
 
     def _send_metrics(self, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
 
         metrics = [Metric(r["key"], r["value"], round(r["time"] * 1000), r["step"]) for r in records]
-        self.client.log_batch(self.state["run_id"], metrics=metrics)
+        try:
+            self.client.log_batch(self.state["run_id"], metrics=metrics)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            if len(records) == 1:
+                log.warning("MLflow refuses the point %s (%s); it stays in the journal", records[0], error)
+                return
+            for record in records:  # one bad name must not hold up the others
+                self._send_metrics([record])
+
+    def _send_file(self, name: Path) -> None:
+        path = self.run_dir / name
+        if path.exists():
+            self.client.log_artifact(self.state["run_id"], str(path), str(name.parent))
+        else:
+            log.warning("%s is gone; MLflow does without it", path)
 
     def _new_records(self) -> Iterator[tuple[dict[str, Any], int]]:
         """Yield complete records of the journal with the byte offset behind each."""
@@ -122,7 +138,7 @@ class Mirror:
                 if not line.endswith(b"\n"):
                     return
                 end += len(line)
-                yield json.loads(line), end
+                yield parse_record(line), end
 
     def _save_state(self, **changes: Any) -> None:
         self.state.update(changes)

@@ -132,6 +132,15 @@ def _start_mirror(run_dir: Path) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, stdout=output, stderr=output, env=environ, start_new_session=True)
 
 
+def parse_record(line: bytes) -> dict[str, Any]:
+    """Return a journal line's record; an empty one where the line is damaged, e.g. by a power cut."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def _repair(path: Path) -> tuple[set[tuple[str, int]], int]:
     """Cut an unfinished last line off the journal; return the points in it and the number of this attempt."""
     recorded: set[tuple[str, int]] = set()
@@ -144,7 +153,7 @@ def _repair(path: Path) -> tuple[set[tuple[str, int]], int]:
             if not line.endswith(b"\n"):
                 break
             complete += len(line)
-            record = json.loads(line)
+            record = parse_record(line)
             attempt = max(attempt, record.get("attempt", 0) + 1)
             if "key" in record:
                 recorded.add((record["key"], record["step"]))

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -341,25 +342,35 @@ def test_a_write_that_fails_inside_torch_is_an_os_error_too(
     assert read_tree(folder.path) == before
 
 
-@pytest.mark.parametrize("call", range(4))
-def test_kill_9_at_any_rename_leaves_sound_checkpoints(call: int, folder: CheckpointFolder) -> None:
-    """The four renames of a save: the file, its sidecar, the best file, its sidecar."""
-    folder.save(content_of(1), step=1, is_best=True)
+def save_until_killed(folder: CheckpointFolder, call: int) -> int | None:
+    """Save step 2 in a process that gets `kill -9` instead of its rename number `call`; return its exit code."""
 
-    def save_and_die() -> None:
-        replace, calls = os.replace, iter(range(9))
+    def save() -> None:
+        replace, calls = os.replace, itertools.count()
         os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == call else replace(*names)
         folder.save(content_of(2), step=2, is_best=True)
 
-    process = multiprocessing.get_context("fork").Process(target=save_and_die)
+    process = multiprocessing.get_context("fork").Process(target=save)
     process.start()
     process.join()
-    assert process.exitcode == -signal.SIGKILL
-    newest = folder.newest()
-    assert newest is not None
-    assert load_checkpoint(newest)["step"] == (1 if call < 2 else 2)
-    assert load_checkpoint(folder.path / "best.pt")["step"] in (1, 2)
-    folder.save(content_of(2), step=2, is_best=True)
+    return process.exitcode
+
+
+def test_kill_9_at_any_rename_leaves_a_sound_newest_and_best(tmp_path: Path) -> None:
     names = ("step_00000001", "step_00000002", "best")
-    assert set(os.listdir(folder.path)) == {f"{name}.{ending}" for name in names for ending in ("pt", "json")}
-    assert load_checkpoint(folder.path / "best.pt")["step"] == 2
+    pairs = {f"{name}.{ending}" for name in names for ending in ("pt", "json")}
+    for call in itertools.count():
+        folder = CheckpointFolder(tmp_path / str(call), keep_last=3, is_writer=True)
+        folder.save(content_of(1), step=1, is_best=True)
+        exit_code = save_until_killed(folder, call)
+        assert exit_code == (-signal.SIGKILL if exit_code else 0)
+        newest = folder.newest()
+        assert newest is not None
+        assert load_checkpoint(newest)["step"] == (2 if call > 1 else 1)
+        assert load_checkpoint(folder.path / "best.pt")["step"] in (1, 2), f"killed at rename {call}"
+        folder.save(content_of(2), step=2, is_best=True)
+        assert set(os.listdir(folder.path)) == pairs
+        assert load_checkpoint(folder.path / "best.pt")["step"] == 2
+        if exit_code == 0:
+            assert call >= 4, "file, sidecar, best file, its sidecar"
+            return

@@ -140,6 +140,8 @@ def test_every_command_in_the_manual_is_accepted() -> None:
         "--voc-root a --split train",
         "--voc-root a --split sub/train --out x",
         "--voc-root a --split '' --out x",
+        "--voc-root a --split 50% --out x",
+        "--voc-root a --split .. --out x",
         "--voc-root a --split train --out x --samples-per-shard 0",
         "--voc-root a --split train --out x --samples-per-shard many",
         "--voc-root a --split train --out x --ignore-label 256",
