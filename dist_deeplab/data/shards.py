@@ -152,14 +152,14 @@ def _read_header(header: bytes) -> tuple[str, int]:
     Raises:
         tarfile.TarError: these are no header blocks.
     """
+    last = tarfile.TarInfo.frombuf(header[-_TAR_BLOCK:], "utf-8", "surrogateescape")
     if len(header) == _TAR_BLOCK:
-        member: tarfile.TarInfo | None = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    else:
-        with tarfile.open(fileobj=io.BytesIO(header + bytes(_TAR_BLOCK)), mode="r:") as tar:
-            member = tar.next()
-    if member is None:
+        return last.name, last.size
+    with tarfile.open(fileobj=io.BytesIO(header + bytes(_TAR_BLOCK)), mode="r:") as tar:
+        member = tar.next()
+    if member is None or member.offset_data != len(header):
         raise tarfile.ReadError("no member")
-    return member.name, member.size
+    return member.name, last.size
 
 
 class ShardReader:
@@ -194,9 +194,7 @@ class ShardReader:
         row = self._index[index]
         shard, image_offset = int(row["shard"]), int(row["image_offset"])
         if not 0 <= shard < len(self.manifest.shards):
-            raise ShardError(
-                f"the index of {self.manifest.path} names a shard that is not there; make the shards again"
-            )
+            raise ShardError(f"sample {index} of {self.manifest.path} is in no shard of the set; make the shards again")
         header_size = image_offset - int(row["header_offset"])
         label_start, label_size = int(row["label_offset"]) - _TAR_BLOCK, int(row["label_size"])
         image = self._pread(shard, int(row["header_offset"]), header_size + int(row["image_size"]), index)
