@@ -89,7 +89,7 @@ class DataConfig(Section):
     """Random scale is uniform in [low, high]."""
     mirror: bool = True
     """Mirror left-right with probability 1/2."""
-    crop_size: Positive = 321
+    crop_size: Annotated[int, Field(ge=1, le=8193)] = 321
     """Side of the square training crop in pixels; 8k+1 keeps logits on the pixel grid."""
     num_workers: Annotated[int, Field(ge=0, le=256)] = 4
     """Loader processes per rank; 0 decodes in the training process."""
@@ -194,7 +194,7 @@ class RunConfig(Section):
     output_dir: str = "runs"
     """Folder of all runs."""
     resume: Annotated[str, Field(min_length=1)] = "auto"
-    """auto: go on from the run's newest checkpoint; never: refuse a used folder; PATH: go on from that file."""
+    """auto: go on from the run's newest checkpoint; never: refuse a used folder; PATH: start a new folder from it."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     batch: BatchConfig = BatchConfig()
@@ -224,7 +224,7 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path:
         """Folder of this run."""
-        return Path(self.output_dir) / self.name
+        return Path(self.output_dir).expanduser() / self.name
 
 
 _SECTIONS: dict[str, type[Section]] = {name: type(value) for name, value in RunConfig() if isinstance(value, Section)}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab import config as configuration
-from dist_deeplab.data.shards import Manifest, load_manifest, require_fit
+from dist_deeplab.data.shards import Manifest, load_manifest
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
@@ -25,10 +25,10 @@ from dist_deeplab.evaluation.evaluator import Evaluation, evaluate
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.weights import Variant
-from dist_deeplab.runtime.checkpoint import load_checkpoint
-from dist_deeplab.runtime.distributed import DistEnv, exit_with_error, process_group
+from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, process_group
 from dist_deeplab.runtime.logs import setup_logging
 from dist_deeplab.runtime.parallel import place_model
+from dist_deeplab.training.resume import read_checkpoint
 
 log = logging.getLogger("dist_deeplab.evaluate")
 
@@ -39,14 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         env = DistEnv.from_environ()
         manifest = load_manifest(arguments.data)
-        saved = load_checkpoint(arguments.checkpoint)
+        saved = read_checkpoint(arguments.checkpoint)
         settings = run_settings(saved, arguments.overrides)
-        require_fit(manifest, num_classes=settings.data.num_classes, ignore_label=manifest.ignore_label)
+        if manifest.num_classes != settings.data.num_classes:
+            raise UserError(
+                f"{arguments.checkpoint} knows {settings.data.num_classes} classes but {manifest.path} has "
+                f"{manifest.num_classes}; give the checkpoint or the set that fits the other"
+            )
+        prepare_output(arguments)
         with process_group(env):
             score(env, saved, settings, manifest, arguments)
         return 0
     except UserError as error:
         return exit_with_error(env, error)
+    except Exception as error:
+        return exit_with_crash(env, error)
 
 
 def score(
@@ -95,6 +102,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def report_folder(arguments: argparse.Namespace) -> Path:
+    """Return --out, or its default beside the checkpoints."""
+    checkpoint: Path = arguments.checkpoint
+    default = checkpoint.parent.parent / "eval" / f"{checkpoint.stem}_{arguments.data.stem}"
+    return arguments.out or default
+
+
+def prepare_output(arguments: argparse.Namespace) -> None:
+    """Make the folders that will be written to, before the work.
+
+    Raises:
+        UserError: they can't be made.
+    """
+    for folder in (report_folder(arguments), *([arguments.json.parent] if arguments.json else [])):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out or --json") from None
+
+
 def run_settings(saved: dict[str, Any], overrides: Sequence[str]) -> configuration.RunConfig:
     """Return the configuration of the checkpoint's run, with overrides of what does not belong to its weights.
 
@@ -119,8 +146,7 @@ def load_network(saved: dict[str, Any], settings: configuration.RunConfig, varia
 
 def write(evaluation: Evaluation, class_names: Sequence[str], arguments: argparse.Namespace) -> None:
     """Write the report's folder and, where wanted, the JSON file."""
-    checkpoint = arguments.checkpoint
-    folder = arguments.out or checkpoint.parent.parent / "eval" / f"{checkpoint.stem}_{arguments.data.stem}"
+    folder = report_folder(arguments)
     report.write_report(evaluation, class_names, folder)
     if arguments.json:
         arguments.json.write_text(

@@ -32,11 +32,12 @@ from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.weights import SCRATCH, Variant, Weights, fit_weights, load_weights
 from dist_deeplab.runtime import tracking
 from dist_deeplab.runtime.checkpoint import CheckpointFolder
-from dist_deeplab.runtime.distributed import DistEnv, exit_with_error, process_group
+from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, process_group
 from dist_deeplab.runtime.logs import format_duration, setup_logging
 from dist_deeplab.runtime.meter import Meter
 from dist_deeplab.runtime.parallel import prepare_model, share_buffers
 from dist_deeplab.runtime.preemption import StopRequest
+from dist_deeplab.runtime.run_lock import lock_run
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
@@ -64,13 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         split = BatchSplit.derive(
             global_size=config.batch.global_size, micro_size=config.batch.micro_size, world_size=env.world_size
         )
-        with process_group(env):
+        with process_group(env), lock_run(env, config.run_dir):
             return train(config, env, split, train_set, val_set)
     except UserError as error:
         return exit_with_error(env, error)
-    except Exception:
-        log.exception("rank %d failed", env.rank)  # to its log file too
-        return 1
+    except Exception as error:
+        return exit_with_crash(env, error)
 
 
 def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifest, val_set: Manifest | None) -> int:
@@ -151,13 +151,14 @@ def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
     """Return the manifests of training and (where configured) validation, checked against the configuration."""
     if not config.data.train:
         raise UserError(
-            "no training data: data.train names no manifest; make shards with `python tools/make_shards.py --voc-root "
-            "VOCdevkit/VOC2012 --split train --out data/voc`, then add data.train=data/voc/train.json (or try "
-            "./launch/quickstart.sh, which makes sample data)"
+            "no training data: make shards by `python tools/make_shards.py --voc-root VOCdevkit/VOC2012 --split train "
+            "--out data/voc` and add data.train=data/voc/train.json, or try ./launch/quickstart.sh, which draws some"
         )
     manifests = [load_manifest(path) for path in (config.data.train, config.data.val) if path]
     for manifest in manifests:
         require_fit(manifest, num_classes=config.data.num_classes, ignore_label=config.data.ignore_label)
+    if manifests[-1].class_names != manifests[0].class_names:
+        raise UserError(f"the class names of {config.data.train} and {config.data.val} differ; make both from one list")
     return manifests[0], manifests[1] if config.data.val else None
 
 

@@ -56,12 +56,13 @@ def load_file(path: str | Path) -> Any:
         UserError: no such file, damaged, or holding more than plain values and tensors.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no weights file at {path}") from None
-    except pickle.UnpicklingError as error:
-        reason = first_line(error)
-        raise UserError(f"{path} holds more than tensors and plain values, or is no torch file: {reason}") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than tensors and plain values, or is no torch file; save a plain state dict"
+        ) from None
     except Exception as error:  # an unpickler that meets arbitrary bytes may raise anything
         raise UserError(f"{path} can't be read as a torch file ({first_line(error)}); is it whole?") from None
 

@@ -51,9 +51,9 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / f"step_{step:08d}.pt"
         digest = _write(path, lambda temporary: torch.save({"format": FORMAT, **content}, temporary))
-        _write_sidecar(path, step=step, digests=[digest])
         if is_best:
             self._link_best(path, step=step, sha256=digest)
+        _write_sidecar(path, step=step, digests=[digest])  # last: only now can the step be found, best included
         self._set_later_aside(step)
         self._prune()
 
@@ -136,7 +136,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # an unpickler that meets arbitrary bytes may raise anything
         raise UserError(f"{path} can't be read as a checkpoint: {first_line(error)}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a {FORMAT!r} file; tools and train write those")
+        raise UserError(f"{path} is not a {FORMAT!r} file; dist_deeplab.train writes those")
     return content
 
 

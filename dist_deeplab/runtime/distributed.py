@@ -22,6 +22,7 @@ from dist_deeplab.errors import UserError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _GRACE_S = 3.0  # how long other ranks leave the main rank to report an error that all of them have
+_ECHO_GRACE_S = 5.0
 _COLLECTIVE_TIMEOUT_S = 1800.0  # covers the main rank drawing figures or saving to a slow disk while others wait
 _SLURM_PORTS = (20000, 20000)  # first port and how many
 
@@ -154,6 +155,18 @@ def exit_with_error(env: DistEnv, error: UserError) -> int:
     where = "" if env.is_main else f" (rank {env.rank})"
     print(f"error{where}: {error}", file=sys.stderr, flush=True)
     return error.exit_code
+
+
+def exit_with_crash(env: DistEnv, error: Exception) -> int:
+    """Log an unexpected error with its traceback, to the rank's log file too, and return exit code 1.
+
+    A broken connection is mostly the echo of another rank's error: that one gets time to speak, and the launcher to
+    end this process.
+    """
+    if env.world_size > 1 and isinstance(error, RuntimeError):
+        time.sleep(_ECHO_GRACE_S)
+    log.error("rank %d failed", env.rank, exc_info=error)
+    return 1
 
 
 def _active() -> bool:

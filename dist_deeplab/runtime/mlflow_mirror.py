@@ -1,6 +1,6 @@
 """Send a run's journal to MLflow: while the run is going on, or afterwards.
 
-    python -m dist_deeplab.runtime.mlflow_mirror RUN_DIR [--follow PID]
+    python -m dist_deeplab.runtime.mlflow_mirror RUN_DIR [--uri URI] [--follow PID]
 
 Reads RUN_DIR/metrics.jsonl from where it stopped last time (kept in RUN_DIR/mlflow.json) and sends points with the
 journal's own times, so that sending one twice changes nothing. With --follow it goes on until the journal ends the run
@@ -35,12 +35,15 @@ _BATCH = 500  # MLflow takes at most 1000 metrics a call
 class Mirror:
     """One run's way from journal to MLflow."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, uri: str = "") -> None:
         self.run_dir = run_dir
         self.info = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+        self.uri = uri or self.info["tracking"]["uri"]
         self.state: dict[str, Any] = {"run_id": None, "sent_bytes": 0, "status": None, "described": -1}
         if (run_dir / _STATE_FILE).exists():
-            self.state.update(json.loads((run_dir / _STATE_FILE).read_text(encoding="utf-8")))
+            saved = json.loads((run_dir / _STATE_FILE).read_text(encoding="utf-8"))
+            if saved.get("uri", self.uri) == self.uri:  # another store begins anew
+                self.state.update(saved)
         self.client: Any = None
 
     def connect(self) -> None:
@@ -53,7 +56,7 @@ class Mirror:
         from mlflow.entities import Param, RunTag
         from mlflow.exceptions import MlflowException
 
-        uri, name = self.info["tracking"]["uri"], self.info["tracking"]["experiment"]
+        uri, name = self.uri, self.info["tracking"]["experiment"]
         with store_lock(uri):
             client = mlflow.MlflowClient(uri)
             experiment = client.get_experiment_by_name(name)
@@ -74,7 +77,12 @@ class Mirror:
         run_id, attempt = self.state["run_id"], self.info["attempt"]
         if self.state["described"] < attempt:  # once an attempt; parameters are of the first, they can't change
             if self.state["described"] < 0:
-                client.log_batch(run_id, params=[Param(k, str(v)) for k, v in self.info["parameters"].items()])
+                try:
+                    client.log_batch(run_id, params=[Param(k, str(v)) for k, v in self.info["parameters"].items()])
+                except MlflowException as error:
+                    if error.error_code != "INVALID_PARAMETER_VALUE":
+                        raise
+                    log.warning("MLflow keeps the first attempt's parameters: %s", error)
             client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in self.info["tags"].items()])
             if (self.run_dir / "config.yaml").exists():
                 client.log_artifact(run_id, str(self.run_dir / "config.yaml"))
@@ -141,7 +149,7 @@ class Mirror:
                 yield parse_record(line), end
 
     def _save_state(self, **changes: Any) -> None:
-        self.state.update(changes)
+        self.state.update(changes, uri=self.uri)
         temporary = self.run_dir / f".{_STATE_FILE}.tmp"
         temporary.write_text(json.dumps(self.state), encoding="utf-8")
         os.replace(temporary, self.run_dir / _STATE_FILE)
@@ -219,8 +227,13 @@ def _process_exists(pid: int) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dist_deeplab.runtime.mlflow_mirror", description=__doc__)
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--uri", default="", help="MLflow store, where not the one that the run was started with")
     parser.add_argument("--follow", type=int, metavar="PID", help="process that writes the journal")
     arguments = parser.parse_args()
+    if not (arguments.run_dir / RUN_FILE).is_file():
+        parser.error(f"{arguments.run_dir} is no run's folder: it has no {RUN_FILE}")
+    if Mirror(arguments.run_dir, uri=arguments.uri).uri == "none":
+        parser.error(f"{arguments.run_dir} was run with tracking.uri=none; say where to send it with --uri")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     os.nice(10)  # training goes first
     pid = arguments.follow
@@ -229,7 +242,8 @@ def main() -> int:
         # The mirror of an attempt that was killed may still be sending; it ends as soon as it is done.
         with lock.acquire(timeout=_GIVE_UP_S):
             done = mirror_until_done(
-                Mirror(arguments.run_dir), is_running=lambda: pid is not None and _process_exists(pid)
+                Mirror(arguments.run_dir, uri=arguments.uri),
+                is_running=lambda: pid is not None and _process_exists(pid),
             )
     except Timeout:
         log.warning("another process is still mirroring %s", arguments.run_dir)

@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 JOURNAL = "metrics.jsonl"
 RUN_FILE = "run.json"
-_END_WAIT_S = 120.0  # how long the end of a run waits for the mirror to send what is left
+_END_WAIT_S = 30.0  # how long the end of a run waits for the mirror to send what is left
+_STOP_WAIT_S = 3.0  # where it was stopped or failed: less than the grace time of a preemption
 
 
 class Tracker:
@@ -70,9 +71,14 @@ class JournalTracker(Tracker):
         self.file.close()
         if self.mirror is not None:
             try:
-                self.mirror.wait(_END_WAIT_S)
+                self.mirror.wait(_END_WAIT_S if status == "FINISHED" else _STOP_WAIT_S)
             except subprocess.TimeoutExpired:
-                log.warning("MLflow has not taken everything yet; its process %d goes on trying", self.mirror.pid)
+                log.warning(
+                    "MLflow has not taken everything yet; process %d goes on trying for 10 minutes, and "
+                    "`python -m dist_deeplab.runtime.mlflow_mirror %s` sends the rest at any time",
+                    self.mirror.pid,
+                    self.run_dir,
+                )
 
     def _append(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
@@ -104,7 +110,7 @@ def open_tracker(
 
 def resolve_uri(uri: str, output_dir: str) -> str:
     """Return the configured URI, else MLFLOW_TRACKING_URI, else a SQLite file in the folder of all runs."""
-    default = f"sqlite:///{Path(output_dir).resolve() / 'mlflow.db'}"
+    default = f"sqlite:///{Path(output_dir).expanduser().resolve() / 'mlflow.db'}"
     return uri or os.environ.get("MLFLOW_TRACKING_URI", "") or default
 
 

@@ -41,8 +41,8 @@ class LossWindow:
         for i, row in enumerate(all_reduce_sum(table).tolist()):
             if not all(map(math.isfinite, row)):
                 raise TrainingError(
-                    f"the loss of step {first_step + i} is {row}; lower optim.lr or set optim.clip_norm, then start "
-                    "again: the run goes on from its last checkpoint, which is sound"
+                    f"the loss of step {first_step + i} is {row}; start under another name= with a lower optim.lr or "
+                    "with optim.clip_norm (the checkpoints of this run are sound)"
                 )
             self.reduced.append(dict(zip(names, row, strict=True)))
         self._pending.clear()

@@ -12,6 +12,8 @@ from dist_deeplab.model.weights import Variant
 from dist_deeplab.runtime.checkpoint import CheckpointFolder, load_checkpoint
 from dist_deeplab.training.state import TrainState
 
+_NEEDED = ("model", "optimizer", "step", "variant", "config", "class_names", "train_keys_sha256")
+
 
 def checkpoint_content(config: RunConfig, state: TrainState, variant: Variant, train_set: Manifest) -> dict[str, Any]:
     """Return tensors and plain values: the state, and what evaluation, prediction and a resume need to know."""
@@ -25,6 +27,19 @@ def checkpoint_content(config: RunConfig, state: TrainState, variant: Variant, t
     }
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a verified checkpoint that holds all that a run, evaluation and prediction need.
+
+    Raises:
+        UserError: missing, damaged or incomplete.
+    """
+    content = load_checkpoint(path)
+    missing = [key for key in _NEEDED if key not in content]
+    if missing:
+        raise UserError(f"the checkpoint {path} lacks {', '.join(missing)}; use another one")
+    return content
+
+
 def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Manifest) -> dict[str, Any] | None:
     """Return the checkpoint to go on from, the same on all ranks, or None to start at step 0.
 
@@ -34,15 +49,14 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
     """
     if config.resume == "never" and folder.has_any():
         raise UserError(f"{folder.path} holds checkpoints and resume=never; choose another name=, nothing was touched")
-    if config.resume not in ("auto", "never"):
-        path: Path | None = Path(config.resume)
-    else:
-        path = folder.newest()
+    path = folder.newest()
     if path is None:
         if folder.has_any():
             raise UserError(f"no checkpoint in {folder.path} can be read; move them away to start anew under this name")
-        return None
-    saved = load_checkpoint(path)
+        if config.resume in ("auto", "never"):
+            return None
+        path = Path(config.resume).expanduser()  # a start for an empty folder; from then on its own checkpoints count
+    saved = read_checkpoint(path)
     changes = recipe_differences(saved["config"], config)
     if saved["train_keys_sha256"] != train_set.keys_sha256:
         changes.append("data.train: other samples")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from dist_deeplab import train
+from dist_deeplab.runtime import run_lock
 from tests.conftest import Run, command_environ, torchrun_command
 
 pytestmark = pytest.mark.distributed
@@ -172,7 +175,42 @@ def test_a_damaged_sample_is_named_in_one_sentence(
     assert train.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: sample 'sample_0000")
-    assert "train.json: the label" in error
+    assert ".tar: the label" in error
+    assert error.count("\n") == 1
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    sample_shards: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(run_lock, "_WAIT_S", 0.5)
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / "run.lock"):
+        assert train.main(run_arguments(sample_shards, tmp_path, "run")) == 2
+    assert "another run goes on in" in capsys.readouterr().err
+
+
+def test_resume_from_elsewhere_starts_a_new_folder_and_then_its_own_checkpoints_count(
+    undisturbed: Path, sample_shards: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for end in ("pt", "json"):  # best is of step 8 or 12
+        shutil.copy(undisturbed / f"checkpoints/best.{end}", elsewhere)
+    step = json.loads((elsewhere / "best.json").read_text())["step"]
+    arguments = [*run_arguments(sample_shards, tmp_path, "new"), "tracking.uri=none", f"resume={elsewhere}/best.pt"]
+    assert train.main(arguments) == 0
+    log = (tmp_path / "new/logs/rank_0.log").read_text()
+    assert f"from step {step} to 12" in log
+    if step < 12:
+        assert train.main(arguments) == 0
+        assert "from step 12 to 12" in (tmp_path / "new/logs/rank_0.log").read_text()
+
+
+def test_an_output_folder_that_cannot_be_is_named(sample_shards: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").write_text("")
+    assert train.main(run_arguments(sample_shards, tmp_path / "file", "run")) == 2
+    error = capsys.readouterr().err
+    assert f"cannot write to the run's folder {tmp_path}/file/run" in error
     assert error.count("\n") == 1
 
 

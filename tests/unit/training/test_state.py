@@ -85,7 +85,7 @@ def state(make_net: MakeNet, make_step: MakeStep) -> TrainState:
 
 def test_skipped_updates_are_counted_as_steps_too(state: TrainState) -> None:
     for updated in (True, False, True, False, False):
-        state.advance(StepResult({"scale_1": torch.tensor(1.0)}, updated=updated, stop=False))
+        state.advance(StepResult({"scale_1": torch.tensor(1.0)}, torch.tensor(0.5), updated=updated, stop=False))
     assert (state.step, state.num_skipped) == (5, 3)
 
 
