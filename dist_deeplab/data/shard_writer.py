@@ -4,7 +4,6 @@ Everything is checked before it is written, and nothing carries its final name b
 index first, the manifest last. A killed run leaves a hidden folder that the next one removes, never half a set.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import webdataset
 
 from dist_deeplab.data.decode import DecodeError, decode_image, decode_label, encode_label
 from dist_deeplab.data.shards import INDEX_DTYPE, Manifest, Shard, ShardError, keys_digest
+from dist_deeplab.files import fsync, sha256
 
 _MAX_CLASSES = 255  # 8 bits less the void label
 _MTIME = 0  # one fixed time for all members: the same input gives the same bytes; as a float it would need PAX headers
@@ -169,7 +169,7 @@ def write_shards(
             keys_sha256=keys_digest(keys),
             index=f"{split}.index.npy",
             shards=tuple(
-                Shard(tar.name, int(np.sum(index["shard"] == i)), tar.stat().st_size, _sha256(tar))
+                Shard(tar.name, int(np.sum(index["shard"] == i)), tar.stat().st_size, sha256(tar))
                 for i, tar in enumerate(tars)
             ),
             path=final,
@@ -249,24 +249,8 @@ def _publish(scratch: Path, final: Path) -> None:
     for old in final.parent.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
         old.unlink()
     for file in sorted(scratch.iterdir()):  # 2.
-        _fsync(file)
+        fsync(file)
         if file.name != final.name:
             os.replace(file, final.parent / file.name)
     os.replace(scratch / final.name, final)  # 3.
-    _fsync(final.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    fsync(final.parent)

@@ -5,7 +5,6 @@ notices a truncated file but not a flipped byte) and is written last. `best.pt` 
 """
 
 import collections
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from dist_deeplab.errors import UserError, first_line
+from dist_deeplab.files import fsync, sha256
 from dist_deeplab.runtime.distributed import broadcast_from_main
 
 FORMAT = "dist_deeplab.checkpoint/1"
@@ -52,7 +52,7 @@ class CheckpointFolder:
         path = self.path / f"step_{step:08d}.pt"
         digest = _write(path, lambda temporary: torch.save({"format": FORMAT, **content}, temporary))
         if is_best:
-            self._link_best(path, step=step, sha256=digest)
+            self._link_best(path, step=step, digest=digest)
         _write_sidecar(path, step=step, digests=[digest])  # last: only now can the step be found, best included
         self._set_later_aside(step)
         self._prune()
@@ -80,7 +80,7 @@ class CheckpointFolder:
     def _all(self) -> list[Path]:
         return sorted(path for path in self.path.glob("step_*.pt") if _STEP_NAME.fullmatch(path.stem))
 
-    def _link_best(self, path: Path, *, step: int, sha256: str) -> None:
+    def _link_best(self, path: Path, *, step: int, digest: str) -> None:
         """Make `best.pt` a second name of the file just written: no copy of hundreds of megabytes."""
         best = self.path / f"{BEST}.pt"
         temporary = self.path / f".{BEST}.pt.tmp"
@@ -90,9 +90,9 @@ class CheckpointFolder:
         except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
         # The sidecar goes first and names old and new file: killed between the two renames, best.pt still verifies.
-        _write_sidecar(best, step=step, digests=[sha256, *_sidecar_digests(best)[:2]], size_bytes=path.stat().st_size)
+        _write_sidecar(best, step=step, digests=[digest, *_sidecar_digests(best)[:2]], size_bytes=path.stat().st_size)
         os.replace(temporary, best)
-        _fsync(self.path)
+        fsync(self.path)
 
     def _set_later_aside(self, step: int) -> None:
         """Rename checkpoints of later steps: they were passed over, and must neither be found nor count as kept."""
@@ -120,7 +120,7 @@ def verify(path: Path) -> None:
     expected = _sidecar_digests(path)
     if not expected:
         raise UserError(f"the checkpoint {path} has no readable sidecar {path.with_suffix('.json').name}")
-    if _sha256(path) not in expected:
+    if sha256(path) not in expected:
         raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is not the one in its sidecar")
 
 
@@ -180,8 +180,8 @@ def _write(path: Path, fill: Callable[[Path], Any]) -> str:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         fill(temporary)
-        digest = _sha256(temporary)
-        _fsync(temporary)
+        digest = sha256(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
     except RuntimeError as error:  # what torch makes of a full disk
         temporary.unlink(missing_ok=True)
@@ -189,21 +189,5 @@ def _write(path: Path, fill: Callable[[Path], Any]) -> str:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
+    fsync(path.parent)
     return digest
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

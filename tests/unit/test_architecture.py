@@ -2,8 +2,8 @@
 
     floor 3  the commands: train.py, evaluate.py and whatever else lies beside them
     floor 2  training/  evaluation/
-    floor 1  runtime/  data/  model/  config.py
-    floor 0  errors.py  __init__.py
+    floor 1  runtime/  data/  model/  config/
+    floor 0  errors.py  files.py  __init__.py
 
 Read from the source by `ast`, so nothing has to be imported and a forbidden import inside a function counts too.
 """
@@ -20,7 +20,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "dist_deeplab"
 COMMANDS = 3
-FLOORS = {"training": 2, "evaluation": 2, "runtime": 1, "data": 1, "model": 1, "config": 1, "errors": 0, "__init__": 0}
+FLOORS = {
+    "training": 2,
+    "evaluation": 2,
+    "runtime": 1,
+    "data": 1,
+    "model": 1,
+    "config": 1,
+    "errors": 0,
+    "files": 0,
+    "__init__": 0,
+}
 MAX_TRAIN_LINES = 250
 
 

@@ -1,0 +1,23 @@
+"""`RunConfig`: everything that defines a run, typed, frozen and checked; and how it is read and written."""
+
+from dist_deeplab.config.loading import (
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    flatten,
+    load_config,
+    recipe_differences,
+)
+from dist_deeplab.config.schema import OptimConfig, RunConfig, grid_size
+
+__all__ = [
+    "OptimConfig",
+    "RunConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "config_to_yaml",
+    "flatten",
+    "grid_size",
+    "load_config",
+    "recipe_differences",
+]

@@ -1,0 +1,208 @@
+"""YAML files and command-line overrides -> RunConfig, and back.
+
+A configuration is made of the defaults, a YAML file that changes some of them, and `section.key=value` overrides, in
+this order. An unknown key is an error that names the nearest key.
+"""
+
+import copy
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dist_deeplab.config.schema import RunConfig, Section
+from dist_deeplab.errors import UserError
+
+_FREE_TO_CHANGE = (
+    *("name", "output_dir", "resume", "data.train", "data.val", "data.num_workers", "model.init", "model.restore_last"),
+    *("model.sync_bn", "batch.micro_size", "eval.", "checkpoint.", "tracking."),
+)
+_YAML_END = "...\n"  # what PyYAML closes a bare scalar with
+
+_KNOWN_ELSEWHERE_AS = {
+    "accumulation_steps": "batch.micro_size",
+    "batch_size": "batch.global_size",
+    "data_dir": "data.train",
+    "data_list": "data.train",
+    "grad_update_every": "batch.micro_size",
+    "input_size": "data.crop_size",
+    "is_training": "model.batch_norm",
+    "learning_rate": "optim.lr",
+    "not_restore_last": "model.restore_last",
+    "num_steps": "max_steps",
+    "random_mirror": "data.mirror",
+    "random_scale": "data.scale_range",
+    "random_seed": "seed",
+    "restore_from": "model.init",
+    "save_num_images": "eval.num_panels",
+    "save_pred_every": "checkpoint.every",
+    "snapshot_dir": "output_dir",
+}
+"""Names of the same settings in DrSleep's and others' scripts, for the hint in an error."""
+
+_SECTIONS: dict[str, type[Section]] = {name: type(value) for name, value in RunConfig() if isinstance(value, Section)}
+
+
+def load_config(
+    path: str | Path | None, overrides: Iterable[str] = (), *, base: dict[str, Any] | None = None
+) -> RunConfig:
+    """Return the defaults, changed by the YAML file `path` (None: no file), changed by `section.key=value` strings.
+
+    `base`, nested plain values as `config_to_dict` gives them, stands in for a file.
+
+    Values of overrides are YAML: `data.scale_range=[0.5,1.5]`, `data.mirror=false`, `model.init=`.
+
+    Raises:
+        UserError: file missing or not YAML; unknown key (the nearest one is named); value of a wrong type or range.
+    """
+    values: dict[str, Any] = copy.deepcopy(base or {})
+    if path is not None:
+        values = _read_yaml(Path(path))
+        _check_keys(values, where=str(path))
+    for override in overrides:
+        _apply_override(values, override)
+    return config_from_dict(values, where=str(path) if path is not None else "the command line")
+
+
+def config_from_dict(values: dict[str, Any], *, where: str) -> RunConfig:
+    """Return the RunConfig of nested `values`; `where` names their origin in errors.
+
+    Raises:
+        UserError: unknown key, or value of a wrong type or range.
+    """
+    _check_keys(values, where=where)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            (f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: " if e["loc"] else "")
+            + e["msg"].removeprefix("Value error, ")
+            for e in error.errors()
+        ]
+        raise UserError(f"configuration from {where} (with overrides): {'; '.join(problems)}") from None
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return nested plain values (str, int, float, bool, None, list) that `config_from_dict` takes back."""
+    return config.model_dump(mode="json")
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Return {"section.key": plain value} in the order of definition."""
+    flat: dict[str, Any] = {}
+    for key, value in config_to_dict(config).items():
+        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
+    return flat
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """Return the configuration as YAML, each key preceded by its documentation; `load_config` reads it back."""
+    lines = []
+    for name, field in RunConfig.model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            lines.append(f"\n{name}:")
+            for key, sub in type(value).model_fields.items():
+                lines += [f"  # {sub.description}", f"  {_yaml_line(key, getattr(value, key))}"]
+        else:
+            lines += [f"# {field.description}", _yaml_line(name, value)]
+    return "\n".join(lines) + "\n"
+
+
+def recipe_differences(saved: dict[str, Any], current: RunConfig) -> list[str]:
+    """Return `key: saved -> current` for every key that decides what a run computes and that has changed.
+
+    Paths, loader workers, the micro-batch, how often things happen and where they are reported may change.
+    """
+    old, new = flatten(config_from_dict(saved, where="the checkpoint")), flatten(current)
+    return [
+        f"{key}: {old[key]} -> {new[key]}"
+        for key in new
+        if old[key] != new[key] and not key.startswith(_FREE_TO_CHANGE) and not isinstance(new[key], dict)
+    ]
+
+
+def _yaml_line(key: str, value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
+    return f"{key}: {text.removesuffix(_YAML_END).strip()}"
+
+
+class _RepeatedKey(Exception):
+    """A YAML mapping names a key twice; PyYAML would silently take the last."""
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise _RepeatedKey(repr(key))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)
+    except _RepeatedKey as error:
+        raise UserError(f"{path} has the key {error} twice; keep one of them") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot read the configuration file {path}: {error.strerror}; the project's own are in configs/"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `section: {{key: value}}` pairs, not a {type(values).__name__}")
+    # A section whose keys are all commented out means its defaults.
+    return {key: {} if value is None and key in _SECTIONS else value for key, value in values.items()}
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"cannot read the argument {override!r}: write section.key=value, e.g. optim.lr=1e-3")
+    *parents, leaf = key.split(".")
+    _check_key_path([*parents, leaf], where=f"the argument {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"cannot read the value in {override!r}: it is not YAML; quote it for the shell") from None
+    target = values
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise UserError(f"{parent!r} in the configuration file must be a section of keys, not {target!r}")
+    section = _SECTIONS[parents[0]] if parents else RunConfig
+    if section.model_fields[leaf].annotation is str and not isinstance(value, str | list | dict):
+        value = text  # what was typed: 007, 2026-01-31 and no are names here, not what YAML makes of them
+    target[leaf] = value
+
+
+def _check_keys(values: dict[str, Any], *, where: str) -> None:
+    for key, value in values.items():
+        _check_key_path([str(key)], where=where)
+        if isinstance(value, dict):
+            for leaf in value:
+                _check_key_path([str(key), str(leaf)], where=where)
+
+
+def _check_key_path(parts: Sequence[str], *, where: str) -> None:
+    """Raise UserError, naming the nearest key, unless `parts` is a top-level key, a section or a section's key."""
+    key = ".".join(parts)
+    known = list(flatten(RunConfig()))
+    if key in known or key in _SECTIONS:
+        return
+    elsewhere = _KNOWN_ELSEWHERE_AS.get(parts[-1].replace("-", "_"))
+    nearest = difflib.get_close_matches(key, [*known, *_SECTIONS], n=1, cutoff=0.5)
+    same_leaf = [k for k in known if k.rpartition(".")[2] == parts[-1]]
+    guesses = [elsewhere] if elsewhere else same_leaf or nearest
+    hint = f"did you mean {guesses[0]!r}?" if guesses else "--print-config lists all keys"
+    raise UserError(f"unknown configuration key {key!r} in {where}; {hint}")

@@ -1,0 +1,196 @@
+"""The keys of a configuration: typed, frozen, with the published DeepLab-v2 recipe as defaults.
+
+The string under each key is its documentation (`--print-config` shows it). Checks that need only the values are made
+here; checks that need the world size or the data are made by whoever knows these.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
+"""A string; `key=` on the command line and `key:` in YAML mean the empty one."""
+
+
+class Section(BaseModel):
+    """A frozen group of keys; the string under each key is its documentation (`--print-config` shows it)."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if cls.model_fields[info.field_name or ""].annotation is not bool:
+            values = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(v, bool) for v in values):
+                raise ValueError("must not be true or false (YAML reads yes, no, on and off as these too)")
+        return value
+
+
+class DataConfig(Section):
+    train: Text = ""
+    """Manifest of the training shards, e.g. data/voc/train.json (tools/make_shards.py writes it)."""
+    val: Text = ""
+    """Manifest of the validation shards; empty: train without evaluation."""
+    num_classes: Annotated[int, Field(ge=2, le=255)] = 21
+    """Classes including background; labels are 0 .. num_classes-1."""
+    ignore_label: Annotated[int, Field(ge=0, le=255)] = 255
+    """Label of void pixels: no loss, no score. Padding gets it too."""
+    scale_range: tuple[float, float] = (0.5, 1.5)
+    """Random scale is uniform in [low, high]."""
+    mirror: bool = True
+    """Mirror left-right with probability 1/2."""
+    crop_size: Annotated[int, Field(ge=1, le=8193)] = 321
+    """Side of the square training crop in pixels; 8k+1 keeps logits on the pixel grid."""
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 4
+    """Loader processes per rank; 0 decodes in the training process."""
+
+    @field_validator("crop_size")
+    @classmethod
+    def _crop_on_grid(cls, value: int) -> int:
+        if value % 8 != 1 or value < 33:
+            raise ValueError(f"must be 8k+1 and at least 33, so that logits sit on pixels; nearest: {grid_size(value)}")
+        return value
+
+    @field_validator("scale_range")
+    @classmethod
+    def _ordered_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("must be [low, high] with 0 < low <= high")
+        return value
+
+
+class ModelConfig(Section):
+    backbone: Literal["resnet101", "resnet50", "resnet_tiny"] = "resnet101"
+    """resnet101 is the paper's; resnet_tiny is a small bottleneck network for trying things out on a CPU."""
+    batch_norm: Literal["sync", "frozen", "local"] = "sync"
+    """sync: statistics over all ranks; frozen: stored statistics and affine kept (paper); local: per rank."""
+    sync_bn: Literal["own", "torch"] = "own"
+    """Implementation behind `sync`; torch's own works on CUDA only."""
+    init: Text = ""
+    """Weights to start from (a checkpoint of ours or a ResNet state dict); empty: random weights."""
+    restore_last: bool = True
+    """Take the last layer from `init` too; false for a data set with other classes (not_restore_last)."""
+
+
+class BatchConfig(Section):
+    global_size: Positive = 10
+    """Images of one optimizer step, over all ranks and accumulation steps."""
+    micro_size: Positive | None = None
+    """Images a rank takes through the network at once; empty: its whole share, no accumulation."""
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 2.5e-4
+    """Base learning rate: x1 backbone, x10 head weights, x20 head biases."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """L2 on convolution weights; biases and batch norm have none."""
+    power: Annotated[float, Field(ge=0)] = 0.9
+    """Exponent of the poly schedule lr * (1 - step / max_steps) ^ power."""
+    warmup_steps: NonNegative = 0
+    """Steps over which the rate rises linearly to the schedule; the paper has none."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest L2 norm of the whole gradient; 0: no clipping."""
+
+
+class MultiScaleConfig(Section):
+    scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    """Input scales trained together, e.g. [1.0, 0.75, 0.5]; each and their max get a loss. Empty: one scale."""
+
+    @field_validator("scales")
+    @classmethod
+    def _has_full_scale(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if value and (1.0 not in value or len(set(value)) != len(value) or len(value) < 2):
+            raise ValueError("must hold 1.0 and one or more other scales, each once, or be empty")
+        return value
+
+
+class PrecisionConfig(Section):
+    dtype: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass; bf16 and fp16 by torch.amp, fp16 with a gradient scaler."""
+
+
+class EvalConfig(Section):
+    every: NonNegative = 1000
+    """Steps between evaluations on data.val; one more at the end. 0: only at the end."""
+    num_panels: NonNegative = 4
+    """Validation images shown as image | label | prediction | errors."""
+
+
+class CheckpointConfig(Section):
+    every: Positive = 500
+    """Steps between checkpoints; one more at the end."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints kept, beside the best; at least 2, so that a damaged one leaves another."""
+
+
+class TrackingConfig(Section):
+    uri: Text = ""
+    """MLflow store; empty: MLFLOW_TRACKING_URI, else SQLite in <output_dir>/mlflow.db; none: no MLflow."""
+    experiment: str = "dist_deeplab"
+    """MLflow experiment that holds the run."""
+    log_every: Positive = 20
+    """Steps between log lines and metric points; each costs one CPU-GPU synchronisation."""
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "voc_resnet101"
+    """Folder of the run under output_dir, and its name in MLflow."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Fixes sample order, augmentation and initial weights."""
+    max_steps: Positive = 20000
+    """Optimizer steps."""
+    output_dir: str = "runs"
+    """Folder of all runs."""
+    resume: Annotated[str, Field(min_length=1)] = "auto"
+    """auto: go on from the run's newest checkpoint; never: refuse a used folder; PATH: start a new folder from it."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    multi_scale: MultiScaleConfig = MultiScaleConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _scaled_crops_on_grid(self) -> "RunConfig":
+        scales, crop = self.multi_scale.scales, self.data.crop_size
+
+        def fits(size: int) -> bool:
+            return all(((size - 1) * scale) % 8 == 0 for scale in scales)
+
+        if not fits(crop):
+            fitting = sorted((size for size in range(33, 2 * crop + 64, 8) if fits(size)), key=lambda s: abs(s - crop))
+            remedy = f"use data.crop_size={fitting[0]}" if fitting else "use other scales"
+            raise ValueError(
+                f"data.crop_size={crop} scaled by multi_scale.scales={list(scales)} is not 8k+1 each time, so logits "
+                f"would miss their pixels; {remedy}"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return Path(self.output_dir).expanduser() / self.name
+
+
+def grid_size(value: int) -> int:
+    """Return the size 8k+1 (at least 33) nearest to `value`: corner-aligned sizes of an output stride of 8."""
+    return max(33, round((value - 1) / 8) * 8 + 1)

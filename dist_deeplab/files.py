@@ -1,0 +1,23 @@
+"""What every room that writes files needs: certainty that they are on disk, and which bytes they are."""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def fsync(path: Path) -> None:
+    """Return once a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
