@@ -11,7 +11,6 @@ Exit codes: 0 done, 1 error, 2 wrong arguments, checkpoint or data.
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from dist_deeplab.evaluation.evaluator import Evaluation, evaluate
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.weights import Variant
-from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, process_group
+from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, leave, process_group
 from dist_deeplab.runtime.logs import setup_logging
 from dist_deeplab.runtime.parallel import place_model
 from dist_deeplab.training.resume import read_checkpoint
@@ -156,4 +155,4 @@ def write(evaluation: Evaluation, class_names: Sequence[str], arguments: argpars
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

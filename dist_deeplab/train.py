@@ -32,7 +32,7 @@ from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.weights import SCRATCH, Variant, Weights, fit_weights, load_weights
 from dist_deeplab.runtime import tracking
 from dist_deeplab.runtime.checkpoint import CheckpointFolder
-from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, process_group
+from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, leave, process_group
 from dist_deeplab.runtime.logs import format_duration, setup_logging
 from dist_deeplab.runtime.meter import Meter
 from dist_deeplab.runtime.parallel import prepare_model, share_buffers
@@ -246,4 +246,4 @@ def is_due(step: int, every: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -128,9 +128,7 @@ def process_group(env: DistEnv) -> Iterator[None]:
     try:
         yield
     finally:
-        # DDP keeps the group's threads alive in reference cycles; those still there when the interpreter ends abort it
-        # ("terminate called without an active exception"). So: use the group in a function that has returned by now.
-        gc.collect()
+        gc.collect()  # DDP sits in reference cycles and holds the group: use it in a function that has returned by now
         dist.destroy_process_group()
 
 
@@ -142,6 +140,19 @@ def _set_slurm_rendezvous() -> None:
         os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
     first, count = _SLURM_PORTS
     os.environ.setdefault("MASTER_PORT", str(first + int(os.environ["SLURM_JOB_ID"]) % count))
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process with `exit_code`, without the interpreter's own ending; for a command's last line.
+
+    Once DDP was used, torch (2.13) keeps gloo's threads running after the group is destroyed. One of them that lets go
+    of a tensor while the interpreter ends aborts the process ("terminate called without an active exception",
+    SIGABRT), and a launcher takes a finished run for a failed one.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def exit_with_error(env: DistEnv, error: UserError) -> int:

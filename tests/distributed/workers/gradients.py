@@ -18,7 +18,7 @@ from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.model.batch_norm import FrozenBatchNorm, norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.runtime.distributed import DistEnv, all_reduce_sum, gather_to_all, process_group
+from dist_deeplab.runtime.distributed import DistEnv, all_reduce_sum, gather_to_all, leave, process_group
 from dist_deeplab.runtime.parallel import prepare_model
 from dist_deeplab.training.optim import build_optimizer, set_lr
 from dist_deeplab.training.precision import Precision
@@ -65,3 +65,4 @@ if __name__ == "__main__":
     this = DistEnv.from_environ()
     with process_group(this):
         main(this, *sys.argv[1:])
+    leave(0)
