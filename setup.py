@@ -38,7 +38,7 @@ setup(
         "pyyaml>=6",
         "pydantic>=2.7",
         "mlflow>=3.1",  # not mlflow-skinny: that cannot open the SQLite store
-        "opencv-python-headless>=4.8",
+        "opencv-python-headless>=5",
         "Pillow>=10",
         "numpy>=1.26",
         "rich>=13",

@@ -4,6 +4,8 @@ Both are torch DataLoaders over *positions*; `data/order.py` says which. At this
 checked and augmented, and is still uint8: normalisation happens on the device.
 """
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -188,6 +190,9 @@ def collate(items: "list[Batch | UserError]") -> "Batch | UserError":
 
 
 def _data_loader(dataset, batch_sampler, *, num_workers: int, pin_memory: bool) -> "DataLoader[Batch | UserError]":  # type: ignore[no-untyped-def]
+    if num_workers:
+        atexit.unregister(_kill_workers)  # at most once
+        atexit.register(_kill_workers)
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
@@ -196,6 +201,13 @@ def _data_loader(dataset, batch_sampler, *, num_workers: int, pin_memory: bool) 
         pin_memory=pin_memory,
         worker_init_fn=_start_worker if num_workers else None,
     )
+
+
+def _kill_workers() -> None:
+    """End workers that an error left behind: at its end Python asks them by SIGTERM, which they ignore, and waits."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _start_worker(worker: int) -> None:

@@ -24,7 +24,7 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _GRACE_S = 3.0  # how long other ranks leave the main rank to report an error that all of them have
 _ECHO_GRACE_S = 5.0
 _COLLECTIVE_TIMEOUT_S = 1800.0  # covers the main rank drawing figures or saving to a slow disk while others wait
-_SLURM_PORTS = (20000, 20000)  # first port and how many
+_SLURM_PORTS = (20000, 12000)  # first port and how many: below the ephemeral ones (32768 and up)
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -1,5 +1,6 @@
 """Data shared by the unit tests: a tiny VOC folder and its shards. Both are read-only; take `own_set` to damage one."""
 
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,13 @@ from dist_deeplab.data.shards import Manifest, load_manifest
 # The same examples on every machine, however slow it is: a failure is a change of the code.
 settings.register_profile("unit", derandomize=True, deadline=None, database=None)
 settings.load_profile("unit")
+
+
+def pytest_sessionfinish() -> None:
+    """End loader workers that a failed test left behind: they are deaf to SIGTERM, and pytest would wait for them."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
 
 SIZES = ((40, 56), (57, 41), (33, 33), (24, 70), (65, 17), (50, 50), (31, 64), (48, 36))  # (height, width)
 NUM_VAL = 5

@@ -4,6 +4,9 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +25,8 @@ from dist_deeplab.data.transforms import Augmentation
 
 SEED, CROP, GLOBAL_SIZE, NUM_STEPS = 7, 33, 4, 5  # 20 positions of 8 samples: epochs change inside a step
 AUGMENTATION = Augmentation(CROP, (0.5, 1.5), True, 255)
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine's cores
 
 Pixels = tuple[bytes, bytes, tuple[int, ...], str]
 
@@ -74,7 +79,6 @@ def expected(shard_set: Manifest, voc_root: Path) -> list[Pixels]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     ("world_size", "micro_size", "workers"),
     [
@@ -156,6 +160,33 @@ def test_workers_are_deaf_to_the_signals_that_stop_a_run(shard_set: Manifest, ex
     finally:
         batches._shutdown_workers()  # a deaf worker would outlive a failure here, and pytest wait for it for ever
     assert stream == expected
+
+
+RUN_THAT_LOSES_A_WORKER = textwrap.dedent(
+    """
+    import multiprocessing, os, signal, sys
+    from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
+    from dist_deeplab.data.order import BatchSplit
+    from dist_deeplab.data.shards import load_manifest
+    from dist_deeplab.data.transforms import Augmentation
+
+    dataset = TrainDataset(
+        load_manifest(sys.argv[1]), num_classes=21, augmentation=Augmentation(33, (1.0, 1.0), False, 255), seed=0
+    )
+    sampler = StepSampler(0, 1000, split=BatchSplit(1, 1, 1), rank=0)
+    for step, _ in TrainLoader(dataset, sampler, num_workers=2, pin_memory=False):
+        if step == 3:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    """
+)
+
+
+def test_a_worker_killed_for_its_memory_ends_the_run_with_an_error_and_no_hang(shard_set: Manifest) -> None:
+    """The interpreter ends the other workers by SIGTERM, to which they are deaf, and waits for them."""
+    command = [sys.executable, "-c", RUN_THAT_LOSES_A_WORKER, str(shard_set.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "Error" in done.stderr
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

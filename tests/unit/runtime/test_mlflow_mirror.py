@@ -195,6 +195,7 @@ def test_points_are_sent_while_the_run_goes_on(store: Store, run_dir: Path) -> N
     append(run_dir, point(1, 1.0))
     mirror = Mirror(run_dir)
     assert mirror.send_new() is None
+    assert json.loads((run_dir / "mlflow.json").read_text())["sent_bytes"] == (run_dir / "metrics.jsonl").stat().st_size
     assert store.history("train/loss") == [(1, 1.0, in_ms(1))]
     assert store.run().info.status == "RUNNING"
     append(run_dir, point(2, 2.0), ending("FINISHED"))
@@ -252,6 +253,8 @@ def test_the_end_of_an_earlier_attempt_does_not_end_this_one(store: Store, run_d
     """The server was away during the first attempt: its end is still in the queue."""
     append(run_dir, point(10, 2.5), ending("KILLED"))
     start_attempt(run_dir, 1)
+    assert Mirror(run_dir).send_new() is None
+    assert store.run().info.status == "RUNNING"
     append(run_dir, *USUAL[1:-1], ending("FINISHED", attempt=1))
     assert send(run_dir)
     assert_usual(store)
@@ -276,7 +279,6 @@ def test_a_run_that_was_killed_and_then_resumed_is_not_failed(store: Store, run_
 # --- outages ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failures", [1, 3])
 @pytest.mark.parametrize(
     ("method", "succeeds_first"),
     [
@@ -292,13 +294,13 @@ def test_a_run_that_was_killed_and_then_resumed_is_not_failed(store: Store, run_
     ],
 )
 def test_an_outage_at_any_call_leaves_one_complete_run(
-    method: str, succeeds_first: int, failures: int, store: Store, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, succeeds_first: int, store: Store, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     really = getattr(mlflow.MlflowClient, method)
     calls = iter(range(1000))
 
     def unreliable(self: mlflow.MlflowClient, *arguments: Any, **options: Any) -> Any:
-        if succeeds_first <= next(calls) < succeeds_first + failures:
+        if succeeds_first <= next(calls) < succeeds_first + 2:
             raise MlflowException("the server is away")
         return really(self, *arguments, **options)
 
