@@ -17,15 +17,6 @@ from dist_deeplab.training.step import TrainStep
 NUM_CLASSES, IGNORE, CROP = 5, 255, 33
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """A second thread costs such networks more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def torchs_own_tf32() -> Iterator[None]:
     """`Precision` sets torch's global flags; leave them as they were."""
