@@ -15,21 +15,16 @@ import sys
 import time
 from collections.abc import Sequence
 
-import torch
-
 from dist_deeplab import config as configuration
 from dist_deeplab.config import RunConfig
-from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.data.shards import Manifest, load_manifest, require_fit
-from dist_deeplab.data.transforms import Augmentation
+from dist_deeplab.data.shards import Manifest
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.evaluator import evaluate
-from dist_deeplab.model.batch_norm import norm_factory
-from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
-from dist_deeplab.model.weights import SCRATCH, Variant, Weights, fit_weights, load_weights
+from dist_deeplab.model.deeplabv2 import MultiScale
+from dist_deeplab.model.weights import SCRATCH, Variant, load_weights
 from dist_deeplab.runtime import tracking
 from dist_deeplab.runtime.checkpoint import CheckpointFolder
 from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, leave, process_group
@@ -38,10 +33,11 @@ from dist_deeplab.runtime.meter import Meter
 from dist_deeplab.runtime.parallel import prepare_model, share_buffers
 from dist_deeplab.runtime.preemption import StopRequest
 from dist_deeplab.runtime.run_lock import lock_run
+from dist_deeplab.training.builders import build_network, build_train_loader, open_data
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
-from dist_deeplab.training.resume import checkpoint_content, find_checkpoint
+from dist_deeplab.training.resume import find_checkpoint, save_checkpoint
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.step import TrainStep
 from dist_deeplab.training.summary import describe, log_progress, run_tags
@@ -125,7 +121,7 @@ def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifes
                     miou = validate(config, env, state, variant, val_set, tracker)
                     is_best = state.take_score(miou)
                 if last or is_best or result.stop or is_due(state.step, config.checkpoint.every):
-                    save(config, checkpoints, state, variant, train_set, is_best=is_best)
+                    save_checkpoint(config, checkpoints, state, variant, train_set, is_best=is_best)
             if result.stop and not last:
                 status = "KILLED"
                 log.warning("asked to stop: saved step %d; the same command goes on from there", state.step)
@@ -145,43 +141,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key, e.g. optim.lr=1e-3")
     return parser.parse_intermixed_args(argv)
-
-
-def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
-    """Return the manifests of training and (where configured) validation, checked against the configuration."""
-    if not config.data.train:
-        raise UserError(
-            "no training data: make shards by `python tools/make_shards.py --voc-root VOCdevkit/VOC2012 --split train "
-            "--out data/voc` and add data.train=data/voc/train.json, or try ./launch/quickstart.sh, which draws some"
-        )
-    manifests = [load_manifest(path) for path in (config.data.train, config.data.val) if path]
-    for manifest in manifests:
-        require_fit(manifest, num_classes=config.data.num_classes, ignore_label=config.data.ignore_label)
-    if manifests[-1].class_names != manifests[0].class_names:
-        raise UserError(f"the class names of {config.data.train} and {config.data.val} differ; make both from one list")
-    return manifests[0], manifests[1] if config.data.val else None
-
-
-def build_network(config: RunConfig, split: BatchSplit, variant: Variant, weights: Weights | None) -> DeepLabV2:
-    """Return the network with weights that depend on seed and `weights` alone."""
-    torch.manual_seed(config.seed)
-    model = config.model
-    norm = norm_factory(model.batch_norm, sync_bn=model.sync_bn, accumulation=split.accumulation)
-    net = DeepLabV2(model.backbone, config.data.num_classes, norm=norm, stride_on_1x1=variant.stride_on_1x1)
-    if weights:
-        log.info("weights from %s", fit_weights(net, weights, restore_last=model.restore_last))
-    return net
-
-
-def build_train_loader(
-    config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifest, *, start: int
-) -> TrainLoader:
-    """Return the stream of this rank's micro-batches from step `start` on."""
-    data = config.data
-    augmentation = Augmentation(data.crop_size, data.scale_range, data.mirror, data.ignore_label)
-    dataset = TrainDataset(train_set, num_classes=data.num_classes, augmentation=augmentation, seed=config.seed)
-    sampler = StepSampler(start, config.max_steps, split=split, rank=env.rank)
-    return TrainLoader(dataset, sampler, num_workers=data.num_workers, pin_memory=env.device.type == "cuda")
 
 
 def open_tracker(config: RunConfig, env: DistEnv, tags: dict[str, object]) -> tracking.Tracker:
@@ -221,23 +180,6 @@ def validate(
         "evaluation at step %d: %d images in %s\n%s", state.step, evaluation.num_images, format_duration(seconds), table
     )
     return result.miou
-
-
-def save(
-    config: RunConfig,
-    checkpoints: CheckpointFolder,
-    state: TrainState,
-    variant: Variant,
-    train_set: Manifest,
-    *,
-    is_best: bool,
-) -> None:
-    """Write a checkpoint, once the losses up to here are known to be finite; every rank calls it."""
-    state.losses.reduce(state.step)
-    if config.model.batch_norm == "local":
-        share_buffers(state.net)
-    content = checkpoint_content(config, state, variant, train_set)
-    checkpoints.save(content, step=state.step, is_best=is_best)
 
 
 def is_due(step: int, every: int) -> bool:

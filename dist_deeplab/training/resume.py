@@ -10,6 +10,7 @@ from dist_deeplab.data.shards import Manifest
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.runtime.checkpoint import CheckpointFolder, load_checkpoint
+from dist_deeplab.runtime.parallel import share_buffers
 from dist_deeplab.training.state import TrainState
 
 _NEEDED = ("model", "optimizer", "step", "variant", "config", "class_names", "train_keys_sha256")
@@ -63,3 +64,20 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
     if changes:
         raise UserError(f"{path} is of another recipe ({'; '.join(changes)}); undo that, or choose another name=")
     return saved
+
+
+def save_checkpoint(
+    config: RunConfig,
+    checkpoints: CheckpointFolder,
+    state: TrainState,
+    variant: Variant,
+    train_set: Manifest,
+    *,
+    is_best: bool,
+) -> None:
+    """Write a checkpoint, once the losses up to here are known to be finite; every rank calls it."""
+    state.losses.reduce(state.step)
+    if config.model.batch_norm == "local":
+        share_buffers(state.net)
+    content = checkpoint_content(config, state, variant, train_set)
+    checkpoints.save(content, step=state.step, is_best=is_best)

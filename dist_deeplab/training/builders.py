@@ -1,0 +1,55 @@
+"""What `train.py` is made of: a section of the configuration in, a room's object out."""
+
+import logging
+
+import torch
+
+from dist_deeplab.config import RunConfig
+from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
+from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.data.shards import Manifest, load_manifest, require_fit
+from dist_deeplab.data.transforms import Augmentation
+from dist_deeplab.errors import UserError
+from dist_deeplab.model.batch_norm import norm_factory
+from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.model.weights import Variant, Weights, fit_weights
+from dist_deeplab.runtime.distributed import DistEnv
+
+log = logging.getLogger(__name__)
+
+
+def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
+    """Return the manifests of training and (where configured) validation, checked against the configuration."""
+    if not config.data.train:
+        raise UserError(
+            "no training data: make shards by `python tools/make_shards.py --voc-root VOCdevkit/VOC2012 --split train "
+            "--out data/voc` and add data.train=data/voc/train.json, or try ./launch/quickstart.sh, which draws some"
+        )
+    manifests = [load_manifest(path) for path in (config.data.train, config.data.val) if path]
+    for manifest in manifests:
+        require_fit(manifest, num_classes=config.data.num_classes, ignore_label=config.data.ignore_label)
+    if manifests[-1].class_names != manifests[0].class_names:
+        raise UserError(f"the class names of {config.data.train} and {config.data.val} differ; make both from one list")
+    return manifests[0], manifests[1] if config.data.val else None
+
+
+def build_network(config: RunConfig, split: BatchSplit, variant: Variant, weights: Weights | None) -> DeepLabV2:
+    """Return the network with weights that depend on seed and `weights` alone."""
+    torch.manual_seed(config.seed)
+    model = config.model
+    norm = norm_factory(model.batch_norm, sync_bn=model.sync_bn, accumulation=split.accumulation)
+    net = DeepLabV2(model.backbone, config.data.num_classes, norm=norm, stride_on_1x1=variant.stride_on_1x1)
+    if weights:
+        log.info("weights from %s", fit_weights(net, weights, restore_last=model.restore_last))
+    return net
+
+
+def build_train_loader(
+    config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifest, *, start: int
+) -> TrainLoader:
+    """Return the stream of this rank's micro-batches from step `start` on."""
+    data = config.data
+    augmentation = Augmentation(data.crop_size, data.scale_range, data.mirror, data.ignore_label)
+    dataset = TrainDataset(train_set, num_classes=data.num_classes, augmentation=augmentation, seed=config.seed)
+    sampler = StepSampler(start, config.max_steps, split=split, rank=env.rank)
+    return TrainLoader(dataset, sampler, num_workers=data.num_workers, pin_memory=env.device.type == "cuda")
