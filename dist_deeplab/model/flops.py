@@ -1,0 +1,26 @@
+"""How much arithmetic the network takes, from its layers' shapes alone."""
+
+import copy
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_deeplab.model.deeplabv2 import MultiScale
+
+
+def training_flops(model: MultiScale, size: tuple[int, int]) -> int:
+    """Return the floating-point operations of one image's forward and backward, at all of the model's scales.
+
+    A multiply-add counts as two. Counted are convolutions, on tensors without data: nothing is computed and `model`
+    is left alone. 0.45 TFLOP for ResNet-101 on a crop of 321.
+
+    Args:
+        model: the network as it is trained.
+        size: rows and columns of the input image.
+    """
+    shadow = copy.deepcopy(model).to("meta").eval()  # statistics cost no convolution, and need no other ranks
+    image = torch.empty(1, 3, *size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+        outputs = shadow(image)
+        torch.stack([logits.sum() for logits in outputs.values()]).sum().backward()
+    return int(counter.get_total_flops())

@@ -1,0 +1,47 @@
+"""Arithmetic is counted from shapes: a reference that adds up the convolutions by hand, and the known total."""
+
+import pytest
+import torch
+from torch import nn
+
+from dist_deeplab.model.batch_norm import norm_factory
+from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
+from dist_deeplab.model.flops import training_flops
+
+
+def by_hand(model: MultiScale, size: int) -> int:
+    """2 x multiply-adds of each convolution: once forward, once for weights, once for inputs (not the image's)."""
+    total = 0
+
+    def count(module: nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        nonlocal total
+        kernel = module.kernel_size[0] * module.kernel_size[1]
+        forward = 2 * output.numel() * module.in_channels * kernel
+        total += forward * (2 if module.in_channels == 3 else 3)
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+@pytest.mark.parametrize("scales", [(), (1.0, 0.5)])
+def test_flops_equal_a_count_by_hand(scales: tuple[float, ...]) -> None:
+    model = MultiScale(DeepLabV2("resnet_tiny", 5, norm=norm_factory("sync")), scales)
+    assert training_flops(model, (65, 65)) == by_hand(model, 65)
+
+
+def test_resnet101_takes_450_gflop_a_crop_of_321() -> None:
+    model = MultiScale(DeepLabV2("resnet101", 21, norm=norm_factory("frozen")))
+    assert training_flops(model, (321, 321)) == pytest.approx(450e9, rel=0.002)
+
+
+def test_counting_leaves_the_model_alone() -> None:
+    model = MultiScale(DeepLabV2("resnet_tiny", 5, norm=norm_factory("sync"))).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    training_flops(model, (65, 65))
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,70 @@
+"""The harness measures what it says, and every sub-command runs on a CPU and writes all that its table shows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+from benchmarks.harness import Row, Timing, interleave, ratio_column
+
+
+def test_competitors_take_turns_and_each_starts_equally_often() -> None:
+    calls: list[str] = []
+    timings = interleave({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=3, warmup=0)
+    assert calls == list("abcbcacab")
+    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_warmup_rounds_are_run_but_not_counted() -> None:
+    calls: list[int] = []
+    timings = interleave({"a": lambda: calls.append(0)}, rounds=2, warmup=3)
+    assert (len(calls), len(timings["a"].seconds)) == (5, 2)
+
+
+def test_the_device_is_waited_for_before_and_after_each_run() -> None:
+    events: list[str] = []
+    interleave({"a": lambda: events.append("run")}, rounds=1, warmup=1, synchronize=lambda: events.append("wait"))
+    assert events == ["wait", "run", "wait"] * 2
+
+
+def test_spread_is_half_the_quartile_range_over_the_median() -> None:
+    timing = Timing((1.0, 2.0, 3.0, 4.0, 5.0))
+    assert timing.median == 3.0
+    assert timing.spread == pytest.approx((4.5 - 1.5) / 2 / 3.0)
+
+
+def test_ratios_are_to_the_named_row() -> None:
+    rows: list[Row] = [{"what": "peer", "rate": 2.0}, {"what": "ours", "rate": 5.0}, {"what": "none", "rate": None}]
+    ratio_column(rows, of="rate", to="peer", name="x")
+    assert [row["x"] for row in rows] == [1.0, 2.5, None]
+
+
+def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "tools" / "benchmark.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def test_step_measures_both_baselines_and_ours(tmp_path: Path) -> None:
+    file = tmp_path / "step.json"
+    done = run_benchmark(
+        "step", "--crop", 33, "--images", 2, "--accumulation", 2, "--ours", "fp32", "--rounds", 2, "--json", file
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    rows = {row["what"]: row for row in found["rows"]}
+    assert list(rows) == ["eager", "amp", "ours_fp32"]
+    assert all(row["images_per_s"] > 0 and row["of_peak"] > 0 for row in rows.values())
+    assert rows["ours_fp32"]["backward_ms"] > 0
+    assert rows["ours_fp32"]["x_eager"] == pytest.approx(
+        rows["ours_fp32"]["images_per_s"] / rows["eager"]["images_per_s"]
+    )
+    assert found["machine"]["torch"] and "benchmark.py step --crop 33" in found["machine"]["command"]
+
+
+def test_a_share_that_does_not_divide_is_refused() -> None:
+    done = run_benchmark("step", "--images", 3, "--accumulation", 2)
+    assert done.returncode == 2
+    assert "--images 3 is no multiple of --accumulation 2" in done.stderr

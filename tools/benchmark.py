@@ -1,0 +1,55 @@
+"""Measure speed, ours and a stated baseline side by side in one run.
+
+    python tools/benchmark.py step                      # an optimizer step, with its parts
+    python tools/benchmark.py COMMAND --help
+
+Competitors take turns; figures are medians with their spread. --json also writes them, with device, versions and
+command. Ratios travel between machines better than seconds do. Exit codes: 0 done, 2 wrong arguments.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import step
+from benchmarks.harness import machine, show, write_json
+
+from dist_deeplab.errors import UserError
+
+COMMANDS = {"step": step}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        report = COMMANDS[arguments.command].run(arguments)
+        where = machine()
+        show(report, where)
+        if arguments.json:
+            write_json(report, where, arguments.json)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tools/benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
