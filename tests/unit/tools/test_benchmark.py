@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks.harness import Row, Timing, interleave, ratio_column
 
 ROOT = Path(__file__).resolve().parents[3]
-from benchmarks.harness import Row, Timing, interleave, ratio_column
 
 
 def test_competitors_take_turns_and_each_starts_equally_often() -> None:
