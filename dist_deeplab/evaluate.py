@@ -21,8 +21,7 @@ from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.evaluator import Evaluation, evaluate
-from dist_deeplab.model.batch_norm import norm_factory
-from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.evaluation.inference import load_network
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, leave, process_group
 from dist_deeplab.runtime.logs import setup_logging
@@ -66,7 +65,7 @@ def score(
     setup_logging(is_main=env.is_main, rank=env.rank, folder=None)
     variant = Variant.from_plain(saved["variant"])
     evaluation = evaluate(
-        place_model(load_network(saved, settings, variant), env.device),
+        place_model(load_network(saved), env.device),
         manifest,
         env,
         preprocessing=variant.preprocessing,
@@ -133,14 +132,6 @@ def run_settings(saved: dict[str, Any], overrides: Sequence[str]) -> configurati
                 f"{override!r} has no meaning here: the checkpoint fixes all but data.num_workers and eval.num_panels"
             )
     return configuration.load_config(None, overrides, base=saved["config"])
-
-
-def load_network(saved: dict[str, Any], settings: configuration.RunConfig, variant: Variant) -> DeepLabV2:
-    """Return the checkpoint's network in eval mode, on the CPU."""
-    norm = norm_factory("frozen")  # all modes are alike in evaluation and share their names
-    net = DeepLabV2(settings.model.backbone, settings.data.num_classes, norm=norm, stride_on_1x1=variant.stride_on_1x1)
-    net.load_state_dict(saved["model"])
-    return net.eval()
 
 
 def write(evaluation: Evaluation, class_names: Sequence[str], arguments: argparse.Namespace) -> None:

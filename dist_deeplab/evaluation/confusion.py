@@ -1,5 +1,6 @@
 """The confusion matrix and the scores that follow from it."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,3 +54,9 @@ def scores(confusion: np.ndarray) -> Scores:
         mean_accuracy=float(accuracy.mean()),
         num_absent=int((~present).sum()),
     )
+
+
+def image_miou(confusion: np.ndarray) -> float:
+    """Return the mean IoU of one image's matrix over the classes in its label or its prediction, NaN if all is void."""
+    union = confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
+    return float((np.diag(confusion)[union > 0] / union[union > 0]).mean()) if union.any() else math.nan

@@ -1,5 +1,6 @@
 """Score a network on a validation set: each image once at its own size, whatever the number of ranks."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import nn
 from dist_deeplab.data.loader import Batch, EvalDataset, eval_loader
 from dist_deeplab.data.shards import Manifest
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.evaluation.confusion import confusion_matrix
+from dist_deeplab.evaluation.confusion import confusion_matrix, image_miou
 from dist_deeplab.model.deeplabv2 import upsample
 from dist_deeplab.model.preprocessing import Preprocessing
 from dist_deeplab.runtime.distributed import DistEnv, all_reduce_sum, gather_to_all
@@ -17,12 +18,13 @@ from dist_deeplab.runtime.distributed import DistEnv, all_reduce_sum, gather_to_
 
 @dataclass(frozen=True)
 class Panel:
-    """One validation image to look at: image uint8 [H, W, 3] RGB, label and pred uint8 [H, W]."""
+    """One validation image to look at: image uint8 [H, W, 3] RGB, label and pred uint8 [H, W], its own mean IoU."""
 
     key: str
     image: np.ndarray
     label: np.ndarray
     pred: np.ndarray
+    iou: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,13 @@ def evaluate(
             pred = predict(net, batch, preprocessing=preprocessing, device=env.device)
             height, width = batch.content[0].tolist()
             label = batch.label[:, :height, :width].to(env.device, non_blocking=True)
-            confusion += confusion_matrix(
-                label, pred, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label
-            )
+            own = confusion_matrix(label, pred, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)
+            confusion += own
             seen += len(batch.keys)
             if batch.keys[0] in panel_keys:
                 image = batch.image[0, :, :height, :width].permute(1, 2, 0)
-                panels.append(Panel(batch.keys[0], image.numpy(), label[0].cpu().numpy(), pred[0].cpu().numpy()))
+                iou = image_miou(own.cpu().numpy())
+                panels.append(Panel(batch.keys[0], image.numpy(), label[0].cpu().numpy(), pred[0].cpu().numpy(), iou))
     finally:
         net.train(was_training)
     total = int(all_reduce_sum(torch.tensor([seen])))

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_deeplab.evaluation.confusion import confusion_matrix, scores
+from dist_deeplab.evaluation.confusion import confusion_matrix, image_miou, scores
 
 
 def _slow_confusion(label: np.ndarray, pred: np.ndarray, num_classes: int, ignore_label: int) -> np.ndarray:
@@ -108,3 +108,9 @@ def test_counts_of_a_large_set_do_not_overflow() -> None:
     pixels = 2**40
     result = scores(np.array([[pixels, 0], [pixels, pixels]]))
     assert result.iou.tolist() == [0.5, 0.5]
+
+
+def test_an_images_own_miou_is_over_the_classes_it_shows_or_was_said_to_show() -> None:
+    assert image_miou(np.array([[2, 1, 0], [0, 1, 0], [0, 0, 0]])) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert image_miou(np.array([[2, 0, 1], [0, 0, 0], [0, 0, 0]])) == pytest.approx((2 / 3 + 0) / 2)
+    assert np.isnan(image_miou(np.zeros((3, 3), dtype=np.int64)))

@@ -1,0 +1,124 @@
+"""An evaluation as pictures: confusion matrix, IoU bars, and panels image | label | prediction | errors.
+
+All are matplotlib figures, drawn without a display; `picture` makes an array of one. Imported where they are drawn:
+training need not have loaded matplotlib before its first evaluation.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure  # without pyplot: no global state, no display
+from matplotlib.patches import Patch
+
+from dist_deeplab.data.voc import PALETTE
+from dist_deeplab.evaluation.confusion import Scores
+from dist_deeplab.evaluation.evaluator import Evaluation, Panel
+
+DPI = 100
+_WRONG, _RIGHT, _VOID = (214, 40, 40), (225, 225, 225), (255, 255, 255)
+_WIDTH_IN = 12.0  # of a row of four pictures
+_LEGEND_COLUMNS, _LEGEND_ROWS = 8, 3
+
+
+def panel_pictures(evaluation: Evaluation, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return {sample key: uint8 [h, w, 3]}, each panel as a picture of its own with title and legend, 1200 px wide.
+
+    The same samples at each evaluation of a set, each of the same size: a slider over steps shows them evolving.
+    """
+    return {
+        panel.key: picture(panels_figure([panel], class_names, ignore_label=evaluation.ignore_label))
+        for panel in evaluation.panels
+    }
+
+
+def picture(figure: Figure) -> np.ndarray:
+    """Return what a figure looks like, uint8 [h, w, 3] at 100 pixels an inch."""
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Draw the matrix with each row as shares of the true class's pixels."""
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    num = len(class_names)
+    side = max(5.0, 0.42 * num + 2)
+    figure = _figure(side + 1, side)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true", title="Share of each true class's pixels (%)")
+    absent = confusion.sum(1) == 0
+    axes.set_xticks(range(num), class_names, rotation=90)
+    axes.set_yticks(range(num), [f"{name} (none)" if none else name for name, none in zip(class_names, absent)])
+    for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
+        share = shares[row, column]
+        color = "white" if share > 0.5 else "black"
+        axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def iou_figure(result: Scores, class_names: Sequence[str]) -> Figure:
+    """Draw a bar for each class, in VOC's colours, and the mean as a line."""
+    num = len(class_names)
+    figure = _figure(8, 0.3 * num + 1.5)
+    axes = figure.add_subplot()
+    values = np.nan_to_num(100 * result.iou)
+    axes.barh(range(num), values, color=PALETTE[:num] / 255.0, edgecolor="black", linewidth=0.5)
+    for row, iou in enumerate(result.iou.tolist()):
+        text = "not in this set" if math.isnan(iou) else f"{100 * iou:.1f}"
+        axes.text(values[row] + 0.8, row, text, va="center", fontsize=8)
+    axes.axvline(100 * result.miou, color="black", linestyle="--", linewidth=1)
+    axes.set_yticks(range(num), class_names)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 108), xlabel="IoU (%)", title=f"mIoU {100 * result.miou:.2f} (dashed)")
+    return figure
+
+
+def panels_figure(panels: Sequence[Panel], class_names: Sequence[str], *, ignore_label: int) -> Figure:
+    """Draw a row image | label | prediction | errors for each panel, with a legend of the classes shown."""
+    heights = [_WIDTH_IN / 4 * panel.label.shape[0] / panel.label.shape[1] + 0.35 for panel in panels]
+    num_rows = min(_LEGEND_ROWS, math.ceil((len(class_names) + 3) / _LEGEND_COLUMNS))  # whatever is predicted
+    entries = _legend_entries(panels, class_names, ignore_label, _LEGEND_COLUMNS * num_rows)
+    figure = _figure(_WIDTH_IN, sum(heights) + 0.32 * num_rows)
+    grid = figure.subplots(len(panels), 4, squeeze=False, height_ratios=heights)
+    for axes, panel in zip(grid, panels, strict=True):
+        pictures = (panel.image, PALETTE[panel.label], PALETTE[panel.pred], _error_map(panel, ignore_label))
+        name = panel.key if len(panel.key) <= 28 else f"...{panel.key[-25:]}"
+        score = "" if math.isnan(panel.iou) else f" (IoU {100 * panel.iou:.1f})"
+        for ax, shot, title in zip(axes, pictures, (name, "label", f"prediction{score}", "errors"), strict=True):
+            ax.imshow(shot, interpolation="nearest")
+            ax.set_title(title, fontsize=12)
+            ax.set_axis_off()
+    handles = [
+        Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="black", label=name)
+        for name, (red, green, blue) in entries
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize=11)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _legend_entries(
+    panels: Sequence[Panel], class_names: Sequence[str], ignore_label: int, limit: int
+) -> list[tuple[str, tuple[int, int, int]]]:
+    """Return names and colours of the classes with most pixels, in the order of their labels, then void and errors."""
+    pixels = sum(np.bincount(shot.ravel(), minlength=256) for panel in panels for shot in (panel.label, panel.pred))
+    assert isinstance(pixels, np.ndarray)
+    pixels[ignore_label] = 0
+    shown = sorted(c for c in np.argsort(-pixels, kind="stable")[: limit - 3].tolist() if pixels[c])
+    colors = [(class_names[c], PALETTE[c]) for c in shown] + [("void", PALETTE[ignore_label])]
+    return [*((name, (int(r), int(g), int(b))) for name, (r, g, b) in colors), ("wrong", _WRONG), ("right", _RIGHT)]
+
+
+def _error_map(panel: Panel, ignore_label: int) -> np.ndarray:
+    """Return uint8 [H, W, 3]: wrong pixels red, right ones grey, void white."""
+    shot = np.where((panel.label == panel.pred)[..., None], _RIGHT, _WRONG).astype(np.uint8)
+    shot[panel.label == ignore_label] = _VOID
+    return shot
