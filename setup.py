@@ -2,6 +2,7 @@
 
     pip install -e . -c constraints.txt            # the tested versions
     pip install -e ".[crf]" -c constraints.txt     # with the dense CRF
+    pip install -e ".[remote]" -c constraints.txt  # with data and weights at s3://, gs:// and hf:// URLs
     pip install -e ".[dev]" -c constraints.txt     # tests, linter, type checker
 
 The requirements below are open ranges: what the code needs. `constraints.txt` is what it was tested with.
@@ -44,9 +45,11 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "filelock",
+        "fsspec",  # torch needs it anyway; the packages behind s3:// and the like are the extra `remote`
     ],
     extras_require={
         "crf": ["pydensecrf2>=1.1"],  # PyPI's pydensecrf does not compile with Cython 3
+        "remote": ["s3fs", "gcsfs", "huggingface_hub"],  # s3://, gs://, hf://
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "types-PyYAML", "pre-commit"],
     },
