@@ -23,17 +23,16 @@ from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.evaluator import evaluate
-from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.weights import SCRATCH, Variant, load_weights
 from dist_deeplab.runtime import tracking
 from dist_deeplab.runtime.checkpoint import CheckpointFolder
 from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, leave, process_group
 from dist_deeplab.runtime.logs import format_duration, setup_logging
 from dist_deeplab.runtime.meter import Meter
-from dist_deeplab.runtime.parallel import prepare_model, share_buffers
+from dist_deeplab.runtime.parallel import share_buffers
 from dist_deeplab.runtime.preemption import StopRequest
 from dist_deeplab.runtime.run_lock import lock_run
-from dist_deeplab.training.builders import build_network, build_train_loader, open_data
+from dist_deeplab.training.builders import build_model, build_network, build_train_loader, open_data
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
@@ -81,7 +80,7 @@ def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifes
 
     # --- 2. Network, optimizer, state ---------------------------------------------------------------------------------
     net = build_network(config, split, variant, weights)
-    model = prepare_model(MultiScale(net, config.multi_scale.scales), env)
+    model = build_model(config, env, net)
     optimizer = build_optimizer(net, config.optim)
     precision = Precision(config.precision.dtype, env.device)
     state = TrainState(net, optimizer, precision, LossWindow())

@@ -125,6 +125,25 @@ class PrecisionConfig(Section):
     """Arithmetic of the forward pass; bf16 and fp16 by torch.amp, fp16 with a gradient scaler."""
 
 
+class SpeedConfig(Section):
+    channels_last: bool = True
+    """Channels-last memory, which tensor cores and CPU kernels want."""
+    cudnn_benchmark: bool = True
+    """Let cuDNN try its algorithms on the first steps; false: its default choice, the same in each run."""
+    compile: bool = False
+    """torch.compile the network: a minute or more at each start, faster steps after it."""
+    recompute: bool = False
+    """Recompute activations in the backward pass: a third more arithmetic for a fraction of the memory."""
+    compress_gradients: bool = False
+    """All-reduce gradients in bf16: half the traffic between nodes, rounded gradients."""
+
+    @model_validator(mode="after")
+    def _compile_or_recompute(self) -> "SpeedConfig":
+        if self.compile and self.recompute:
+            raise ValueError("compile and recompute do not go together; the compiler has its own recomputation")
+        return self
+
+
 class EvalConfig(Section):
     every: NonNegative = 1000
     """Steps between evaluations on data.val; one more at the end. 0: only at the end."""
@@ -165,6 +184,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     multi_scale: MultiScaleConfig = MultiScaleConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    speed: SpeedConfig = SpeedConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

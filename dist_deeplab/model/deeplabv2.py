@@ -34,10 +34,18 @@ class DeepLabV2(nn.Module):
     Weights start random: He-normal convolutions (fan out), head N(0, 0.01) with bias 0 (prototxt `weight_filler`).
     """
 
-    def __init__(self, backbone: str, num_classes: int, *, norm: NormFactory, stride_on_1x1: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        *,
+        norm: NormFactory,
+        stride_on_1x1: bool = True,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         spec = SPECS[backbone]
-        self.backbone = DilatedResNet(spec, stride_on_1x1=stride_on_1x1, norm=norm)
+        self.backbone = DilatedResNet(spec, stride_on_1x1=stride_on_1x1, norm=norm, recompute=recompute)
         self.head = ASPP(spec.out_channels, num_classes)
         self.reset_parameters()
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dist_deeplab.model.batch_norm import NormFactory
+from dist_deeplab.model.recompute import recomputed
 
 EXPANSION = 4  # a bottleneck's output channels per inner channel (He et al. 2015)
 
@@ -73,10 +74,14 @@ class Bottleneck(nn.Module):
 
 
 class DilatedResNet(nn.Module):
-    """ResNet whose res4 and res5 keep stride 1 and dilate by 2 and 4 instead (no multi-grid): output stride 8."""
+    """ResNet whose res4 and res5 keep stride 1 and dilate by 2 and 4 instead (no multi-grid): output stride 8.
 
-    def __init__(self, spec: ResNetSpec, *, stride_on_1x1: bool, norm: NormFactory) -> None:
+    recompute: keep only the bottlenecks' inputs while training, and run each again in the backward pass.
+    """
+
+    def __init__(self, spec: ResNetSpec, *, stride_on_1x1: bool, norm: NormFactory, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         width = spec.width
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(width)
@@ -91,7 +96,10 @@ class DilatedResNet(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Map float [B, 3, H, W] to [B, out_channels, (H-1)/8+1, (W-1)/8+1] for H, W of 8k+1."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(image))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = recomputed(block, x) if self.recompute and self.training else block(x)
+        return x
 
 
 class _LayerBuilder:

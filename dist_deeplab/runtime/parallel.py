@@ -17,15 +17,31 @@ from dist_deeplab.runtime.distributed import DistEnv, gather_to_all
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def prepare_model(model: nn.Module, env: DistEnv) -> nn.Module:
-    """Return `model` on the rank's device, in channels-last memory, wrapped for DDP where there are other ranks.
+def prepare_model(
+    model: nn.Module,
+    env: DistEnv,
+    *,
+    channels_last: bool = True,
+    compile: bool = False,
+    compress_gradients: bool = False,
+) -> nn.Module:
+    """Return `model` on the rank's device, wrapped for DDP where there are other ranks.
 
     All ranks must hold the same weights already (same seed, same file): that is verified, not mended.
+
+    Args:
+        model: the network as it is trained.
+        env: this rank.
+        channels_last: memory format of the weights, which the activations follow.
+        compile: compile the network on its first step.
+        compress_gradients: all-reduce the gradients in bf16.
 
     Raises:
         RuntimeError: the ranks' weights differ.
     """
-    model = place_model(model, env.device)
+    model = place_model(model, env.device, channels_last=channels_last)
+    if compile:
+        model.compile()  # in place, inside DDP: names of parameters stay
     if env.world_size == 1:
         return model
     check_replicas(model)
@@ -33,12 +49,24 @@ def prepare_model(model: nn.Module, env: DistEnv) -> nn.Module:
     # Buffers (batch-norm statistics) are equal by construction or, with batch_norm=local, meant to differ.
     new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch >= 2.13
     options: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
+    wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
+    if compress_gradients:
+        wrapped.register_comm_hook(None, _all_reduce_in_bf16)
+    return wrapped
 
 
-def place_model(model: ModuleT, device: torch.device) -> ModuleT:
-    """Return `model` on `device` in channels-last memory, which tensor cores and CPU kernels want."""
-    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+def _all_reduce_in_bf16(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Average a bucket of gradients over the ranks in bf16; torch's own hook for it refuses gloo."""
+    gradient = bucket.buffer()
+    rounded = gradient.to(torch.bfloat16).div_(dist.get_world_size())
+    work = dist.all_reduce(rounded, async_op=True)
+    return work.get_future().then(lambda done: gradient.copy_(done.value()[0]))
+
+
+def place_model(model: ModuleT, device: torch.device, *, channels_last: bool = True) -> ModuleT:
+    """Return `model` on `device`, in channels-last memory where wanted: tensor cores and CPU kernels like it."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 import logging
 
 import torch
+from torch import nn
 
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
@@ -11,9 +12,10 @@ from dist_deeplab.data.shards import Manifest, load_manifest, require_fit
 from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
-from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.weights import Variant, Weights, fit_weights
 from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.runtime.parallel import prepare_model
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +40,29 @@ def build_network(config: RunConfig, split: BatchSplit, variant: Variant, weight
     torch.manual_seed(config.seed)
     model = config.model
     norm = norm_factory(model.batch_norm, sync_bn=model.sync_bn, accumulation=split.accumulation)
-    net = DeepLabV2(model.backbone, config.data.num_classes, norm=norm, stride_on_1x1=variant.stride_on_1x1)
+    net = DeepLabV2(
+        model.backbone,
+        config.data.num_classes,
+        norm=norm,
+        stride_on_1x1=variant.stride_on_1x1,
+        recompute=config.speed.recompute,
+    )
     if weights:
         log.info("weights from %s", fit_weights(net, weights, restore_last=model.restore_last))
     return net
+
+
+def build_model(config: RunConfig, env: DistEnv, net: DeepLabV2) -> nn.Module:
+    """Return the network as it is trained: at all scales, on this rank's device, together with the other ranks."""
+    speed = config.speed
+    torch.backends.cudnn.benchmark = speed.cudnn_benchmark
+    return prepare_model(
+        MultiScale(net, config.multi_scale.scales),
+        env,
+        channels_last=speed.channels_last,
+        compile=speed.compile,
+        compress_gradients=speed.compress_gradients,
+    )
 
 
 def build_train_loader(

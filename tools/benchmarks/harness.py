@@ -116,8 +116,8 @@ def machine() -> dict[str, str | int | None]:
 def show(report: Report, where: Mapping[str, object]) -> None:
     """Print the table, its notes and the machine."""
     table = Table(title=report.title, title_justify="left")
-    for column in report.rows[0]:
-        table.add_column(column, justify="right" if column != next(iter(report.rows[0])) else "left")
+    for i, column in enumerate(report.rows[0]):
+        table.add_column(column.replace("_", " "), justify="right" if i else "left", no_wrap=not i)
     for row in report.rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console = Console(width=None if sys.stdout.isatty() else 140)

@@ -33,6 +33,7 @@ from dist_deeplab.training.step import TrainStep
 SUMMARY = "an optimizer step: images/s, parts, memory, share of the matmul peak"
 IGNORE_LABEL, NUM_CLASSES = 255, 21
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+OPTIONS = ("nchw", "compile", "recompute")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +44,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", type=int, default=10 if on_gpu else 4, help="images of a step; default: %(default)s"
     )
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step; default: %(default)s")
-    parser.add_argument("--ours", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"], metavar="DTYPE")
+    parser.add_argument(
+        "--ours",
+        nargs="+",
+        type=variant,
+        default=[variant("fp32"), variant("bf16")],
+        metavar="DTYPE[+OPTION...]",
+        help=f"ours in {', '.join(PRECISIONS)}, with any of {', '.join(OPTIONS)}; default: fp32 bf16",
+    )
     parser.add_argument("--rounds", type=int, default=20, help="timed steps of each; default: %(default)s")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run our step: a `precision.dtype` and options of the section `speed`, `nchw` for channels_last=false."""
+
+    dtype: str
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return "+".join((f"ours_{self.dtype}", *self.options))
+
+
+def variant(text: str) -> Variant:
+    """Read `bf16+compile+recompute`."""
+    dtype, *options = text.split("+")
+    if dtype not in PRECISIONS or not set(options) <= set(OPTIONS):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not one of {', '.join(PRECISIONS)} with any of {', '.join(OPTIONS)} added, e.g. bf16+compile"
+        )
+    return Variant(dtype, tuple(options))
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -57,14 +88,21 @@ def run(arguments: argparse.Namespace) -> Report:
     competitors: dict[str, Callable[[], object]] = {
         "eager": Fp32Eager(copy.deepcopy(net), batches, device),
         "amp": AmpChannelsLast(copy.deepcopy(net), batches, device),
-        **{f"ours_{dtype}": Ours(copy.deepcopy(net), batches, dtype) for dtype in arguments.ours},
+        **{variant.name: Ours(copy.deepcopy(net), batches, variant) for variant in arguments.ours},
     }
     synchronize = synchronizer(device)
-    timings = interleave(competitors, rounds=arguments.rounds, warmup=3, synchronize=synchronize)
+    first = {
+        name: interleave({name: run_once}, rounds=1, warmup=0, synchronize=synchronize)[name]
+        for name, run_once in competitors.items()
+    }
+    timings = interleave(competitors, rounds=arguments.rounds, warmup=2, synchronize=synchronize)
     flops = training_flops(MultiScale(net), (arguments.crop, arguments.crop))
     peak = matmul_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     rows = [
-        row(name, timing, competitors[name], arguments, flops=flops, peak=peak, device=device)
+        {
+            **row(name, timing, competitors[name], arguments, flops=flops, peak=peak, device=device),
+            "first_s": first[name].median,
+        }
         for name, timing in timings.items()
     ]
     ratio_column(rows, of="images_per_s", to="eager", name="x_eager")
@@ -73,6 +111,7 @@ def run(arguments: argparse.Namespace) -> Report:
     notes = [
         f"{flops / 1e9:.3g} GFLOP an image, forward and backward (two a multiply-add, convolutions only)",
         f"matmul peak measured: {peak / 1e12:.3g} TFLOP/s in {'bf16' if device.type == 'cuda' else 'fp32'}",
+        "first_s: the first step, with what is loaded, compiled and chosen in it",
         "parts are measured one step at a time with a wait after each, so they add up to more than the step",
     ]
     return Report(f"optimizer step of {arguments.backbone}, {shape}", rows, notes)
@@ -90,7 +129,8 @@ def row(
 ) -> Row:
     """Return the table's row of a competitor."""
     rate = arguments.images / timing.median
-    parts = measure_parts(competitor, synchronizer(device)) if isinstance(competitor, Ours) else {}
+    has_parts = isinstance(competitor, Ours) and not competitor.compiled  # a compiled graph is one piece
+    parts = measure_parts(competitor, synchronizer(device)) if has_parts else {}
     return {
         "what": name,
         "images_per_s": rate,
@@ -168,10 +208,17 @@ class AmpChannelsLast:
 class Ours:
     """This project's step, as training runs it."""
 
-    def __init__(self, net: DeepLabV2, batches: list[Batch], dtype: str) -> None:
+    def __init__(self, net: DeepLabV2, batches: list[Batch], variant: Variant) -> None:
         env = DistEnv()
-        self.model = prepare_model(MultiScale(net), env).train()
-        self.precision = Precision(dtype, env.device)
+        net.backbone.recompute = "recompute" in variant.options
+        model = prepare_model(
+            MultiScale(net),
+            env,
+            channels_last="nchw" not in variant.options,
+            compile="compile" in variant.options,
+        )
+        self.model, self.compiled = model.train(), "compile" in variant.options
+        self.precision = Precision(variant.dtype, env.device)
         self.step = TrainStep(self.model, build_optimizer(net, OptimConfig()), self.precision, CAFFE, IGNORE_LABEL)
         self.batches = batches
 
@@ -227,5 +274,5 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the measured FLOP/s of a large square matrix product: the practical peak."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = interleave({"matmul": lambda: a @ b}, rounds=10, warmup=3, synchronize=synchronizer(device))["matmul"]
+    times = interleave({"matmul": lambda: a @ b}, rounds=10, warmup=2, synchronize=synchronizer(device))["matmul"]
     return 2 * size**3 / times.median

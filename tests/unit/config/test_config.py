@@ -409,6 +409,11 @@ OTHER_VALUES: dict[str, Any] = {
     "optim.clip_norm": 1.0,
     "multi_scale.scales": [1.0, 0.5],
     "precision.dtype": "bf16",
+    "speed.channels_last": False,
+    "speed.cudnn_benchmark": False,
+    "speed.compile": True,
+    "speed.recompute": True,
+    "speed.compress_gradients": True,
     "eval.every": 1,
     "eval.num_panels": 1,
     "checkpoint.every": 1,
@@ -420,6 +425,7 @@ OTHER_VALUES: dict[str, Any] = {
 MAY_CHANGE = {
     *("name", "output_dir", "resume", "data.train", "data.val", "data.num_workers"),
     *("model.sync_bn", "model.init", "model.restore_last", "batch.micro_size", "eval.every", "eval.num_panels"),
+    *("speed.channels_last", "speed.cudnn_benchmark", "speed.compile", "speed.recompute"),
     *("checkpoint.every", "checkpoint.keep_last", "tracking.uri", "tracking.experiment", "tracking.log_every"),
 }
 """What a resumed run may change: nothing here alters what an optimizer step computes from a given state and data."""
