@@ -116,10 +116,11 @@ def machine() -> dict[str, str | int | None]:
 def show(report: Report, where: Mapping[str, object]) -> None:
     """Print the table, its notes and the machine."""
     table = Table(title=report.title, title_justify="left")
-    for i, column in enumerate(report.rows[0]):
+    columns = [name for name in report.rows[0] if any(row[name] is not None for row in report.rows)]
+    for i, column in enumerate(columns):
         table.add_column(column.replace("_", " "), justify="right" if i else "left", no_wrap=not i)
     for row in report.rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(_cell(row[column]) for column in columns))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     for note in report.notes:
