@@ -81,7 +81,7 @@ class ModelConfig(Section):
     sync_bn: Literal["own", "torch"] = "own"
     """Implementation behind `sync`; torch's own works on CUDA only."""
     init: Text = ""
-    """Weights to start from (a checkpoint of ours or a ResNet state dict); empty: random weights."""
+    """Weights to start from, a file of any known family or its URL (#sha256=HEX checks it); empty: random weights."""
     restore_last: bool = True
     """Take the last layer from `init` too; false for a data set with other classes (not_restore_last)."""
 

@@ -16,8 +16,6 @@ def load_network(saved: dict[str, Any]) -> DeepLabV2:
     """
     norm = norm_factory("frozen")  # all modes are alike in evaluation and share their names
     variant, config = Variant.from_plain(saved["variant"]), saved["config"]
-    net = DeepLabV2(
-        config["model"]["backbone"], config["data"]["num_classes"], norm=norm, stride_on_1x1=variant.stride_on_1x1
-    )
+    net = DeepLabV2(config["model"]["backbone"], config["data"]["num_classes"], norm=norm, **variant.geometry)
     net.load_state_dict(saved["model"])
     return net.eval()

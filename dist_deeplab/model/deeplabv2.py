@@ -41,11 +41,18 @@ class DeepLabV2(nn.Module):
         *,
         norm: NormFactory,
         stride_on_1x1: bool = True,
+        contract_dilation: bool = False,
         recompute: bool = False,
     ) -> None:
         super().__init__()
         spec = SPECS[backbone]
-        self.backbone = DilatedResNet(spec, stride_on_1x1=stride_on_1x1, norm=norm, recompute=recompute)
+        self.backbone = DilatedResNet(
+            spec,
+            stride_on_1x1=stride_on_1x1,
+            contract_dilation=contract_dilation,
+            norm=norm,
+            recompute=recompute,
+        )
         self.head = ASPP(spec.out_channels, num_classes)
         self.reset_parameters()
 

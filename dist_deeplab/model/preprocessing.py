@@ -29,6 +29,9 @@ class Preprocessing:
 CAFFE = Preprocessing("bgr", mean=(104.00698793, 116.66876762, 122.67891434), std=(1.0, 1.0, 1.0))
 """Mean of ImageNet as the Caffe models subtract it (DeepLab-v2 prototxt `mean_value`)."""
 
+CAFFE_ROUNDED = Preprocessing("bgr", mean=(104.008, 116.669, 122.675), std=(1.0, 1.0, 1.0))
+"""The same mean as kazuto1011's `voc12.yaml` and isht7's `evalpyt.py` round it."""
+
 TORCHVISION = Preprocessing("rgb", mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
 """ImageNet mean and standard deviation times 255 (torchvision `ImageClassification` preset)."""
 

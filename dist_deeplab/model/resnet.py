@@ -76,10 +76,19 @@ class Bottleneck(nn.Module):
 class DilatedResNet(nn.Module):
     """ResNet whose res4 and res5 keep stride 1 and dilate by 2 and 4 instead (no multi-grid): output stride 8.
 
+    contract_dilation: their first blocks dilate by half of that, as torchvision's and mmsegmentation's DeepLabs do.
     recompute: keep only the bottlenecks' inputs while training, and run each again in the backward pass.
     """
 
-    def __init__(self, spec: ResNetSpec, *, stride_on_1x1: bool, norm: NormFactory, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        spec: ResNetSpec,
+        *,
+        stride_on_1x1: bool,
+        norm: NormFactory,
+        contract_dilation: bool = False,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         self.recompute = recompute
         width = spec.width
@@ -87,7 +96,7 @@ class DilatedResNet(nn.Module):
         self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)  # Caffe rounds up: 321 -> 161 -> 81
-        layer = _LayerBuilder(width, stride_on_1x1, norm)
+        layer = _LayerBuilder(width, stride_on_1x1, contract_dilation, norm)
         self.layer1 = layer(width, spec.blocks[0], stride=1, dilation=1)
         self.layer2 = layer(width * 2, spec.blocks[1], stride=2, dilation=1)
         self.layer3 = layer(width * 4, spec.blocks[2], stride=1, dilation=2)
@@ -105,9 +114,10 @@ class DilatedResNet(nn.Module):
 class _LayerBuilder:
     """Builds the stages in order, handing the channels of one to the next."""
 
-    def __init__(self, in_channels: int, stride_on_1x1: bool, norm: NormFactory) -> None:
+    def __init__(self, in_channels: int, stride_on_1x1: bool, contract_dilation: bool, norm: NormFactory) -> None:
         self.in_channels = in_channels
         self.stride_on_1x1 = stride_on_1x1
+        self.contract_dilation = contract_dilation
         self.norm = norm
 
     def __call__(self, channels: int, num_blocks: int, *, stride: int, dilation: int) -> nn.Sequential:
@@ -118,7 +128,7 @@ class _LayerBuilder:
                     self.in_channels,
                     channels,
                     stride=stride if block == 0 else 1,
-                    dilation=dilation,
+                    dilation=max(1, dilation // 2) if self.contract_dilation and block == 0 else dilation,
                     stride_on_1x1=self.stride_on_1x1,
                     norm=self.norm,
                 )

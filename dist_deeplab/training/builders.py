@@ -41,11 +41,7 @@ def build_network(config: RunConfig, split: BatchSplit, variant: Variant, weight
     model = config.model
     norm = norm_factory(model.batch_norm, sync_bn=model.sync_bn, accumulation=split.accumulation)
     net = DeepLabV2(
-        model.backbone,
-        config.data.num_classes,
-        norm=norm,
-        stride_on_1x1=variant.stride_on_1x1,
-        recompute=config.speed.recompute,
+        model.backbone, config.data.num_classes, norm=norm, recompute=config.speed.recompute, **variant.geometry
     )
     if weights:
         log.info("weights from %s", fit_weights(net, weights, restore_last=model.restore_last))

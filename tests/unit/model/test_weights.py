@@ -64,7 +64,7 @@ def test_torchvision_weights_bring_stride_on_the_3x3_and_rgb_preprocessing(save:
 def test_torchvision_weights_fill_the_backbone_and_leave_the_head(save: Callable[[Any], Path]) -> None:
     source, net = _net(seed=1), _net(seed=2)
     before = _state(net)
-    sentence = fit_weights(net, load_weights(save(_torchvision_state(source))), restore_last=True)
+    sentence = str(fit_weights(net, load_weights(save(_torchvision_state(source))), restore_last=True))
     for name, tensor in net.state_dict().items():
         expected = source.state_dict() if name.startswith("backbone.") else before
         assert torch.equal(tensor, expected[name]), name
@@ -75,7 +75,7 @@ def test_torchvision_weights_fill_the_backbone_and_leave_the_head(save: Callable
 def test_old_torchvision_files_without_batch_counters_load_whole(save: Callable[[Any], Path]) -> None:
     source, net = _net(seed=1), _net(seed=2)
     state = {k: v for k, v in _torchvision_state(source).items() if not k.endswith("num_batches_tracked")}
-    sentence = fit_weights(net, load_weights(save(state)), restore_last=True)
+    sentence = str(fit_weights(net, load_weights(save(state)), restore_last=True))
     wanted = sum(1 for name in state if not name.startswith("fc."))
     assert f"{wanted} of {wanted} backbone tensors" in sentence
 
@@ -85,7 +85,7 @@ def test_own_checkpoints_fill_everything_and_keep_their_variant(save: Callable[[
     source, net = _net(seed=1), _net(seed=2)
     weights = load_weights(save(_checkpoint(source, variant)))
     assert weights.variant == variant
-    sentence = fit_weights(net, weights, restore_last=True)
+    sentence = str(fit_weights(net, weights, restore_last=True))
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in net.state_dict().items())
     assert "8 of 8 of the last layer" in sentence
     assert "random" not in sentence.partition(")")[2]
@@ -119,7 +119,7 @@ def test_another_class_count_names_the_key_that_helps_and_changes_nothing() -> N
 def test_restore_last_false_keeps_the_networks_own_head(classes: int) -> None:
     source, net = _net(classes, seed=1), _net(5, seed=2)
     before = _state(net)
-    sentence = fit_weights(net, Weights("a.pt", SCRATCH, _state(source)), restore_last=False)
+    sentence = str(fit_weights(net, Weights("a.pt", SCRATCH, _state(source)), restore_last=False))
     for name, tensor in net.state_dict().items():
         expected = before if name.startswith("head.") else source.state_dict()
         assert torch.equal(tensor, expected[name]), name
@@ -146,7 +146,7 @@ def test_a_backbone_with_many_tensors_missing_is_refused_and_one_of_them_named()
     "content", [{}, {"conv1.weight": torch.zeros(1)}, {"state_dict": {}}, [1, 2], torch.zeros(3), 7, None]
 )
 def test_an_unknown_family_is_refused_and_the_known_ones_named(save: Callable[[Any], Path], content: Any) -> None:
-    with pytest.raises(UserError, match=r"no known family; known: .*torchvision"):
+    with pytest.raises(UserError, match=r"no known family; .*known: .*torchvision"):
         load_weights(save(content))
 
 

@@ -1,0 +1,69 @@
+"""`load_weights`: from a path or URL to tensors under our names, whatever known family they are of."""
+
+import os
+from pathlib import Path
+
+from dist_deeplab.errors import UserError
+from dist_deeplab.model.weights.locate import local_path
+from dist_deeplab.model.weights.provenance import with_provenance
+from dist_deeplab.model.weights.state_dict import recognise
+from dist_deeplab.model.weights.torch_file import load_file, load_safetensors, named_tensors
+from dist_deeplab.model.weights.variant import Variant, Weights
+
+_CHECKPOINT = "dist_deeplab.checkpoint"
+
+
+def load_weights(source: str | Path) -> Weights:
+    """Return the weights in a file, whatever known family they are of.
+
+    source: a path or a URL (see `locate.local_path`).
+
+    Raises:
+        UserError: unreadable file, or a family that is not known.
+    """
+    path = local_path(os.fspath(source))
+    return with_provenance(_read(path), path.name)
+
+
+def _read(path: Path) -> Weights:
+    head = _first_bytes(path)
+    if head[8:9] == b"{" and not head.startswith(b"PK"):
+        return recognise(load_safetensors(path), path)
+    content = load_file(path)
+    if isinstance(content, dict) and str(content.get("format", "")).startswith(_CHECKPOINT):
+        try:
+            variant = Variant.from_plain(content["variant"])
+            return Weights(str(path), variant, named_tensors(content["model"], path).tensors)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"the checkpoint {path} is incomplete; use another one") from None
+    return recognise(named_tensors(content, path), path)
+
+
+def _first_bytes(path: Path) -> bytes:
+    """Return the beginning of a file.
+
+    Raises:
+        UserError: no such file, a folder, empty, or plainly something else than weights.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except FileNotFoundError:
+        raise UserError(f"there is no weights file at {path}") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        raise UserError(f"{path} is empty; fetch it again")
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        raise UserError(
+            f"{path} is a web page, not weights: a download that was answered by a page, as Google Drive does with "
+            "large files; fetch it again"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not the weights themselves; run git lfs pull")
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")) or head[257:262] == b"ustar":
+        raise UserError(f"{path} is an archive; unpack it and give the file in it")
+    if head.startswith(b"\x89HDF"):
+        raise UserError(f"{path} is an HDF5 file, of which no family of weights is known here")
+    return head

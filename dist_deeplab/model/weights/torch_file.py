@@ -1,0 +1,146 @@
+"""Files of torch.save and of safetensors: named tensors, read without running code that a file may hold."""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_deeplab.errors import UserError, first_line
+from dist_deeplab.model.weights.variant import Variant
+
+METADATA_KEY = "dist_deeplab"
+"""Where our exports keep their variant: in a state dict's `_metadata[""]`, and in the header of safetensors."""
+
+_INNER = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights")
+"""Under which keys the scripts people use put a network's state dict."""
+
+
+@dataclass(frozen=True)
+class NamedTensors:
+    """What a file holds, under its own names; `variant` where the file states it."""
+
+    tensors: dict[str, torch.Tensor]
+    variant: Variant | None = None
+
+
+def load_file(path: str | Path) -> Any:
+    """Return what `torch.save` wrote, on the CPU, without running any code that the file may hold.
+
+    Raises:
+        UserError: no such file, damaged, or holding more than plain values and tensors.
+    """
+    path = Path(path).expanduser()
+    try:
+        if zipfile.is_zipfile(path):
+            _require_stored(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no weights file at {path}") from None
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise UserError(
+            f"{path} holds more than tensors and plain values{f' ({found[1]})' if found else ''}, which might run "
+            "code, or is no torch file; where you trust it, save its state dict alone and give that"
+        ) from None
+    except UserError:
+        raise
+    except Exception as error:  # an unpickler that meets arbitrary bytes may raise anything
+        raise UserError(f"{path} can't be read as a torch file ({first_line(error)}); is it whole?") from None
+
+
+def _require_stored(path: Path) -> None:
+    """Refuse an archive that would grow on reading: torch.save compresses nothing.
+
+    Raises:
+        UserError: compressed or overlapping members, TorchScript, or some other archive.
+        zipfile.BadZipFile: damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if not any(member.filename.endswith("/data.pkl") for member in members):
+        raise UserError(f"{path} is an archive of other files, not weights; unpack it and give the file in it")
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise UserError(f"{path} is a TorchScript program; save the state dict of the network instead")
+    size = path.stat().st_size
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
+        sum(member.file_size for member in members) > size
+    ):
+        raise UserError(f"{path} unpacks to more than its own {size:,} bytes, as no file of torch.save does; not read")
+
+
+def named_tensors(content: Any, path: Path) -> NamedTensors:
+    """Return the tensors of a state dict, on whichever level of nested dictionaries it lies.
+
+    Raises:
+        UserError: there is none, or a tensor is not a plain dense one.
+    """
+    for _ in range(4):
+        if not isinstance(content, Mapping) or any(isinstance(value, torch.Tensor) for value in content.values()):
+            break
+        inner = [content[key] for key in _INNER if isinstance(content.get(key), Mapping)]
+        if not inner:
+            break
+        content = inner[0]
+    tensors = {}
+    for name, value in content.items() if isinstance(content, Mapping) else ():
+        if isinstance(name, str) and isinstance(value, torch.Tensor):
+            _require_plain(name, value, path)
+            tensors[name] = value
+    if not tensors:
+        raise UserError(f"{path} holds no named tensors, so the weights in it are of no known family; {KNOWN}")
+    metadata = getattr(content, "_metadata", None)
+    own = metadata.get("") if isinstance(metadata, Mapping) else None
+    plain = own.get(METADATA_KEY) if isinstance(own, Mapping) else None
+    return NamedTensors(tensors, _variant(plain, path))
+
+
+def load_safetensors(path: Path) -> NamedTensors:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        UserError: damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, MemoryError) as error:
+        raise UserError(f"{path} can't be read as safetensors ({first_line(error)}); is it whole?") from None
+    if not tensors:
+        raise UserError(f"{path} holds no tensors, so the weights in it are of no known family; {KNOWN}")
+    try:
+        plain = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+    except ValueError:
+        plain = {}
+    return NamedTensors(tensors, _variant(plain, path))
+
+
+def _variant(plain: Any, path: Path) -> Variant | None:
+    if plain is None:
+        return None
+    try:
+        return Variant.from_plain(plain)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path} says in a way that can't be read which network its weights are of") from None
+
+
+def _require_plain(name: str, tensor: torch.Tensor, path: Path) -> None:
+    """Refuse what is no ordinary array: sparse, quantized, without data, or larger than the bytes behind it."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not dense or tensor.is_nested or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{name} in {path} is not a plain dense tensor; save it as one")
+
+
+KNOWN = (
+    "known: checkpoints and exports of this project, torchvision's and timm's ResNet-50/101, torchvision's and "
+    "mmsegmentation's DeepLabV3 backbones, kazuto1011's and isht7's DeepLab-v2 (.pth), DrSleep's (.npy, .ckpt), "
+    "and the authors' .caffemodel"
+)
