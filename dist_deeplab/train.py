@@ -25,7 +25,7 @@ from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.evaluator import evaluate
 from dist_deeplab.model.weights import SCRATCH, Variant, load_weights
 from dist_deeplab.runtime import tracking
-from dist_deeplab.runtime.checkpoint import CheckpointFolder
+from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
 from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, leave, process_group
 from dist_deeplab.runtime.logs import format_duration, setup_logging
 from dist_deeplab.runtime.meter import Meter
@@ -36,7 +36,7 @@ from dist_deeplab.training.builders import build_model, build_network, build_tra
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
-from dist_deeplab.training.resume import find_checkpoint, save_checkpoint
+from dist_deeplab.training.resume import find_checkpoint, restore, save_checkpoint
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.step import TrainStep
 from dist_deeplab.training.summary import describe, log_progress, run_tags
@@ -73,7 +73,7 @@ def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifes
     # --- 1. Where to start from ---------------------------------------------------------------------------------------
     setup_logging(is_main=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
     stop = StopRequest().install()
-    checkpoints = CheckpointFolder(config.run_dir / "checkpoints", config.checkpoint.keep_last, env.is_main)
+    checkpoints = open_checkpoints(config, env)
     saved = find_checkpoint(config, checkpoints, train_set)
     weights = load_weights(config.model.init) if config.model.init and saved is None else None
     variant = Variant.from_plain(saved["variant"]) if saved else weights.variant if weights else SCRATCH
@@ -85,7 +85,7 @@ def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifes
     precision = Precision(config.precision.dtype, env.device)
     state = TrainState(net, optimizer, precision, LossWindow())
     if saved:
-        state.load_state_dict(saved)
+        restore(state, saved, val_set)
     describe(config, env, split, train_set, val_set, state, variant)
     if state.step >= config.max_steps:
         log.info("nothing to do: %s is done (step %d of %d)", config.run_dir, state.step, config.max_steps)
@@ -119,8 +119,12 @@ def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifes
                 if val_set and (last or is_due(state.step, config.eval.every)):
                     miou = validate(config, env, state, variant, val_set, tracker)
                     is_best = state.take_score(miou)
-                if last or is_best or result.stop or is_due(state.step, config.checkpoint.every):
-                    save_checkpoint(config, checkpoints, state, variant, train_set, is_best=is_best)
+                ending = last or result.stop
+                if ending or is_best or is_due(state.step, config.checkpoint.every):
+                    save_checkpoint(
+                        config, checkpoints, state, variant, train_set, val_set, is_best=is_best, wait=ending
+                    )
+                tracker.log(state.step, checkpoints.pop_values())
             if result.stop and not last:
                 status = "KILLED"
                 log.warning("asked to stop: saved step %d; the same command goes on from there", state.step)
@@ -129,6 +133,7 @@ def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifes
         log.info("done: %d steps; the run is in %s", state.step, config.run_dir)
         return 0
     finally:
+        checkpoints.close()
         tracker.close(status)
 
 
@@ -140,6 +145,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key, e.g. optim.lr=1e-3")
     return parser.parse_intermixed_args(argv)
+
+
+def open_checkpoints(config: RunConfig, env: DistEnv) -> CheckpointFolder:
+    """Return the run's checkpoints, which the main rank writes."""
+    keep = config.checkpoint
+    folder = config.run_dir / "checkpoints"
+    return CheckpointFolder(folder, keep_last=keep.keep_last, keep_every=keep.keep_every, is_writer=env.is_main)
 
 
 def open_tracker(config: RunConfig, env: DistEnv, tags: dict[str, object]) -> tracking.Tracker:

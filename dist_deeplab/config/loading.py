@@ -17,7 +17,17 @@ from dist_deeplab.config.schema import RunConfig, Section
 from dist_deeplab.errors import UserError
 
 _FREE_TO_CHANGE = (
-    *("name", "output_dir", "resume", "data.train", "data.val", "data.num_workers", "model.init", "model.restore_last"),
+    *(
+        "name",
+        "output_dir",
+        "resume",
+        "resume_anyway",
+        "data.train",
+        "data.val",
+        "data.num_workers",
+        "model.init",
+        "model.restore_last",
+    ),
     *("model.sync_bn", "batch.micro_size", "eval.", "checkpoint.", "tracking."),
     *("speed.channels_last", "speed.cudnn_benchmark", "speed.compile", "speed.recompute"),
 )

@@ -156,6 +156,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; one more at the end."""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints kept, beside the best; at least 2, so that a damaged one leaves another."""
+    keep_every: NonNegative = 0
+    """Keep those of steps that this divides for good, e.g. 5000; 0: none."""
 
 
 class TrackingConfig(Section):
@@ -178,6 +180,8 @@ class RunConfig(Section):
     """Folder of all runs."""
     resume: Annotated[str, Field(min_length=1)] = "auto"
     """auto: go on from the run's newest checkpoint; never: refuse a used folder; PATH: start a new folder from it."""
+    resume_anyway: bool = False
+    """Go on although the recipe or the training samples are not the checkpoint's; what differs is logged."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     batch: BatchConfig = BatchConfig()

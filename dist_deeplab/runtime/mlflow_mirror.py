@@ -20,11 +20,10 @@ from urllib.parse import urlparse
 
 from filelock import FileLock, Timeout
 
-from dist_deeplab.runtime.tracking import JOURNAL, RUN_FILE, parse_record
+from dist_deeplab.runtime.tracking import JOURNAL, MLFLOW_FILE, RUN_FILE, parse_record
 
 log = logging.getLogger("mlflow_mirror")
 
-_STATE_FILE = "mlflow.json"
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's pages for training, not for GenAI
 _POLL_S = 1.0
 _RETRY_S = (2.0, 5.0, 15.0, 30.0)  # waits after one, two, three, and more failures in a row
@@ -40,8 +39,8 @@ class Mirror:
         self.info = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
         self.uri = uri or self.info["tracking"]["uri"]
         self.state: dict[str, Any] = {"run_id": None, "sent_bytes": 0, "status": None, "described": -1}
-        if (run_dir / _STATE_FILE).exists():
-            saved = json.loads((run_dir / _STATE_FILE).read_text(encoding="utf-8"))
+        if (run_dir / MLFLOW_FILE).exists():
+            saved = json.loads((run_dir / MLFLOW_FILE).read_text(encoding="utf-8"))
             if saved.get("uri", self.uri) == self.uri:  # another store begins anew
                 self.state.update(saved)
         self.client: Any = None
@@ -150,9 +149,9 @@ class Mirror:
 
     def _save_state(self, **changes: Any) -> None:
         self.state.update(changes, uri=self.uri)
-        temporary = self.run_dir / f".{_STATE_FILE}.tmp"
+        temporary = self.run_dir / f".{MLFLOW_FILE}.tmp"
         temporary.write_text(json.dumps(self.state), encoding="utf-8")
-        os.replace(temporary, self.run_dir / _STATE_FILE)
+        os.replace(temporary, self.run_dir / MLFLOW_FILE)
 
 
 def store_lock(uri: str) -> FileLock:

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 JOURNAL = "metrics.jsonl"
 RUN_FILE = "run.json"
+MLFLOW_FILE = "mlflow.json"  # what the mirror remembers: run id, and how much of the journal was sent
 _END_WAIT_S = 30.0  # how long the end of a run waits for the mirror to send what is left
 _STOP_WAIT_S = 3.0  # where it was stopped or failed: less than the grace time of a preemption
 
@@ -112,6 +113,14 @@ def resolve_uri(uri: str, output_dir: str) -> str:
     """Return the configured URI, else MLFLOW_TRACKING_URI, else a SQLite file in the folder of all runs."""
     default = f"sqlite:///{Path(output_dir).expanduser().resolve() / 'mlflow.db'}"
     return uri or os.environ.get("MLFLOW_TRACKING_URI", "") or default
+
+
+def mlflow_run_id(run_dir: Path) -> str:
+    """Return the id of the folder's run in MLflow, or nothing before the mirror has made one."""
+    try:
+        return json.loads((run_dir / MLFLOW_FILE).read_text(encoding="utf-8"))["run_id"] or ""
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def git_revision() -> dict[str, str]:

@@ -1,22 +1,31 @@
 """What a checkpoint of a run holds beside its state, and which one a run goes on from."""
 
+import contextlib
+import logging
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dist_deeplab.config import RunConfig, config_to_dict, recipe_differences
 from dist_deeplab.data.shards import Manifest
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.model.weights import Variant
-from dist_deeplab.runtime.checkpoint import CheckpointFolder, load_checkpoint
+from dist_deeplab.runtime.checkpoint import load_checkpoint
+from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
 from dist_deeplab.runtime.parallel import share_buffers
+from dist_deeplab.runtime.tracking import mlflow_run_id
 from dist_deeplab.training.state import TrainState
 
 _NEEDED = ("model", "optimizer", "step", "variant", "config", "class_names", "train_keys_sha256")
+_LIBRARIES = ("torch", "numpy", "opencv-python-headless")  # those that a run's numbers depend on
+
+log = logging.getLogger(__name__)
 
 
-def checkpoint_content(config: RunConfig, state: TrainState, variant: Variant, train_set: Manifest) -> dict[str, Any]:
+def checkpoint_content(
+    config: RunConfig, state: TrainState, variant: Variant, train_set: Manifest, val_set: Manifest | None
+) -> dict[str, Any]:
     """Return tensors and plain values: the state, and what evaluation, prediction and a resume need to know."""
     return {
         **state.state_dict(),
@@ -24,8 +33,19 @@ def checkpoint_content(config: RunConfig, state: TrainState, variant: Variant, t
         "config": config_to_dict(config),
         "class_names": list(train_set.class_names),
         "train_keys_sha256": train_set.keys_sha256,
-        "torch": str(torch.__version__),
+        "val_keys_sha256": val_set.keys_sha256 if val_set else "",
+        "mlflow_run_id": mlflow_run_id(config.run_dir),
+        "versions": library_versions(),
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Return {library: version} of Python and what a run's numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):  # another build of the same library
+            versions[name] = version(name)
+    return versions
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -46,7 +66,7 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
 
     Raises:
         UserError: resume=never in a used folder; no readable checkpoint among those there; one of another recipe or
-            of other training samples (the differences are listed).
+            of other training samples (the differences are listed), unless resume_anyway.
     """
     if config.resume == "never" and folder.has_any():
         raise UserError(f"{folder.path} holds checkpoints and resume=never; choose another name=, nothing was touched")
@@ -61,9 +81,36 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
     changes = recipe_differences(saved["config"], config)
     if saved["train_keys_sha256"] != train_set.keys_sha256:
         changes.append("data.train: other samples")
-    if changes:
-        raise UserError(f"{path} is of another recipe ({'; '.join(changes)}); undo that, or choose another name=")
+    if changes and not config.resume_anyway:
+        raise UserError(
+            f"{path} is of another recipe ({'; '.join(changes)}); undo that, choose another name=, or go on with the "
+            "changes by resume_anyway=true"
+        )
+    for change in changes:
+        log.warning("going on from %s with a change: %s", path, change)
     return saved
+
+
+def restore(state: TrainState, saved: dict[str, Any], val_set: Manifest | None) -> None:
+    """Set `state` to a checkpoint's. A best score of other validation images is no measure, and is forgotten.
+
+    Raises:
+        UserError: it is of a network or optimizer of another shape (possible with resume_anyway only).
+    """
+    try:
+        state.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the checkpoint of step {saved['step']} does not fit this network and optimizer ({first_line(error)}); to "
+            "start from its weights alone choose another name= and set model.init to it"
+        ) from None
+    if val_set and saved.get("val_keys_sha256", "") not in ("", val_set.keys_sha256):
+        log.warning("the validation images are other ones than before: the best score so far no longer counts")
+        state.best_miou = -1.0
+    versions = library_versions()
+    for name, old in saved.get("versions", {}).items():
+        if versions.get(name) != old:
+            log.warning("%s is %s now, it was %s: numbers may differ in the last digits", name, versions.get(name), old)
 
 
 def save_checkpoint(
@@ -72,12 +119,17 @@ def save_checkpoint(
     state: TrainState,
     variant: Variant,
     train_set: Manifest,
+    val_set: Manifest | None,
     *,
     is_best: bool,
+    wait: bool,
 ) -> None:
-    """Write a checkpoint, once the losses up to here are known to be finite; every rank calls it."""
+    """Save, once the losses up to here are known to be finite; every rank calls it.
+
+    Written in the background, or with `wait`, for a run about to end, before this returns.
+    """
     state.losses.reduce(state.step)
     if config.model.batch_norm == "local":
         share_buffers(state.net)
-    content = checkpoint_content(config, state, variant, train_set)
-    checkpoints.save(content, step=state.step, is_best=is_best)
+    content = checkpoint_content(config, state, variant, train_set, val_set)
+    checkpoints.save(content, step=state.step, is_best=is_best, wait=wait)

@@ -220,6 +220,23 @@ def test_another_recipe_under_the_same_name_is_refused(undisturbed: Path, sample
     error = capsys.readouterr().err
     assert "max_steps: 12 -> 20" in error
     assert "optim.power: 0.9 -> 1.0" in error
+    assert "resume_anyway=true" in error
+
+
+def test_another_recipe_is_taken_where_told_so_and_another_network_is_not(
+    undisturbed: Path, sample_shards: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.copytree(undisturbed / "checkpoints", tmp_path / "run/checkpoints")
+    arguments = [*run_arguments(sample_shards, tmp_path, "run"), "tracking.uri=none", "resume_anyway=true"]
+    assert train.main([*arguments, "model.backbone=resnet50"]) == 2
+    error = capsys.readouterr().err
+    assert "the checkpoint of step 12 does not fit this network" in error
+    assert "model.init" in error
+    assert error.count("\n") == 1
+    assert train.main([*arguments, "max_steps=14"]) == 0
+    log = (tmp_path / "run/logs/rank_0.log").read_text()
+    assert "with a change: max_steps: 12 -> 14" in log
+    assert "from step 12 to 14" in log
 
 
 def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:

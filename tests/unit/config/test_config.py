@@ -386,6 +386,7 @@ OTHER_VALUES: dict[str, Any] = {
     "max_steps": 5,
     "output_dir": "elsewhere",
     "resume": "never",
+    "resume_anyway": True,
     "data.train": "x.json",
     "data.val": "x.json",
     "data.num_classes": 5,
@@ -418,15 +419,17 @@ OTHER_VALUES: dict[str, Any] = {
     "eval.num_panels": 1,
     "checkpoint.every": 1,
     "checkpoint.keep_last": 9,
+    "checkpoint.keep_every": 7,
     "tracking.uri": "none",
     "tracking.experiment": "x",
     "tracking.log_every": 1,
 }
 MAY_CHANGE = {
-    *("name", "output_dir", "resume", "data.train", "data.val", "data.num_workers"),
+    *("name", "output_dir", "resume", "resume_anyway", "data.train", "data.val", "data.num_workers"),
     *("model.sync_bn", "model.init", "model.restore_last", "batch.micro_size", "eval.every", "eval.num_panels"),
     *("speed.channels_last", "speed.cudnn_benchmark", "speed.compile", "speed.recompute"),
-    *("checkpoint.every", "checkpoint.keep_last", "tracking.uri", "tracking.experiment", "tracking.log_every"),
+    *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every"),
+    *("tracking.uri", "tracking.experiment", "tracking.log_every"),
 }
 """What a resumed run may change: nothing here alters what an optimizer step computes from a given state and data."""
 
