@@ -28,18 +28,17 @@ from dist_deeplab.runtime import tracking
 from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
 from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, leave, process_group
 from dist_deeplab.runtime.logs import format_duration, setup_logging
-from dist_deeplab.runtime.meter import Meter
 from dist_deeplab.runtime.parallel import share_buffers
 from dist_deeplab.runtime.preemption import StopRequest
 from dist_deeplab.runtime.run_lock import lock_run
-from dist_deeplab.training.builders import build_model, build_network, build_train_loader, open_data
+from dist_deeplab.training.builders import build_meter, build_model, build_network, build_train_loader, open_data
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.resume import find_checkpoint, restore, save_checkpoint
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.step import TrainStep
-from dist_deeplab.training.summary import describe, log_progress, run_tags
+from dist_deeplab.training.summary import describe, log_progress, run_info
 
 STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
@@ -96,12 +95,12 @@ def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifes
     update = TrainStep(
         model, optimizer, precision, variant.preprocessing, config.data.ignore_label, config.optim.clip_norm
     )
-    tracker = open_tracker(config, env, run_tags(env, split, train_set))
+    tracker = open_tracker(config, env, run_info(config, env, split, train_set, val_set))
 
     # --- 4. The loop: one turn is one optimizer step ------------------------------------------------------------------
     status = "FAILED"
     try:
-        meter = Meter()
+        meter = build_meter(config, env, net)
         for step, micro_batches in meter.timed(batches):
             rates = set_lr(optimizer, poly_lr(step - state.num_skipped, config.optim, max_steps=config.max_steps))
             result = update(micro_batches, stop=bool(stop))
@@ -119,6 +118,7 @@ def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifes
                 if val_set and (last or is_due(state.step, config.eval.every)):
                     miou = validate(config, env, state, variant, val_set, tracker)
                     is_best = state.take_score(miou)
+                    tracker.log(state.step, {"val/best_mIoU": state.best_miou})
                 ending = last or result.stop
                 if ending or is_best or is_due(state.step, config.checkpoint.every):
                     save_checkpoint(
@@ -154,7 +154,7 @@ def open_checkpoints(config: RunConfig, env: DistEnv) -> CheckpointFolder:
     return CheckpointFolder(folder, keep_last=keep.keep_last, keep_every=keep.keep_every, is_writer=env.is_main)
 
 
-def open_tracker(config: RunConfig, env: DistEnv, tags: dict[str, object]) -> tracking.Tracker:
+def open_tracker(config: RunConfig, env: DistEnv, info: dict[str, object]) -> tracking.Tracker:
     """Return the tracker, which knows everything about the run that MLflow should show."""
     return tracking.open_tracker(
         config.run_dir,
@@ -162,7 +162,8 @@ def open_tracker(config: RunConfig, env: DistEnv, tags: dict[str, object]) -> tr
         uri=tracking.resolve_uri(config.tracking.uri, config.output_dir),
         experiment=config.tracking.experiment,
         config_yaml=configuration.config_to_yaml(config),
-        run_info={"name": config.name, "parameters": configuration.flatten(config), "tags": tags},
+        run_info=info,
+        world_size=env.world_size,
     )
 
 
@@ -186,6 +187,7 @@ def validate(
     tracker.log(state.step, report.metric_values(result, names) | {"time/eval_s": seconds})
     folder = config.run_dir / "eval" / f"step_{state.step:08d}"
     tracker.log_files(state.step, lambda: report.write_report(evaluation, names, folder))
+    tracker.log_images(state.step, lambda: report.write_series(evaluation, names, folder))
     table = report.render(report.iou_table(result, names))
     log.info(
         "evaluation at step %d: %d images in %s\n%s", state.step, evaluation.num_images, format_duration(seconds), table

@@ -1,6 +1,7 @@
 """`RunConfig`: everything that defines a run, typed, frozen and checked; and how it is read and written."""
 
 from dist_deeplab.config.loading import (
+    changed_from_defaults,
     config_from_dict,
     config_to_dict,
     config_to_yaml,
@@ -13,6 +14,7 @@ from dist_deeplab.config.schema import OptimConfig, RunConfig, grid_size
 __all__ = [
     "OptimConfig",
     "RunConfig",
+    "changed_from_defaults",
     "config_from_dict",
     "config_to_dict",
     "config_to_yaml",

@@ -6,6 +6,7 @@ this order. An unknown key is an error that names the nearest key.
 
 import copy
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def config_from_dict(values: dict[str, Any], *, where: str) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         problems = [
-            (f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: " if e["loc"] else "")
+            (f"{'.'.join(map(str, e['loc']))} = {_without_passwords(repr(e['input']))}: " if e["loc"] else "")
             + e["msg"].removeprefix("Value error, ")
             for e in error.errors()
         ]
@@ -107,6 +108,16 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     for key, value in config_to_dict(config).items():
         flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
     return flat
+
+
+def changed_from_defaults(config: RunConfig) -> dict[str, Any]:
+    """Return {"section.key": value} of what a run computes with and where it differs from the defaults."""
+    defaults = flatten(RunConfig())
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if value != defaults[key] and not key.startswith(("name", "output_dir", "resume", "tracking."))
+    }
 
 
 def config_to_yaml(config: RunConfig) -> str:
@@ -134,6 +145,10 @@ def recipe_differences(saved: dict[str, Any], current: RunConfig) -> list[str]:
         for key in new
         if old[key] != new[key] and not key.startswith(_FREE_TO_CHANGE) and not isinstance(new[key], dict)
     ]
+
+
+def _without_passwords(text: str) -> str:
+    return re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1***@", text)
 
 
 def _yaml_line(key: str, value: Any) -> str:

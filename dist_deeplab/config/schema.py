@@ -4,6 +4,7 @@ The string under each key is its documentation (`--print-config` shows it). Chec
 here; checks that need the world size or the data are made by whoever knows these.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -167,6 +168,24 @@ class TrackingConfig(Section):
     """MLflow experiment that holds the run."""
     log_every: Positive = 20
     """Steps between log lines and metric points; each costs one CPU-GPU synchronisation."""
+    system_metrics: bool = False
+    """Record load, memory, network and GPUs of every node each 10 s."""
+    log_model: bool = False
+    """After the last step log the best checkpoint as an MLflow model: image in, mask out."""
+    register_as: Text = ""
+    """Name in MLflow's model registry under which that model becomes a new version (implies log_model)."""
+    parent: Text = ""
+    """Folder of the sweep that this run is of, seen from its own; launch/sweep.sh sets it."""
+
+    @field_validator("uri")
+    @classmethod
+    def _without_password(cls, value: str) -> str:
+        if re.search(r"://[^/@\s]*:[^/@\s]*@", value):
+            raise ValueError(
+                "must not hold a password, which would end up in files and records; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or for a database MLFLOW_TRACKING_URI"
+            )
+        return value
 
 
 class RunConfig(Section):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,18 @@ def write_report(evaluation: Evaluation, class_names: Sequence[str], folder: Pat
     for name, figure in drawn.items():
         figure.savefig(folder / name, dpi=figures.DPI)
     return [metrics, *(folder / name for name in drawn)]
+
+
+def write_series(evaluation: Evaluation, class_names: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Return {series: picture} of what is worth watching over the steps, after `write_report`; writes the panels."""
+    from PIL import Image
+
+    from dist_deeplab.evaluation import figures
+
+    (folder / "panels").mkdir(parents=True, exist_ok=True)
+    series = {"iou": folder / "iou.png", "confusion": folder / "confusion.png"}
+    for key, picture in figures.panel_pictures(evaluation, class_names).items():
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", key)
+        series[f"panels/{name}"] = folder / "panels" / f"{name}.png"
+        Image.fromarray(picture).save(series[f"panels/{name}"])
+    return series

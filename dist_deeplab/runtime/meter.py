@@ -1,9 +1,9 @@
-"""Where the time between two log lines went."""
+"""Where the time between two log lines went, and what the run has cost so far."""
 
 import contextlib
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -12,9 +12,14 @@ T = TypeVar("T")
 
 
 class Meter:
-    """Counts steps and the seconds spent waiting for data; pauses are left out."""
+    """Counts steps and the seconds spent waiting for data; pauses are left out.
 
-    def __init__(self) -> None:
+    images_per_s_at_peak: what all devices would do if they did nothing but the network's arithmetic at their data
+    sheet's rate, or None where that is not known.
+    """
+
+    def __init__(self, images_per_s_at_peak: float | None = None) -> None:
+        self.images_per_s_at_peak = images_per_s_at_peak
         self._reset()
 
     def _reset(self) -> None:
@@ -53,8 +58,30 @@ class Meter:
             "time/data_s": self.data_s / steps,
             "memory/peak_gib": peak_memory_bytes(device) / 2**30,
         }
+        if self.images_per_s_at_peak:
+            values["mfu"] = values["images_per_s"] / self.images_per_s_at_peak
         self._reset()
         return values
+
+
+class Cost:
+    """What a run has cost so far, over all attempts, work that was lost included: seconds, and hours of devices."""
+
+    def __init__(self, points: Mapping[tuple[str, int], float], world_size: int) -> None:
+        self._before = {
+            key: max((value for (name, _), value in points.items() if name == key), default=0.0)
+            for key in ("cost/total_s", "cost/device_hours")
+        }
+        self._world_size = world_size
+        self._opened = time.monotonic()
+
+    def now(self) -> dict[str, float]:
+        """Return the metric points `cost/total_s` and `cost/device_hours` (processes times hours)."""
+        seconds = time.monotonic() - self._opened
+        return {
+            "cost/total_s": self._before["cost/total_s"] + seconds,
+            "cost/device_hours": self._before["cost/device_hours"] + seconds * self._world_size / 3600,
+        }
 
 
 def peak_memory_bytes(device: torch.device) -> int:

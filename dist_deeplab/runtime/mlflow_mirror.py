@@ -5,30 +5,36 @@
 Reads RUN_DIR/metrics.jsonl from where it stopped last time (kept in RUN_DIR/mlflow.json) and sends points with the
 journal's own times, so that sending one twice changes nothing. With --follow it goes on until the journal ends the run
 or process PID is gone. When the server can't be reached it waits and tries again; the journal is the queue.
+
+Training starts one for each run; tools/sync_mlflow.py does the same for many runs that could not be sent.
 """
 
 import argparse
 import json
 import logging
 import os
-import tempfile
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from filelock import FileLock, Timeout
 
-from dist_deeplab.runtime.tracking import JOURNAL, MLFLOW_FILE, RUN_FILE, parse_record
+from dist_deeplab.runtime.journal import JOURNAL, read_records
+from dist_deeplab.runtime.mlflow_run import MirrorState, MlflowRun
+from dist_deeplab.runtime.provenance import redact
+from dist_deeplab.runtime.tracking import RUN_FILE
 
 log = logging.getLogger("mlflow_mirror")
 
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's pages for training, not for GenAI
+Record = dict[str, Any]
 _POLL_S = 1.0
 _RETRY_S = (2.0, 5.0, 15.0, 30.0)  # waits after one, two, three, and more failures in a row
 _GIVE_UP_S = 600.0  # after the run has ended; what is left stays in the journal
 _BATCH = 500  # MLflow takes at most 1000 metrics a call
+_MODEL_TIMEOUT_S = 3600.0
 
 
 class Mirror:
@@ -37,141 +43,67 @@ class Mirror:
     def __init__(self, run_dir: Path, *, uri: str = "") -> None:
         self.run_dir = run_dir
         self.info = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
-        self.uri = uri or self.info["tracking"]["uri"]
-        self.state: dict[str, Any] = {"run_id": None, "sent_bytes": 0, "status": None, "described": -1}
-        if (run_dir / MLFLOW_FILE).exists():
-            saved = json.loads((run_dir / MLFLOW_FILE).read_text(encoding="utf-8"))
-            if saved.get("uri", self.uri) == self.uri:  # another store begins anew
-                self.state.update(saved)
-        self.client: Any = None
+        self.uri = redact(uri) or self.info["tracking"]["uri"]
+        self.state = MirrorState(run_dir, self.uri)
+        self.run: MlflowRun | None = None
+        self._last_time: float | None = None
 
-    def connect(self) -> None:
+    def connect(self) -> MlflowRun:
         """Open the store, and the run: a new one, or the one that this folder has had from the start."""
-        if self.client is not None:
-            return
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # retrying is done here, without a 4-minute block
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        import mlflow
-        from mlflow.entities import Param, RunTag
-        from mlflow.exceptions import MlflowException
-
-        uri, name = self.uri, self.info["tracking"]["experiment"]
-        with store_lock(uri):
-            client = mlflow.MlflowClient(uri)
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                try:
-                    experiment_id = client.create_experiment(
-                        name, artifact_location=artifact_location(uri), tags=_EXPERIMENT_TAGS
-                    )
-                except MlflowException:  # another host was faster
-                    found = client.get_experiment_by_name(name)
-                    if found is None:
-                        raise
-                    experiment_id = found.experiment_id
-            else:
-                experiment_id = experiment.experiment_id
-        if self.state["run_id"] is None:
-            self._save_state(run_id=client.create_run(experiment_id, run_name=self.info["name"]).info.run_id)
-        run_id, attempt = self.state["run_id"], self.info["attempt"]
-        if self.state["described"] < attempt:  # once an attempt; parameters are of the first, they can't change
-            if self.state["described"] < 0:
-                try:
-                    client.log_batch(run_id, params=[Param(k, str(v)) for k, v in self.info["parameters"].items()])
-                except MlflowException as error:
-                    if error.error_code != "INVALID_PARAMETER_VALUE":
-                        raise
-                    log.warning("MLflow keeps the first attempt's parameters: %s", error)
-            client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in self.info["tags"].items()])
-            if (self.run_dir / "config.yaml").exists():
-                client.log_artifact(run_id, str(self.run_dir / "config.yaml"))
-            client.update_run(run_id, status="RUNNING")
-            self._save_state(described=attempt, status=None)
-        self.client = client
+        if self.run is None:
+            run = MlflowRun(self.run_dir, self.info, self.state, self.uri)
+            first = next((record for record, _ in read_records(self.run_dir / JOURNAL) if "time" in record), {})
+            run.open(first.get("time"))
+            self.run = run
+        return self.run
 
     def send_new(self) -> str | None:
         """Send what the journal holds beyond the last call; return the status once the journal ends the run."""
-        self.connect()
-        for batch, end in _batches(self._new_records()):
-            metrics = [r for r in batch if "key" in r]
-            if metrics:
-                self._send_metrics(metrics)
-            for record in batch:
-                if "file" in record:
-                    self._send_file(Path(record["file"]))
-            self._save_state(sent_bytes=end)
-            ending = [r["status"] for r in batch if "status" in r and r["attempt"] == self.info["attempt"]]
+        run = self.connect()
+        for batch, end in _batches(read_records(self.run_dir / JOURNAL, self.state["sent_bytes"])):
+            run.send(batch)
+            self.state.save(sent_bytes=end)
+            self._last_time = max((r["time"] for r in batch if "time" in r), default=self._last_time)
+            ending = [r["status"] for r in batch if r.get("status", "RUNNING") != "RUNNING" and self._is_current(r)]
             if ending:
-                self._save_state(status=ending[-1])
+                self.state.save(status=ending[-1])
                 return str(ending[-1])
         return None
 
     def finish(self, status: str) -> None:
-        """Set the run's final status."""
-        self.connect()
-        self.client.set_terminated(self.state["run_id"], status=status)
+        """Set the run's final status, and log its model where the run wants that."""
+        run = self.connect()
+        if status == "FINISHED" and self.info.get("model_command") and not self.state["model"]:
+            command = [sys.executable, *self.info["model_command"], str(self.run_dir), "--uri", self.uri]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_MODEL_TIMEOUT_S)
+            if done.returncode:
+                raise RuntimeError(f"the model could not be logged: {done.stderr.strip()[-500:]}")
+            self.state.save(model=True)
+        run.finish(status, self._last_time)
 
-    def _send_metrics(self, records: list[dict[str, Any]]) -> None:
-        from mlflow.entities import Metric
-        from mlflow.exceptions import MlflowException
-
-        metrics = [Metric(r["key"], r["value"], round(r["time"] * 1000), r["step"]) for r in records]
+    def note_failure(self, error: Exception) -> None:
+        """Count a refusal of the store, for the run to see; a full disk here is no reason to stop."""
+        self.run = None
         try:
-            self.client.log_batch(self.state["run_id"], metrics=metrics)
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            if len(records) == 1:
-                log.warning("MLflow refuses the point %s (%s); it stays in the journal", records[0], error)
-                return
-            for record in records:  # one bad name must not hold up the others
-                self._send_metrics([record])
+            text = " ".join(redact(str(error)).split())[:300]
+            self.state.save(failed_sends=self.state["failed_sends"] + 1, error=text or type(error).__name__)
+        except OSError as disk:
+            log.warning("cannot write to %s: %s", self.run_dir, disk)
 
-    def _send_file(self, name: Path) -> None:
-        path = self.run_dir / name
-        if path.exists():
-            self.client.log_artifact(self.state["run_id"], str(path), str(name.parent))
-        else:
-            log.warning("%s is gone; MLflow does without it", path)
+    def note_success(self) -> None:
+        """Forget the last refusal."""
+        if self.state["error"]:
+            self.state.save(error="")
 
-    def _new_records(self) -> Iterator[tuple[dict[str, Any], int]]:
-        """Yield complete records of the journal with the byte offset behind each."""
-        path = self.run_dir / JOURNAL
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            end = file.seek(min(self.state["sent_bytes"], path.stat().st_size))
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                end += len(line)
-                yield parse_record(line), end
-
-    def _save_state(self, **changes: Any) -> None:
-        self.state.update(changes, uri=self.uri)
-        temporary = self.run_dir / f".{MLFLOW_FILE}.tmp"
-        temporary.write_text(json.dumps(self.state), encoding="utf-8")
-        os.replace(temporary, self.run_dir / MLFLOW_FILE)
+    def _is_current(self, record: Record) -> bool:
+        return bool(record["attempt"] == self.info["attempt"])
 
 
-def store_lock(uri: str) -> FileLock:
-    """Return a lock for opening the store: several processes that open a new SQLite store at once ruin it."""
-    url = urlparse(uri)
-    if url.scheme != "sqlite":
-        return FileLock(Path(tempfile.gettempdir()) / f"dist_deeplab-mlflow-{os.getuid()}.lock")
-    path = Path(url.path[1:])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{path}.lock")
+def mirror_until_done(mirror: Mirror, *, is_running: Callable[[], bool], give_up_s: float | None = None) -> bool:
+    """Send until the journal ends the run, or the run's process is gone; return whether all was sent.
 
-
-def artifact_location(uri: str) -> str | None:
-    """Return the folder `mlartifacts` beside a SQLite store; a server has a place of its own."""
-    url = urlparse(uri)
-    return (Path(url.path[1:]).resolve().parent / "mlartifacts").as_uri() if url.scheme == "sqlite" else None
-
-
-def mirror_until_done(mirror: Mirror, *, is_running: Callable[[], bool]) -> bool:
-    """Send until the journal ends the run, or the run's process is gone; return whether all was sent."""
+    Once the run has ended, a store that takes nothing is given up after `give_up_s` (default: 10 minutes).
+    """
     failures = 0
     ended_at: float | None = None
     while True:
@@ -180,29 +112,29 @@ def mirror_until_done(mirror: Mirror, *, is_running: Callable[[], bool]) -> bool
             status = mirror.send_new()
             if status is None and not alive:
                 status = mirror.state["status"] or "FAILED"
-            if status is not None:
-                mirror.finish(status)
-                return True
             if failures:
                 log.warning("MLflow takes points again")
             failures = 0
+            if status is not None:
+                mirror.finish(status)
+            mirror.note_success()
+            if status is not None:
+                return True
         except Exception as error:  # whatever MLflow, its database or the network may raise
             failures += 1
-            mirror.client = None
+            mirror.note_failure(error)
             if failures == 1:
                 log.warning("MLflow does not take points (%s); trying again, nothing is lost", error)
             if not alive:
                 ended_at = ended_at or time.monotonic()
-                if time.monotonic() - ended_at > _GIVE_UP_S:
-                    log.warning("giving up; run this command again without --follow when MLflow is back")
+                if time.monotonic() - ended_at >= (_GIVE_UP_S if give_up_s is None else give_up_s):
+                    log.warning("giving up; tools/sync_mlflow.py %s sends the rest", mirror.run_dir)
                     return False
         time.sleep(_RETRY_S[min(failures, len(_RETRY_S)) - 1] if failures else _POLL_S)
 
 
-def _batches(
-    records: Iterator[tuple[dict[str, Any], int]],
-) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    batch: list[dict[str, Any]] = []
+def _batches(records: Iterator[tuple[Record, int]]) -> Iterator[tuple[list[Record], int]]:
+    batch: list[Record] = []
     end = 0
     for record, end in records:
         batch.append(record)
@@ -211,6 +143,11 @@ def _batches(
             batch = []
     if batch:
         yield batch, end
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
 
 
 def _process_exists(pid: int) -> bool:
@@ -231,9 +168,13 @@ def main() -> int:
     arguments = parser.parse_args()
     if not (arguments.run_dir / RUN_FILE).is_file():
         parser.error(f"{arguments.run_dir} is no run's folder: it has no {RUN_FILE}")
+    if arguments.uri:
+        os.environ["MLFLOW_TRACKING_URI"] = arguments.uri  # with its password; the folder gets it without
     if Mirror(arguments.run_dir, uri=arguments.uri).uri == "none":
         parser.error(f"{arguments.run_dir} was run with tracking.uri=none; say where to send it with --uri")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_without_secrets)
     os.nice(10)  # training goes first
     pid = arguments.follow
     lock = FileLock(arguments.run_dir / "mlflow.lock")

@@ -1,6 +1,6 @@
 """`Tracker`: the journal of a run, mirrored to MLflow by a process of its own.
 
-On the main rank every point is appended to `metrics.jsonl` in the run's folder, which is the truth. A separate process
+On the main rank every point is appended to the journal in the run's folder, which is the truth. A separate process
 (`runtime/mlflow_mirror.py`) reads that file and sends it to MLflow, so neither a slow nor a dead server, nor MLflow's
 import, ever costs training a moment. Other ranks get a tracker that does nothing.
 """
@@ -16,13 +16,21 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_deeplab.runtime.divergence import Divergence
+from dist_deeplab.runtime.journal import JOURNAL, Journal
+from dist_deeplab.runtime.meter import Cost
+from dist_deeplab.runtime.provenance import redact, redact_all, slurm_job
+
 log = logging.getLogger(__name__)
 
-JOURNAL = "metrics.jsonl"
 RUN_FILE = "run.json"
 MLFLOW_FILE = "mlflow.json"  # what the mirror remembers: run id, and how much of the journal was sent
 _END_WAIT_S = 30.0  # how long the end of a run waits for the mirror to send what is left
 _STOP_WAIT_S = 3.0  # where it was stopped or failed: less than the grace time of a preemption
+_RESTART_S = 60.0  # a mirror that died (out of memory, say) is started again, but not at every log line
+_COMPUTED = ("train/", "lr/", "val/")  # follow from seed and step; times and memory differ each time
+
+Images = Mapping[str, Path]
 
 
 class Tracker:
@@ -34,6 +42,9 @@ class Tracker:
     def log_files(self, step: int, write: Callable[[], Iterable[Path]]) -> None:
         """Call `write`, which makes files under the run's folder and returns them, and hand these to MLflow."""
 
+    def log_images(self, step: int, write: Callable[[], Images]) -> None:
+        """As `log_files`, for {name of the series: picture}: MLflow's pages show each series with a slider of steps."""
+
     def close(self, status: str) -> None:
         """End the run with MLflow's status FINISHED, FAILED or KILLED (stopped early), and wait for the mirror."""
 
@@ -41,52 +52,111 @@ class Tracker:
 class JournalTracker(Tracker):
     """The main rank's tracker."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, world_size: int = 1) -> None:
         self.run_dir = run_dir
-        self.recorded, self.attempt = _repair(run_dir / JOURNAL)
-        self.file = (run_dir / JOURNAL).open("a", encoding="utf-8")
+        self.journal = Journal(run_dir / JOURNAL)
         self.mirror: subprocess.Popen[bytes] | None = None
+        self._mirror_started = 0.0
+        self._failed_sends = 0
+        self._is_failing = False
+        self._divergence = Divergence()
+        self._cost = Cost(self.journal.points, world_size)
+
+    def start(self, **facts: object) -> None:
+        """Record that an attempt begins."""
+        self._append({"status": "RUNNING", **facts, "attempt": self.journal.attempt})
 
     def start_mirror(self) -> None:
         """Start the process that sends the journal to MLflow."""
         self.mirror = _start_mirror(self.run_dir)
+        self._mirror_started = time.monotonic()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See Tracker. After a resume the steps since the checkpoint come again; MLflow must see each point once."""
-        now = round(time.time(), 3)
+        if not values:
+            return
         for key, value in values.items():
-            if math.isfinite(value) and (key, step) not in self.recorded:  # NaN is no JSON, and no point of a curve
-                self.recorded.add((key, step))
-                self._append({"step": step, "time": now, "key": key, "value": value, "attempt": self.attempt})
-        self.file.flush()
+            known = self.journal.points.get((key, step))
+            if known is not None and key.startswith(_COMPUTED):
+                self._divergence.compare(key, step, known, value)
+        diverged, summary = self._divergence.pop_news()
+        self._append_points(step, {**values, **self._cost.now(), **diverged, **self._watch_mirror()})
+        if summary:
+            self._append({"tags": {"diverged": summary}})
 
     def log_files(self, step: int, write: Callable[[], Iterable[Path]]) -> None:
         """See Tracker."""
-        for path in write():
-            self._append({"step": step, "time": round(time.time(), 3), "file": str(path.relative_to(self.run_dir))})
-        self.file.flush()
+        self._log_written(step, lambda: [(path, {}) for path in write()])
+
+    def log_images(self, step: int, write: Callable[[], Images]) -> None:
+        """See Tracker."""
+        self._log_written(step, lambda: [(path, {"image": name}) for name, path in write().items()])
 
     def close(self, status: str) -> None:
         """See Tracker."""
-        self._append({"time": round(time.time(), 3), "status": status, "attempt": self.attempt})
-        self.file.close()
+        self._append({"status": status, "attempt": self.journal.attempt})
+        self.journal.close()
         if self.mirror is not None:
             try:
                 self.mirror.wait(_END_WAIT_S if status == "FINISHED" else _STOP_WAIT_S)
             except subprocess.TimeoutExpired:
                 log.warning(
                     "MLflow has not taken everything yet; process %d goes on trying for 10 minutes, and "
-                    "`python -m dist_deeplab.runtime.mlflow_mirror %s` sends the rest at any time",
+                    "`python tools/sync_mlflow.py %s` sends the rest at any time",
                     self.mirror.pid,
                     self.run_dir,
                 )
 
     def _append(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.journal.append({"time": round(time.time(), 3), **record})
+
+    def _append_points(self, step: int, values: Mapping[str, float]) -> None:
+        now, points = round(time.time(), 3), self.journal.points
+        records = []
+        for key, value in values.items():
+            if math.isfinite(value) and (key, step) not in points:  # NaN is no JSON, and no point of a curve
+                points[key, step] = value
+                records.append({"step": step, "time": now, "key": key, "value": value, "attempt": self.journal.attempt})
+        self.journal.append(*records)
+
+    def _log_written(self, step: int, write: Callable[[], Iterable[tuple[Path, dict[str, str]]]]) -> None:
+        try:
+            for path, facts in write():
+                self._append({"step": step, "file": str(path.relative_to(self.run_dir)), **facts})
+        except OSError as error:  # a picture is not worth a run
+            log.warning("no files of step %d for MLflow: %s", step, error)
+
+    def _watch_mirror(self) -> dict[str, float]:
+        """Say once that MLflow is away and once that it is back; return the count of failures where it has grown."""
+        if self.mirror is None:
+            return {}
+        if self.mirror.poll() is not None and time.monotonic() - self._mirror_started > _RESTART_S:
+            log.warning("the process that sends to MLflow ended (%d); starting it again", self.mirror.returncode)
+            self.start_mirror()
+        state = _read_json(self.run_dir / MLFLOW_FILE)
+        is_failing = bool(state.get("error"))
+        if is_failing and not self._is_failing:
+            log.warning(
+                "MLflow does not take points (%s); training goes on, everything is kept in %s and sent later",
+                state["error"],
+                self.run_dir / JOURNAL,
+            )
+        elif self._is_failing and not is_failing:
+            log.warning("MLflow takes points again; what had waited is being sent")
+        self._is_failing = is_failing
+        before, self._failed_sends = self._failed_sends, int(state.get("failed_sends", 0))
+        return {"tracking/failed_sends": self._failed_sends} if self._failed_sends > before else {}
 
 
 def open_tracker(
-    run_dir: Path, *, is_main: bool, uri: str, experiment: str, config_yaml: str, run_info: Mapping[str, Any]
+    run_dir: Path,
+    *,
+    is_main: bool,
+    uri: str,
+    experiment: str,
+    config_yaml: str,
+    run_info: Mapping[str, Any],
+    world_size: int = 1,
 ) -> Tracker:
     """Return this rank's tracker, on the main rank with a running mirror.
 
@@ -96,17 +166,33 @@ def open_tracker(
         uri: MLflow tracking URI, or `none` for no MLflow.
         experiment: MLflow experiment.
         config_yaml: the resolved configuration, written to `config.yaml`.
-        run_info: plain values for `run.json`: name, parameters, tags.
+        run_info: plain values for `run.json`: name, parameters, tags, and what else MlflowRun knows.
+        world_size: processes, for the cost of the run.
     """
     if not is_main:
         return Tracker()
-    tracker = JournalTracker(run_dir)
-    (run_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
-    about = {"tracking": {"uri": uri, "experiment": experiment}, "attempt": tracker.attempt, **run_info}
-    (run_dir / RUN_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    tracker = JournalTracker(run_dir, world_size=world_size)
+    (run_dir / "config.yaml").write_text(redact(config_yaml, environ={}), encoding="utf-8")
+    write_run_file(run_dir, uri=uri, experiment=experiment, attempt=tracker.journal.attempt, run_info=run_info)
+    job = slurm_job()
+    tracker.start(**({"slurm_job": job} if job else {}))
     if uri != "none":
         tracker.start_mirror()
     return tracker
+
+
+def write_run_file(run_dir: Path, *, uri: str, experiment: str, attempt: int, run_info: Mapping[str, Any]) -> None:
+    """Write `run.json`, without secrets; the ids of the Slurm jobs of earlier attempts are kept."""
+    jobs = [*_read_json(run_dir / RUN_FILE).get("slurm_jobs", []), *([slurm_job()] if slurm_job() else [])]
+    about = {
+        "tracking": {"uri": uri, "experiment": experiment},
+        "attempt": attempt,
+        "slurm_jobs": list(dict.fromkeys(jobs)),
+        **run_info,
+    }
+    temporary = run_dir / f".{RUN_FILE}.tmp"
+    temporary.write_text(json.dumps(redact_all(about), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, run_dir / RUN_FILE)
 
 
 def resolve_uri(uri: str, output_dir: str) -> str:
@@ -123,19 +209,6 @@ def mlflow_run_id(run_dir: Path) -> str:
         return ""
 
 
-def git_revision() -> dict[str, str]:
-    """Return the revision of the code and whether it was changed, or nothing outside a git checkout."""
-    folder = Path(__file__).resolve().parent
-    try:
-        revision, changes = (
-            subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True, timeout=10).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"git_revision": revision.strip(), "git_dirty": str(bool(changes.strip())).lower()}
-
-
 def _start_mirror(run_dir: Path) -> "subprocess.Popen[bytes]":
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
@@ -147,30 +220,9 @@ def _start_mirror(run_dir: Path) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, stdout=output, stderr=output, env=environ, start_new_session=True)
 
 
-def parse_record(line: bytes) -> dict[str, Any]:
-    """Return a journal line's record; an empty one where the line is damaged, e.g. by a power cut."""
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8"))
-    except ValueError:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _repair(path: Path) -> tuple[set[tuple[str, int]], int]:
-    """Cut an unfinished last line off the journal; return the points in it and the number of this attempt."""
-    recorded: set[tuple[str, int]] = set()
-    attempt = 0
-    if not path.exists():
-        return recorded, attempt
-    complete = 0
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            complete += len(line)
-            record = parse_record(line)
-            attempt = max(attempt, record.get("attempt", 0) + 1)
-            if "key" in record:
-                recorded.add((record["key"], record["step"]))
-    os.truncate(path, complete)
-    return recorded, attempt
+    return content if isinstance(content, dict) else {}

@@ -13,9 +13,12 @@ from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
+from dist_deeplab.model.flops import training_flops
 from dist_deeplab.model.weights import Variant, Weights, fit_weights
 from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.runtime.meter import Meter
 from dist_deeplab.runtime.parallel import prepare_model
+from dist_deeplab.runtime.peak import peak_flops
 
 log = logging.getLogger(__name__)
 
@@ -70,3 +73,15 @@ def build_train_loader(
     dataset = TrainDataset(train_set, num_classes=data.num_classes, augmentation=augmentation, seed=config.seed)
     sampler = StepSampler(start, config.max_steps, split=split, rank=env.rank)
     return TrainLoader(dataset, sampler, num_workers=data.num_workers, pin_memory=env.device.type == "cuda")
+
+
+def build_meter(config: RunConfig, env: DistEnv, net: DeepLabV2) -> Meter:
+    """Return the meter of the loop, which knows how fast the GPUs could be; nobody knows that of a CPU."""
+    if env.device.type != "cuda":
+        return Meter()
+    peak = peak_flops(torch.cuda.get_device_name(env.device), config.precision.dtype)
+    if peak is None:
+        return Meter()
+    crop = config.data.crop_size
+    flops = training_flops(MultiScale(net, config.multi_scale.scales), (crop, crop))
+    return Meter(images_per_s_at_peak=env.world_size * peak / flops)

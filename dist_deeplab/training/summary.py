@@ -2,18 +2,20 @@
 
 import logging
 import math
+import shlex
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from dist_deeplab.config import RunConfig
+from dist_deeplab.config import RunConfig, changed_from_defaults, flatten
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards import Manifest
 from dist_deeplab.model.weights import SCRATCH, Variant
-from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.runtime.distributed import DistEnv, gather_to_all
 from dist_deeplab.runtime.logs import format_duration
-from dist_deeplab.runtime.tracking import git_revision
+from dist_deeplab.runtime.provenance import git_revision, host_name, library_versions, redact, summarize
 from dist_deeplab.training.optim import describe_groups
 from dist_deeplab.training.state import TrainState
 
@@ -74,17 +76,67 @@ def log_progress(step: int, max_steps: int, values: dict[str, float]) -> None:
     )
 
 
-def run_tags(env: DistEnv, split: BatchSplit, train_set: Manifest) -> dict[str, Any]:
-    """Return what MLflow should know about a run beside its configuration."""
-    return {
-        "command": " ".join(sys.argv),
+def run_info(
+    config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifest, val_set: Manifest | None
+) -> dict[str, Any]:
+    """Return what MLflow should know about the run, as plain values for run.json; every rank must call it."""
+    ranks = gather_to_all((host_name(), device_name(env)))
+    changed = changed_from_defaults(config)
+    tags = {
+        "command": redact(shlex.join(sys.argv)),
         "world_size": env.world_size,
-        "device": device_name(env),
+        "hosts": summarize(host for host, _ in ranks),
+        "device": summarize(device for _, device in ranks),
         "accumulation": split.accumulation,
         "train_samples": train_set.num_samples,
         "train_keys_sha256": train_set.keys_sha256,
-        "torch": str(torch.__version__),
+        **library_versions(),
         **git_revision(),
+    }
+    sets = {"training": train_set, **({"validation": val_set} if val_set else {})}
+    return {
+        "name": config.name,
+        "parameters": flatten(config),
+        "tags": tags,
+        "changed": changed,
+        "description": _description(changed),
+        "datasets": [_dataset(context, manifest) for context, manifest in sets.items()],
+        "parent": config.tracking.parent,
+        "model_command": _model_command(config),
+    }
+
+
+def _model_command(config: RunConfig) -> list[str]:
+    """Return the arguments of Python that log the best checkpoint as a model, or nothing where that is not wanted."""
+    tracking = config.tracking
+    if not (tracking.log_model or tracking.register_as):
+        return []
+    register = ["--register-as", tracking.register_as] if tracking.register_as else []
+    return ["-m", "dist_deeplab.log_model", *register]
+
+
+def _description(changed: Mapping[str, Any]) -> str:
+    """Return Markdown that MLflow shows above a run: what is not as in the published recipe."""
+    lines = [f"| `{key}` | `{value}` |" for key, value in changed.items()]
+    return "\n".join(
+        ["Not as in the defaults, which are the published recipe:\n", "| key | value |", "|---|---|", *lines]
+    )
+
+
+def _dataset(context: str, manifest: Manifest) -> dict[str, Any]:
+    """Return what MLflow shows of a set of samples; the digest is of its keys, however it is sharded."""
+    return {
+        "name": f"{manifest.path.parent.name}/{manifest.split}",
+        "context": context,
+        "digest": manifest.keys_sha256[:16],
+        "source": str(manifest.path),
+        "profile": {
+            "num_samples": manifest.num_samples,
+            "num_classes": manifest.num_classes,
+            "ignore_label": manifest.ignore_label,
+            "num_shards": len(manifest.shards),
+            "keys_sha256": manifest.keys_sha256,
+        },
     }
 
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from dist_deeplab.config import (
     RunConfig,
+    changed_from_defaults,
     config_from_dict,
     config_to_dict,
     config_to_yaml,
@@ -423,6 +424,10 @@ OTHER_VALUES: dict[str, Any] = {
     "tracking.uri": "none",
     "tracking.experiment": "x",
     "tracking.log_every": 1,
+    "tracking.system_metrics": True,
+    "tracking.log_model": True,
+    "tracking.register_as": "x",
+    "tracking.parent": "../sweep",
 }
 MAY_CHANGE = {
     *("name", "output_dir", "resume", "resume_anyway", "data.train", "data.val", "data.num_workers"),
@@ -430,6 +435,7 @@ MAY_CHANGE = {
     *("speed.channels_last", "speed.cudnn_benchmark", "speed.compile", "speed.recompute"),
     *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every"),
     *("tracking.uri", "tracking.experiment", "tracking.log_every"),
+    *("tracking.system_metrics", "tracking.log_model", "tracking.register_as", "tracking.parent"),
 }
 """What a resumed run may change: nothing here alters what an optimizer step computes from a given state and data."""
 
@@ -467,3 +473,17 @@ def test_multi_scale_crops_must_stay_on_the_grid_at_every_scale() -> None:
     assert load_config(None, ["multi_scale.scales=[1.0, 0.75, 0.5]"]).data.crop_size == 321
     with pytest.raises(UserError, match=r"data\.crop_size=329 .* use data\.crop_size=321$"):
         load_config(None, ["multi_scale.scales=[1.0, 0.75, 0.5]", "data.crop_size=329"])
+
+
+@pytest.mark.parametrize("uri", ["https://me:s3cret@host/mlflow", "postgresql://me:s3cret@db:5432/mlflow"])
+def test_a_password_in_the_store_s_uri_is_refused_without_being_printed(uri: str) -> None:
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as error:
+        load_config(None, [f"tracking.uri={uri}"])
+    assert "s3cret" not in str(error.value)
+    assert load_config(None, ["tracking.uri=https://host:5000/"]).tracking.uri == "https://host:5000/"
+
+
+def test_changes_from_the_defaults_are_those_that_matter_to_the_result() -> None:
+    config = load_config(None, ["optim.power=1.0", "name=x", "tracking.uri=none", "multi_scale.scales=[1.0,0.5]"])
+    assert changed_from_defaults(config) == {"optim.power": 1.0, "multi_scale.scales": [1.0, 0.5]}
+    assert changed_from_defaults(RunConfig()) == {}

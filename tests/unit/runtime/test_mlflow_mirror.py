@@ -1,6 +1,9 @@
 """What the journal holds arrives in a real MLflow store exactly once, through resumes, outages and refused records."""
 
+import contextlib
+import getpass
 import json
+import logging
 import os
 import select
 import shutil
@@ -16,10 +19,12 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from PIL import Image
 
 from dist_deeplab.runtime import mlflow_mirror
-from dist_deeplab.runtime.mlflow_mirror import Mirror, artifact_location, mirror_until_done, store_lock
-from dist_deeplab.runtime.tracking import open_tracker
+from dist_deeplab.runtime.mlflow_mirror import Mirror, mirror_until_done
+from dist_deeplab.runtime.mlflow_store import artifact_location, store_lock
+from dist_deeplab.runtime.tracking import JournalTracker, open_tracker
 
 Record = dict[str, Any]
 TIME_S = 1790000000.123
@@ -98,6 +103,18 @@ def start_attempt(folder: Path, attempt: int, *, uri: str | None = None) -> None
         "name": "my_run",
         "parameters": {"optim.lr": 0.1, "data.scale_range": [0.5, 1.5], "model.init": "", "batch.micro_size": None},
         "tags": {"world_size": 4, "attempt": attempt},
+        "changed": {"optim.lr": 0.1},
+        "description": "what this run is",
+        "slurm_jobs": ["120_4", "125"],
+        "datasets": [
+            {
+                "name": "voc/train",
+                "context": "training",
+                "digest": "0123456789abcdef",
+                "source": "data/voc/train.json",
+                "profile": {"num_samples": 8},
+            }
+        ],
     }
     (folder / "run.json").write_text(json.dumps(about))
 
@@ -174,6 +191,79 @@ def test_artifacts_lie_beside_a_sqlite_store_with_their_content(store: Store, ru
     location = tmp_path / "runs" / "mlartifacts" / store.run().info.run_id / "artifacts"
     assert (location / "eval/step_00000020/metrics.json").read_text() == '{"val/mIoU": 0.5}'
     assert (location / "config.yaml").read_text() == "seed: 3\n"
+
+
+def test_what_is_known_of_a_run_is_shown_where_mlflow_s_pages_show_it(store: Store, run_dir: Path) -> None:
+    append(run_dir, {"time": TIME_S, "status": "RUNNING", "attempt": 0}, *USUAL)
+    assert send(run_dir)
+    run = store.run()
+    assert (
+        run.data.tags.items()
+        >= {
+            "not_default": "optim.lr=0.1",
+            "mlflow.note.content": "what this run is",
+            "slurm_jobs": "120_4 125",
+            "mlflow.source.type": "JOB",
+            "mlflow.user": getpass.getuser(),
+        }.items()
+    )
+    (dataset,) = run.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("voc/train", "0123456789abcdef")
+    assert json.loads(dataset.dataset.source) == {"uri": "data/voc/train.json"}
+    assert json.loads(dataset.dataset.profile) == {"num_samples": 8}
+    assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "training")]
+
+
+def test_a_run_lasts_from_its_first_to_its_last_line_whenever_these_are_sent(store: Store, run_dir: Path) -> None:
+    append(run_dir, {"time": TIME_S, "status": "RUNNING", "attempt": 0}, *USUAL)
+    assert send(run_dir)
+    info = store.run().info
+    assert (info.start_time, info.end_time) == (in_ms(0), in_ms(99))
+
+
+def test_pictures_of_a_series_arrive_with_their_steps_once(store: Store, run_dir: Path) -> None:
+    for step in (10, 20):
+        picture = run_dir / f"eval/step_{step:08d}/street.png"
+        picture.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 32), (step, 0, 0)).save(picture)
+        append(run_dir, file(str(picture.relative_to(run_dir))) | {"image": "panels/street", "step": step})
+    append(run_dir, ending("FINISHED"))
+    assert send(run_dir)
+    state = run_dir / "mlflow.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"sent_bytes": 0}))  # receipts were lost
+    assert send(run_dir)
+    names = sorted(Path(name).name for name in store.artifacts("images"))
+    full = [name for name in names if name.endswith(".png")]
+    assert [name.rpartition("+")[0] for name in full] == [
+        f"panels~street+step+{step}+timestamp+{in_ms(0)}" for step in (10, 20)
+    ]
+    assert len(names) == 4, "each also small, for the page"
+    assert store.run().data.tags["mlflow.loggedImages"] == "True"
+
+
+def test_facts_that_become_known_later_are_tags(store: Store, run_dir: Path) -> None:
+    append(run_dir, {"time": TIME_S, "tags": {"diverged": "1 point"}}, *USUAL)
+    assert send(run_dir)
+    assert_usual(store)
+    assert store.run().data.tags["diverged"] == "1 point"
+
+
+def test_a_child_makes_its_sweep_s_run_and_names_it_as_its_parent(store: Store, run_dir: Path) -> None:
+    sweep = shutil.copytree(run_dir, run_dir.with_name("sweep"))
+    about = json.loads((run_dir / "run.json").read_text())
+    for name in ("first", "second"):
+        child = shutil.copytree(run_dir, run_dir.with_name(name))
+        (child / "run.json").write_text(json.dumps(about | {"name": name, "parent": "../sweep"}))
+        append(child, *USUAL)
+        assert send(child)
+    append(sweep, ending("FINISHED"))
+    assert send(sweep)
+    runs = {run.info.run_name: run for run in store.runs()}
+    assert len(store.runs()) == 3
+    parent = json.loads((sweep / "mlflow.json").read_text())["run_id"]
+    for name in ("first", "second"):
+        assert runs[name].data.tags["mlflow.parentRunId"] == parent
+    assert store.client.get_run(parent).info.status == "FINISHED"
 
 
 def test_two_runs_share_an_experiment(store: Store, run_dir: Path) -> None:
@@ -366,6 +456,45 @@ def test_while_the_run_goes_on_an_outage_is_waited_out(
     assert_usual(store)
 
 
+def test_an_outage_is_counted_and_told_to_the_run_while_it_lasts(
+    store: Store, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_mirror, "_GIVE_UP_S", 0.0)
+    monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
+    database = tmp_path / "runs" / "mlflow.db"
+    database.rename(tmp_path / "away")
+    database.mkdir()
+    tracker = JournalTracker(run_dir)
+    tracker.mirror = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # in its stead: `send`
+    told: list[str] = []
+    for step, works in ((1, False), (2, False), (3, True)):
+        if works:
+            database.rmdir()
+            (tmp_path / "away").rename(database)
+        send(run_dir)
+        with caplog_of(told):
+            tracker.log(step, {"train/loss": 1.0})
+    tracker.mirror.communicate(b"\n")
+    assert [line.partition("(")[0].strip() for line in told] == [
+        "MLflow does not take points",
+        "MLflow takes points again; what had waited is being sent",
+    ]
+    assert send(run_dir)
+    assert [(step, value) for step, value, _ in store.history("tracking/failed_sends")] == [(1, 1.0), (2, 2.0)]
+    assert [step for step, *_ in store.history("train/loss")] == [1, 2, 3]
+
+
+@contextlib.contextmanager
+def caplog_of(lines: list[str]) -> Iterator[None]:
+    """Append what is logged by the tracker to `lines`."""
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("dist_deeplab.runtime.tracking")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+
+
 def test_after_the_run_an_outage_is_waited_out_for_a_while_and_nothing_is_lost(
     store: Store, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,7 +552,10 @@ def test_a_tracker_and_its_mirror_process_bring_a_run_to_mlflow(store: Store, tm
     run = store.run()
     assert run.info.status == "FINISHED"
     assert run.data.params == {"seed": "1"}
-    (record, _) = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (record,) = [record for record in records if record.get("key") == "train/loss"]
+    assert run.info.start_time == round(records[0]["time"] * 1000), "when it began, not when it was sent"
+    assert run.info.end_time == round(records[-1]["time"] * 1000)
     assert store.history("train/loss") == [(1, 0.5, round(record["time"] * 1000))]
     assert store.artifacts() == ["config.yaml"]
 
@@ -432,7 +564,7 @@ KILLED_RUN = textwrap.dedent(
     """
     import os, signal, sys
     from pathlib import Path
-    from dist_deeplab.runtime.tracking import open_tracker
+    from dist_deeplab.runtime.tracking import JournalTracker, open_tracker
 
     info = {"name": "killed", "parameters": {}, "tags": {}}
     tracker = open_tracker(

@@ -1,0 +1,90 @@
+"""Where MLflow keeps its data: which store, opened how, with whose password; importing this does not import MLflow."""
+
+import os
+import tempfile
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from filelock import FileLock
+
+from dist_deeplab.runtime.provenance import redact
+
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's pages for training, not for GenAI
+
+
+def full_uri(recorded: str) -> str:
+    """Return the URI to use for one that a run's folder has: there is no password in it, but in MLFLOW_TRACKING_URI."""
+    from_environment = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return from_environment if redact(from_environment) == recorded else recorded
+
+
+def take_credentials(uri: str, environ: MutableMapping[str, str] = os.environ) -> str:
+    """Move user and password of a server's URI to the variables that MLflow reads; return the URI without them.
+
+    In an address they would be part of every error message.
+    """
+    url = urlsplit(uri)
+    if url.scheme not in ("http", "https") or "@" not in url.netloc:
+        return uri
+    user, _, host = url.netloc.rpartition("@")
+    name, _, password = user.partition(":")
+    environ["MLFLOW_TRACKING_USERNAME"] = unquote(name)
+    environ["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
+    return urlunsplit(url._replace(netloc=host))
+
+
+def open_client(uri: str) -> Any:
+    """Return an MlflowClient of the store, made ready under a lock; calls fail after seconds instead of minutes.
+
+    Raises:
+        Exception: whatever MLflow, its database or the network raises.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the mirror retries, without a 4-minute block
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    import mlflow
+
+    with store_lock(uri):
+        client = mlflow.MlflowClient(take_credentials(uri))
+        client.search_experiments(max_results=1)  # makes the tables of a new database
+        return client
+
+
+def open_experiment(client: Any, name: str, uri: str) -> str:
+    """Return the id of the experiment, which is made where it is missing."""
+    from mlflow.exceptions import MlflowException
+
+    with store_lock(uri):
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return str(
+                    client.create_experiment(name, artifact_location=artifact_location(uri), tags=_EXPERIMENT_TAGS)
+                )
+            except MlflowException:  # another host was faster
+                experiment = client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+        return str(experiment.experiment_id)
+
+
+def store_lock(uri: str) -> FileLock:
+    """Return a lock for opening the store: several processes that open a new SQLite store at once ruin it."""
+    path = sqlite_path(uri)
+    if path is None:
+        return FileLock(Path(tempfile.gettempdir()) / f"dist_deeplab-mlflow-{os.getuid()}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock")
+
+
+def artifact_location(uri: str) -> str | None:
+    """Return the folder `mlartifacts` beside a SQLite store; a server has a place of its own."""
+    path = sqlite_path(uri)
+    return (path.resolve().parent / "mlartifacts").as_uri() if path else None
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the file of a SQLite store, or None for another store."""
+    url = urlsplit(uri)
+    return Path(url.path[1:]) if url.scheme == "sqlite" else None

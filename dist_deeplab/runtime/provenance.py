@@ -1,0 +1,79 @@
+"""Where a run comes from: code, libraries, hosts, jobs, as facts to record; and no secret among them."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import socket
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_LIBRARIES = ("torch", "numpy", "opencv-python-headless", "webdataset", "mlflow", "pydensecrf2")
+_SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
+_USER_INFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<user>[^\s/:@'\"]*):(?P<password>[^\s/'\"]*)@", re.I)
+_SECRET_QUERY = re.compile(
+    r"(?P<name>[?&](?:[a-z0-9_.-]*(?:password|token|secret|signature|credential)|sig|key)=)[^&\s'\"]+", re.I
+)
+
+
+def git_revision() -> dict[str, str]:
+    """Return the revision of the code and whether it was changed, or nothing outside a git checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        revision, changes = (
+            subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True, timeout=10).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"git_revision": revision.strip(), "git_dirty": str(bool(changes.strip())).lower()}
+
+
+def library_versions() -> dict[str, str]:
+    """Return {"version/<library>": version} of Python and what results depend on, without importing it."""
+    found = {"version/python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[f"version/{name}"] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def host_name() -> str:
+    """Return the name of this machine: Slurm's for it, where there is one."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def slurm_job() -> str:
+    """Return the id of the Slurm job that this process runs in, `123` or `120_4` of an array, or an empty string."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def summarize(values: Iterable[str]) -> str:
+    """Return distinct values with their numbers, in order of appearance: `8 x H100, 8 x A100`; just `CPU` for one."""
+    counts: dict[str, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return ", ".join(value if count == 1 else f"{count} x {value}" for value, count in counts.items())
+
+
+def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Return `text` without passwords in URIs, signatures in queries, and what MLflow's secret variables hold."""
+    for name in _SECRET_VARIABLES:
+        if environ.get(name):
+            text = text.replace(environ[name], "***")
+    return _SECRET_QUERY.sub(r"\g<name>***", _USER_INFO.sub(r"\g<scheme>\g<user>:***@", text))
+
+
+def redact_all(value: Any) -> Any:
+    """Return plain values (str, list, dict ...) with every string in them redacted."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {key: redact_all(each) for key, each in value.items()}
+    return [redact_all(each) for each in value] if isinstance(value, list | tuple) else value
