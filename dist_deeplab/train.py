@@ -31,8 +31,14 @@ from dist_deeplab.runtime.logs import format_duration, setup_logging
 from dist_deeplab.runtime.parallel import share_buffers
 from dist_deeplab.runtime.preemption import StopRequest
 from dist_deeplab.runtime.run_lock import lock_run
-from dist_deeplab.training.builders import build_meter, build_model, build_network, build_train_loader, open_data
-from dist_deeplab.training.loss_window import LossWindow
+from dist_deeplab.training.builders import (
+    build_loss_window,
+    build_meter,
+    build_model,
+    build_network,
+    build_train_loader,
+    open_data,
+)
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.resume import find_checkpoint, restore, save_checkpoint
@@ -82,7 +88,7 @@ def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifes
     model = build_model(config, env, net)
     optimizer = build_optimizer(net, config.optim)
     precision = Precision(config.precision.dtype, env.device)
-    state = TrainState(net, optimizer, precision, LossWindow())
+    state = TrainState(net, optimizer, precision, build_loss_window(config, env))
     if saved:
         restore(state, saved, val_set)
     describe(config, env, split, train_set, val_set, state, variant)
@@ -101,15 +107,14 @@ def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifes
     status = "FAILED"
     try:
         meter = build_meter(config, env, net)
-        for step, micro_batches in meter.timed(batches):
-            rates = set_lr(optimizer, poly_lr(step - state.num_skipped, config.optim, max_steps=config.max_steps))
+        for _, micro_batches in meter.timed(batches):
+            rates = set_lr(optimizer, poly_lr(state.schedule_step, config.optim, max_steps=config.max_steps))
             result = update(micro_batches, stop=bool(stop))
-            state.advance(result)
+            state.advance(result, micro_batches)
             last = state.step == config.max_steps
             if last or is_due(state.step, config.tracking.log_every):
                 state.losses.reduce(state.step)  # a CPU-GPU synchronisation point
-                values = state.losses.pop_mean() | {f"lr/{group}": rate for group, rate in rates.items()}
-                values["train/grad_norm"] = result.grad_norm.item()
+                values = state.losses.pop_mean() | {f"lr/{group}": float(rate) for group, rate in rates.items()}
                 values |= meter.pop(images_per_step=split.global_size, device=env.device)
                 tracker.log(state.step, values)
                 log_progress(state.step, config.max_steps, values)

@@ -124,6 +124,8 @@ class MultiScaleConfig(Section):
 class PrecisionConfig(Section):
     dtype: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass; bf16 and fp16 by torch.amp, fp16 with a gradient scaler."""
+    max_nonfinite_steps: Positive = 10
+    """Steps in a row with a loss or gradient that is not finite before the run stops; their updates are skipped."""
 
 
 class SpeedConfig(Section):

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import nn
 
-from dist_deeplab.config import RunConfig
+from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards import Manifest, load_manifest, require_fit
@@ -19,6 +19,8 @@ from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.meter import Meter
 from dist_deeplab.runtime.parallel import prepare_model
 from dist_deeplab.runtime.peak import peak_flops
+from dist_deeplab.training.loss_window import LossWindow
+from dist_deeplab.training.nonfinite import Evidence
 
 log = logging.getLogger(__name__)
 
@@ -85,3 +87,9 @@ def build_meter(config: RunConfig, env: DistEnv, net: DeepLabV2) -> Meter:
     crop = config.data.crop_size
     flops = training_flops(MultiScale(net, config.multi_scale.scales), (crop, crop))
     return Meter(images_per_s_at_peak=env.world_size * peak / flops)
+
+
+def build_loss_window(config: RunConfig, env: DistEnv) -> LossWindow:
+    """Return what keeps losses until a log line, and saves the samples of steps that were not finite."""
+    evidence = Evidence(config.run_dir / "nonfinite", {"config": config_to_dict(config)}, env.rank)
+    return LossWindow(max_nonfinite_steps=config.precision.max_nonfinite_steps, evidence=evidence)

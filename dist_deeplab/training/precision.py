@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from dist_deeplab.training.optim import update_unless
+
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,26 +29,35 @@ class Precision:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the (scaled) gradient of `loss` to the parameters'."""
-        self.scaler.scale(loss).backward()
+        """Add the (scaled) gradient of `loss` to the parameters'; that of a loss that is not finite is NaN.
 
-    def step(self, optimizer: Optimizer, clip_norm: float) -> tuple[bool, torch.Tensor]:
-        """Clip (0: don't) and update; return whether the update was made, and the norm before clipping.
+        So the sum over the ranks tells all of them about it, without a message of its own.
+        """
+        finite = torch.isfinite(loss.detach())
+        self.scaler.scale(loss * torch.where(finite, 1.0, torch.nan)).backward()
 
-        fp16 skips the update where gradients are infinite. They are already those of all ranks, so all skip alike.
-        The L2 norm of the whole gradient is float32 [] on the device.
+    def step(self, optimizer: Optimizer, clip_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip (0: don't) and update unless the gradient is not finite.
+
+        It is already that of all ranks, so all skip alike; nothing waits for the device.
+
+        Returns:
+            Whether the update was skipped, bool [], and the L2 norm of the whole gradient before clipping, float32 [];
+            both on the device.
         """
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-        self.scaler.step(optimizer)
-        if not self.scaler.is_enabled():
-            return True, norm
-        scale = self.scaler.get_scale()
+        skipped = ~torch.isfinite(norm)
+        update_unless(optimizer, skipped)
         self.scaler.update()
-        return self.scaler.get_scale() >= scale, norm
+        return skipped, norm
+
+    def loss_scale(self) -> torch.Tensor:
+        """Return what losses are multiplied by before backward, float32 [] on the device; 1 but for fp16."""
+        return self.scaler.scale(torch.ones((), device=self.device))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler's state, empty but for fp16."""

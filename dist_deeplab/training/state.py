@@ -1,38 +1,51 @@
 """`TrainState`: all that a run needs to go on, and nothing else.
 
-Held: weights and batch-norm statistics, momentum, gradient scaler, losses since the last log line, step,
-updates skipped by fp16, best score. Not
-held, because it follows from the configuration and the step: learning rate, sample order, augmentation.
+Held: weights and batch-norm statistics, momentum, gradient scaler, losses since the last log line, step, number of
+skipped updates, best score. Not held, because it follows from the configuration and the step: learning rate, sample
+order, augmentation.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
+from dist_deeplab.data.loader import Batch
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.training.loss_window import LossWindow
+from dist_deeplab.training.optim import load_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import StepResult
 
 
 @dataclass
 class TrainState:
-    """The mutable state of a run; `step` counts the optimizer steps done."""
+    """The mutable state of a run.
+
+    step: optimizer steps done, skipped ones too.
+    num_skipped: those of them whose update was skipped, int64 [] on the device, or 0.
+    """
 
     net: DeepLabV2
     optimizer: Optimizer
     precision: Precision
     losses: LossWindow
     step: int = 0
-    num_skipped: int = 0
+    num_skipped: torch.Tensor | int = 0
     best_miou: float = -1.0
 
-    def advance(self, result: StepResult) -> None:
-        """Count a step that was done."""
+    @property
+    def schedule_step(self) -> torch.Tensor | int:
+        """Where the learning rate's schedule stands: updates made. The host does not wait to know it."""
+        return self.step - self.num_skipped
+
+    def advance(self, result: StepResult, micro_batches: Sequence[Batch]) -> None:
+        """Count a step that was done from these micro-batches."""
+        self.losses.add(self.step, result, micro_batches)
         self.step += 1
-        self.num_skipped += not result.updated
-        self.losses.add(result.losses)
+        self.num_skipped = self.num_skipped + result.skipped.long()
 
     def take_score(self, miou: float) -> bool:
         """Remember the best mIoU; return whether this is it."""
@@ -46,9 +59,9 @@ class TrainState:
             "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.state_dict(),
-            "losses": self.losses.reduced,
+            "losses": self.losses.state_dict(),
             "step": self.step,
-            "num_skipped": self.num_skipped,
+            "num_skipped": int(self.num_skipped),
             "best_miou": self.best_miou,
         }
 
@@ -59,9 +72,9 @@ class TrainState:
             RuntimeError: a tensor is missing or has another shape.
         """
         self.net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.precision.load_state_dict(state["scaler"])
-        self.losses.reduced = list(state["losses"])
+        self.losses.load_state_dict(state["losses"])
         self.step = state["step"]
         self.num_skipped = state["num_skipped"]
         self.best_miou = state["best_miou"]

@@ -13,22 +13,28 @@ from dist_deeplab.runtime.distributed import all_reduce_sum, get_world_size
 from dist_deeplab.runtime.parallel import gradient_sync, unwrap
 from dist_deeplab.training.loss import cross_entropy_sum, num_valid, sample_label
 from dist_deeplab.training.precision import Precision
+from dist_deeplab.training.undo import copy_buffers, put_back
 
 
 @dataclass
 class StepResult:
-    """What one update did.
+    """What one update did; tensors are float32 [] on the device, so that nobody has to wait for them.
 
-    losses: {output name: this rank's share of the cross-entropy, float32 [] on the device}; their sum over the ranks
-    is the mean over the step's valid pixels. The others are equal on all ranks.
-    grad_norm: L2 norm of the whole gradient before clipping, float32 [] on the device.
-    updated: False where fp16 skipped.
+    losses: {output name: this rank's share of the cross-entropy}; their sum over the ranks is the mean over the step's
+    valid pixels.
+    micro_losses: this rank's, for each micro-batch the sum over the outputs.
+    The others are equal on all ranks.
+    grad_norm: L2 norm of the whole gradient before clipping.
+    loss_scale: what fp16 multiplied the loss by; 1 else.
+    skipped: bool; whether no update was made, because the gradient was not finite.
     stop: whether a rank was asked to stop.
     """
 
     losses: dict[str, torch.Tensor]
+    micro_losses: list[torch.Tensor]
     grad_norm: torch.Tensor
-    updated: bool
+    loss_scale: torch.Tensor
+    skipped: torch.Tensor
     stop: bool
 
 
@@ -46,7 +52,7 @@ class TrainStep:
     def __call__(self, micro_batches: list[Batch], *, stop: bool = False) -> StepResult:
         """Make one update from this rank's micro-batches (CPU tensors, at least one); every rank must call it.
 
-        `stop` is this rank's wish to stop. There is no host-device synchronisation but fp16's own.
+        `stop` is this rank's wish to stop. There is no host-device synchronisation.
         """
         # 1. Count valid pixels of all ranks before the first backward, on the CPU where the labels still are: one
         #    small gloo all-reduce, which also carries the wishes to stop.
@@ -59,17 +65,24 @@ class TrainStep:
         weights = {name: world_size / max(1, count) for name, count in zip(sizes, counts, strict=True)}
         # 3. Forward and backward; gradients are reduced on the last micro-batch only.
         self.optimizer.zero_grad(set_to_none=True)
+        buffers = copy_buffers(self.model)
         sums: dict[str, torch.Tensor] = {}
+        micro_losses = []
         last = len(micro_batches) - 1
         for i, (batch, label) in enumerate(zip(micro_batches, labels, strict=True)):
             with gradient_sync(self.model, enabled=i == last):
                 losses = self._forward(batch, label, weights)
-                self.precision.backward(torch.stack(list(losses.values())).sum())
+                total = torch.stack(list(losses.values())).sum()
+                self.precision.backward(total)
+            micro_losses.append(total.detach())
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.detach()
-        # 4. Update.
-        updated, grad_norm = self.precision.step(self.optimizer, self.clip_norm)
-        return StepResult({name: loss / world_size for name, loss in sums.items()}, grad_norm, updated, stops > 0)
+        # 4. Update; a skipped one leaves no trace, in the running statistics neither.
+        scale = self.precision.loss_scale()
+        skipped, grad_norm = self.precision.step(self.optimizer, self.clip_norm)
+        put_back(self.model, buffers, where=skipped)
+        shares = {name: loss / world_size for name, loss in sums.items()}
+        return StepResult(shares, micro_losses, grad_norm, scale, skipped, stops > 0)
 
     def _output_sizes(self, batch: Batch) -> dict[str, tuple[int, int]]:
         net = unwrap(self.model)

@@ -36,7 +36,7 @@ def main(env: DistEnv, manifest: str, out: str, micro_size: str, batch_norm: str
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
     model = prepare_model(MultiScale(net, tuple(map(float, scales))), env)
     optimizer = build_optimizer(net, OptimConfig())
-    set_lr(optimizer, 1e-5)
+    set_lr(optimizer, torch.tensor(1e-5))
     update = TrainStep(model, optimizer, Precision("fp32", env.device), CAFFE, ignore_label=255)
     augmentation = Augmentation(65, (0.5, 1.5), True, 255)
     dataset = TrainDataset(load_manifest(manifest), num_classes=21, augmentation=augmentation, seed=5)

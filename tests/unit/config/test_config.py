@@ -416,6 +416,7 @@ OTHER_VALUES: dict[str, Any] = {
     "speed.compile": True,
     "speed.recompute": True,
     "speed.compress_gradients": True,
+    "precision.max_nonfinite_steps": 3,
     "eval.every": 1,
     "eval.num_panels": 1,
     "checkpoint.every": 1,
@@ -436,6 +437,7 @@ MAY_CHANGE = {
     *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every"),
     *("tracking.uri", "tracking.experiment", "tracking.log_every"),
     *("tracking.system_metrics", "tracking.log_model", "tracking.register_as", "tracking.parent"),
+    "precision.max_nonfinite_steps",
 }
 """What a resumed run may change: nothing here alters what an optimizer step computes from a given state and data."""
 

@@ -54,7 +54,8 @@ def test_a_saved_and_restored_run_makes_a_bit_identical_next_step(
 
     state, update = start(make_net(batch_norm))
     for step in range(2):
-        state.advance(update([make_batch([0.1, 0.4], seed=step)]))
+        batches = [make_batch([0.1, 0.4], seed=step)]
+        state.advance(update(batches), batches)
     state.losses.reduce(state.step)
     state.take_score(0.25)
     saved = _through_a_file(state.state_dict())
@@ -67,7 +68,8 @@ def test_a_saved_and_restored_run_makes_a_bit_identical_next_step(
     resumed, resumed_update = start(other)
     resumed.load_state_dict(saved)
     for each, each_update in ((state, update), (resumed, resumed_update)):
-        each.advance(each_update([make_batch([0.1, 0.4], seed=2)]))
+        batches = [make_batch([0.1, 0.4], seed=2)]
+        each.advance(each_update(batches), batches)
         each.losses.reduce(each.step)
     assert resumed.step == 3
     assert resumed.best_miou == 0.25
@@ -80,13 +82,19 @@ def test_a_saved_and_restored_run_makes_a_bit_identical_next_step(
 def state(make_net: MakeNet, make_step: MakeStep) -> TrainState:
     net = make_net()
     update = make_step(net)
-    return TrainState(net, update.optimizer, update.precision, LossWindow())
+    return TrainState(net, update.optimizer, update.precision, LossWindow(max_nonfinite_steps=9))
 
 
-def test_skipped_updates_are_counted_as_steps_too(state: TrainState) -> None:
-    for updated in (True, False, True, False, False):
-        state.advance(StepResult({"scale_1": torch.tensor(1.0)}, torch.tensor(0.5), updated=updated, stop=False))
-    assert (state.step, state.num_skipped) == (5, 3)
+def test_skipped_updates_are_steps_but_do_not_advance_the_schedule(state: TrainState) -> None:
+    one = torch.tensor(1.0)
+    positions = []
+    for skipped in (False, True, False, True, True, False):
+        positions.append(int(state.schedule_step))
+        state.advance(StepResult({"scale_1": one}, [one], one, one, torch.tensor(skipped), stop=False), [])
+    assert positions == [0, 1, 1, 2, 2, 2]
+    assert (state.step, int(state.num_skipped)) == (6, 3)
+    state.losses.reduce(6)
+    assert state.losses.num_skipped == 3
 
 
 def test_the_best_score_is_the_highest_so_far(state: TrainState) -> None:

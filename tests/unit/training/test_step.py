@@ -126,7 +126,7 @@ def test_an_all_void_step_has_loss_0_and_only_decays_the_weights(
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     step = make_step(net, scales=scales, dtype=dtype, optim=OptimConfig(lr=0.01, weight_decay=0.5))
     result = step([make_batch([1.0, 1.0]), make_batch([1.0, 1.0], seed=2)])
-    assert result.updated
+    assert not result.skipped
     assert {float(loss) for loss in result.losses.values()} == {0.0}
     assert torch.count_nonzero(gradient(net)) == 0
     for name, parameter in net.named_parameters():
@@ -183,7 +183,7 @@ def test_a_step_starts_from_no_gradient(make_net: MakeNet, make_batch: MakeBatch
     net, other = make_net(), make_net()
     step, same = make_step(net), make_step(other)
     for each in (step, same):
-        set_lr(each.optimizer, 0.0)
+        set_lr(each.optimizer, torch.tensor(0.0))
     step([make_batch([0.0], seed=3)])
     step([make_batch([0.0], seed=4)])
     same([make_batch([0.0], seed=4)])
@@ -198,7 +198,7 @@ def test_clip_norm_shortens_a_long_gradient_and_leaves_a_short_one(
     raw = {}
     for clip_norm in (0.0, 0.01, 1e6):
         net = make_net()
-        assert make_step(net, dtype=dtype, clip_norm=clip_norm)(cut(batch, 1)).updated
+        assert not make_step(net, dtype=dtype, clip_norm=clip_norm)(cut(batch, 1)).skipped
         raw[clip_norm] = gradient(net)
     norm = float(raw[0.0].norm())
     assert norm > 0.1
@@ -213,7 +213,7 @@ def test_a_wish_to_stop_comes_back_with_the_step_that_was_done(
 ) -> None:
     result = make_step(make_net())([make_batch([0.0])], stop=stop)
     assert result.stop is stop
-    assert result.updated is True
+    assert not result.skipped
 
 
 def test_collate_is_the_inverse_of_cutting(make_batch: MakeBatch) -> None:
