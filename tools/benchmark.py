@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import step
+from benchmarks import scaling, step
 from benchmarks.harness import machine, show, write_json
 
 from dist_deeplab.errors import UserError
 
-COMMANDS = {"step": step}
+COMMANDS = {"step": step, "scaling": scaling}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
