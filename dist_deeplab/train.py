@@ -14,6 +14,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from dist_deeplab import config as configuration
 from dist_deeplab.config import RunConfig
@@ -30,6 +31,7 @@ from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with
 from dist_deeplab.runtime.logs import format_duration, setup_logging
 from dist_deeplab.runtime.parallel import share_buffers
 from dist_deeplab.runtime.preemption import StopRequest
+from dist_deeplab.runtime.profiling import profiled
 from dist_deeplab.runtime.run_lock import lock_run
 from dist_deeplab.training.builders import (
     build_loss_window,
@@ -66,15 +68,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             global_size=config.batch.global_size, micro_size=config.batch.micro_size, world_size=env.world_size
         )
         with process_group(env), lock_run(env, config.run_dir):
-            return train(config, env, split, train_set, val_set)
+            trace = config.run_dir / "profile" / f"rank_{env.rank}.json.gz" if arguments.profile else None
+            return train(config, env, split, train_set, val_set, trace=trace)
     except UserError as error:
         return exit_with_error(env, error)
     except Exception as error:
         return exit_with_crash(env, error)
 
 
-def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifest, val_set: Manifest | None) -> int:
-    """Train to `config.max_steps` and return the exit code; every rank calls it."""
+def train(
+    config: RunConfig,
+    env: DistEnv,
+    split: BatchSplit,
+    train_set: Manifest,
+    val_set: Manifest | None,
+    *,
+    trace: Path | None = None,
+) -> int:
+    """Train to `config.max_steps` and return the exit code; every rank calls it. `trace`: file to profile to."""
     # --- 1. Where to start from ---------------------------------------------------------------------------------------
     setup_logging(is_main=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
     stop = StopRequest().install()
@@ -107,7 +118,7 @@ def train(config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifes
     status = "FAILED"
     try:
         meter = build_meter(config, env, net)
-        for _, micro_batches in meter.timed(batches):
+        for _, micro_batches in meter.timed(profiled(batches, trace)):
             rates = set_lr(optimizer, poly_lr(state.schedule_step, config.optim, max_steps=config.max_steps))
             result = update(micro_batches, stop=bool(stop))
             state.advance(result, micro_batches)
@@ -148,6 +159,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of keys that differ from the defaults")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--profile", action="store_true", help="trace steps 8 to 11 to <run>/profile/ (open it at ui.perfetto.dev)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key, e.g. optim.lr=1e-3")
     return parser.parse_intermixed_args(argv)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from dist_deeplab.training.optim import update_unless
 
@@ -28,6 +29,7 @@ class Precision:
         dtype = _AUTOCAST.get(self.dtype)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
+    @record_function("backward")
     def backward(self, loss: torch.Tensor) -> None:
         """Add the (scaled) gradient of `loss` to the parameters'; that of a loss that is not finite is NaN.
 
@@ -36,6 +38,7 @@ class Precision:
         finite = torch.isfinite(loss.detach())
         self.scaler.scale(loss * torch.where(finite, 1.0, torch.nan)).backward()
 
+    @record_function("update")
     def step(self, optimizer: Optimizer, clip_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip (0: don't) and update unless the gradient is not finite.
 

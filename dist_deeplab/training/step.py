@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from dist_deeplab.data.loader import Batch
 from dist_deeplab.model.deeplabv2 import MultiScale
@@ -89,6 +90,7 @@ class TrainStep:
         assert isinstance(net, MultiScale)
         return net.output_sizes((batch.label.shape[1], batch.label.shape[2]))
 
+    @record_function("forward")
     def _forward(
         self, batch: Batch, label: dict[str, torch.Tensor], weights: dict[str, float]
     ) -> dict[str, torch.Tensor]:
