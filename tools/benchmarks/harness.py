@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_deeplab import __version__
-from dist_deeplab.runtime.tracking import git_revision
+from dist_deeplab.runtime.provenance import git_revision, redact
 
 Row = dict[str, str | int | float | None]
 
@@ -109,7 +109,7 @@ def machine() -> dict[str, str | int | None]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "dist_deeplab": __version__,
         **git_revision(),
-        "command": " ".join(["tools/benchmark.py", *sys.argv[1:]]),
+        "command": redact(" ".join(["tools/benchmark.py", *sys.argv[1:]])),
     }
 
 
