@@ -1,0 +1,78 @@
+"""Convert weights of any known family to a file for this project or for other people's networks.
+
+    python tools/convert_weights.py train_iter_20000.caffemodel deeplab.pth
+    python tools/convert_weights.py runs/voc_resnet101/checkpoints/best.pt deeplabv2.pth --to kazuto1011
+    python tools/convert_weights.py model.ckpt-20000 deeplab.safetensors --to safetensors --report
+
+IN is what model.init takes: a path, or a URL (with #sha256=HEX to check it). OUT is, by --to:
+    state_dict   a plain state dict under this project's names (torch.load, model.init)
+    safetensors  the same, as safetensors
+    torchvision  the backbone under torchvision's names
+    kazuto1011   the whole network for DeepLabV2_ResNet101_MSC of kazuto1011/deeplab-pytorch
+What is missing, damaged or of another network is refused as in training. Exit codes: 0 done, 2 wrong arguments or file.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_deeplab.errors import UserError
+from dist_deeplab.model.batch_norm import norm_factory
+from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.model.weights import Report, Weights, backbone_of, fit_weights, load_weights
+from dist_deeplab.model.weights.export import FORMATS, export
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN", help="weights of any known family")
+    parser.add_argument("target", type=Path, metavar="OUT", help="the file to write")
+    parser.add_argument("--to", choices=FORMATS, default="state_dict", help="default: state_dict")
+    parser.add_argument("--report", action="store_true", help="print a line for each tensor")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    return parser.parse_args(argv)
+
+
+def network_of(weights: Weights) -> tuple[DeepLabV2, Report]:
+    """Return the network that the weights fill, and what was loaded.
+
+    Raises:
+        UserError: none of our backbones, or incomplete.
+    """
+    backbone = backbone_of(weights.tensors)
+    if backbone is None:
+        raise UserError(f"{weights.path} ({weights.variant.family}) is of a ResNet of another depth or width than ours")
+    first = weights.tensors.get("head.branches.0.weight")
+    num_classes = first.shape[0] if first is not None and first.ndim == 4 and 0 < first.shape[0] < 10_000 else 21
+    net = DeepLabV2(backbone, num_classes, norm=norm_factory("frozen"), **weights.variant.geometry)
+    return net, fit_weights(net, weights, restore_last=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        if arguments.target.exists() and not arguments.overwrite:
+            raise UserError(f"{arguments.target} is there already; choose another name, or add --overwrite")
+        weights = load_weights(arguments.source)
+        net, report = network_of(weights)
+        random = {name.rpartition(".")[0] for name in report.missing if name.startswith("backbone.")}
+        if random:
+            raise UserError(f"{weights.path} lacks {', '.join(sorted(random)[:3])}; what is written out must be whole")
+        has_head = any(name.startswith("head.") for name in report.loaded)
+        tensors = {name: v for name, v in net.state_dict().items() if has_head or not name.startswith("head.")}
+        notes = export(tensors, weights.variant, arguments.target, to=arguments.to)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if arguments.report:
+        print(*report.lines(), sep="\n")
+    print(report)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"wrote {len(tensors)} tensors to {arguments.target} ({arguments.to})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
