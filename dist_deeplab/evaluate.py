@@ -2,16 +2,19 @@
 
     python -m dist_deeplab.evaluate runs/voc_resnet101/checkpoints/best.pt --data data/voc/val.json
     torchrun --nproc_per_node 8 -m dist_deeplab.evaluate CHECKPOINT --data MANIFEST --json scores.json
+    ... eval.scales=[0.5,0.75,1.0] eval.flip=true eval.crf=true        # as the paper's best row
 
 The checkpoint says which network and preprocessing it is of; nothing has to be repeated. Prints the table and writes
-metrics.json, confusion.png, iou.png and panels.png to --out (default: eval/<checkpoint>_<set> in the run's folder).
-Exit codes: 0 done, 1 error, 2 wrong arguments, checkpoint or data.
+metrics.json, classes.csv, images.csv, confusion.png, iou.png, trimap.png and panels of the first, the best and the
+worst images to --out (default: eval/<checkpoint>_<set>... in the run's folder). A warning says how many of the images
+the checkpoint was trained on. Exit codes: 0 done, 1 error, 2 wrong arguments, checkpoint or data.
 """
 
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,19 @@ from dist_deeplab.data.shards import Manifest, load_manifest
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
-from dist_deeplab.evaluation.evaluator import Evaluation, evaluate
-from dist_deeplab.evaluation.inference import load_network
+from dist_deeplab.evaluation.crf import open_crf, require_crf
+from dist_deeplab.evaluation.evaluator import Evaluation, Panel, draw_panels, evaluate
+from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings, load_network
+from dist_deeplab.evaluation.overlap import find_overlap
 from dist_deeplab.model.weights import Variant
-from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, leave, process_group
+from dist_deeplab.runtime.distributed import (
+    DistEnv,
+    exit_with_crash,
+    exit_with_error,
+    leave,
+    process_group,
+    ranks_on_host,
+)
 from dist_deeplab.runtime.logs import setup_logging
 from dist_deeplab.runtime.parallel import place_model
 from dist_deeplab.training.resume import read_checkpoint
@@ -38,13 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         env = DistEnv.from_environ()
         manifest = load_manifest(arguments.data)
         saved = read_checkpoint(arguments.checkpoint)
-        settings = run_settings(saved, arguments.overrides)
-        if manifest.num_classes != settings.data.num_classes:
-            raise UserError(
-                f"{arguments.checkpoint} knows {settings.data.num_classes} classes but {manifest.path} has "
-                f"{manifest.num_classes}; give the checkpoint or the set that fits the other"
-            )
-        prepare_output(arguments)
+        settings = inference_settings(saved, arguments.overrides)
+        require_crf(settings.eval.crf)
+        check_classes(saved, manifest, arguments.checkpoint)
+        prepare_output([report_folder(arguments, settings), *([arguments.json.parent] if arguments.json else [])])
         with process_group(env):
             score(env, saved, settings, manifest, arguments)
         return 0
@@ -63,20 +72,37 @@ def score(
 ) -> None:
     """Evaluate, print the table and write the report; every rank calls it."""
     setup_logging(is_main=env.is_main, rank=env.rank, folder=None)
-    variant = Variant.from_plain(saved["variant"])
-    evaluation = evaluate(
-        place_model(load_network(saved), env.device),
-        manifest,
-        env,
-        preprocessing=variant.preprocessing,
-        num_workers=settings.data.num_workers,
-        num_panels=settings.eval.num_panels,
-    )
+    variant, overlap = Variant.from_plain(saved["variant"]), find_overlap(saved, manifest)
+    notes = [str(overlap)] if overlap and overlap.num_images else []
+    if variant.note:
+        notes.append(f"NOTE on these weights: {getattr(variant, 'note', '')}")
+    for note in notes:
+        log.warning("%s", note)
+    net = place_model(load_network(saved), env.device)
+    predictor = Predictor.build(net, variant.preprocessing, settings.eval)
+    num_panels, num_workers, batch_size = settings.eval.num_panels, settings.data.num_workers, settings.eval.batch_size
+    with open_crf(settings.eval.crf, settings.crf, ranks_on_host=ranks_on_host()) as crf:
+        evaluation = evaluate(
+            predictor, manifest, env, num_workers=num_workers, batch_size=batch_size, num_panels=num_panels, crf=crf
+        )
+        best, worst = (
+            draw_panels(predictor, manifest, env, indices, crf=crf) for indices in extremes(evaluation, num_panels)
+        )
     names = manifest.class_names
-    table = report.render(report.iou_table(scores(evaluation.confusion), names))
+    table = report.render(report.iou_table(scores(evaluation.confusion), names, notes=notes))
     source = f"{arguments.checkpoint}, step {saved['step']}"
     log.info("%s, on %d images of %s\n%s", source, evaluation.num_images, manifest.path, table)
-    env.on_main(write, evaluation, names, arguments)
+    about = {
+        "checkpoint": str(arguments.checkpoint),
+        "step": saved["step"],
+        "data": str(manifest.path),
+        "keys_sha256": manifest.keys_sha256,
+        "inference": settings.eval.model_dump(mode="json", exclude={"every", "num_panels"}),
+        "crf": settings.crf.model_dump(mode="json", exclude={"num_workers"}) if settings.eval.crf else None,
+        "num_images_trained_on": overlap.num_images if overlap else None,
+        "notes": notes,
+    }
+    env.on_main(write, evaluation, names, about, best, worst, report_folder(arguments, settings), arguments.json)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -95,53 +121,73 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="data.num_workers or eval.num_panels, the run's own else",
+        help="eval.*, crf.* or data.num_workers; the run's own else",
     )
     return parser.parse_intermixed_args(argv)
 
 
-def report_folder(arguments: argparse.Namespace) -> Path:
+def report_folder(arguments: argparse.Namespace, settings: configuration.RunConfig) -> Path:
     """Return --out, or its default beside the checkpoints."""
     checkpoint: Path = arguments.checkpoint
-    default = checkpoint.parent.parent / "eval" / f"{checkpoint.stem}_{arguments.data.stem}"
-    return arguments.out or default
+    name = f"{checkpoint.stem}_{arguments.data.stem}{inference_name(settings.eval)}"
+    return arguments.out or checkpoint.parent.parent / "eval" / name
 
 
-def prepare_output(arguments: argparse.Namespace) -> None:
+def prepare_output(folders: Sequence[Path]) -> None:
     """Make the folders that will be written to, before the work.
 
     Raises:
         UserError: they can't be made.
     """
-    for folder in (report_folder(arguments), *([arguments.json.parent] if arguments.json else [])):
+    for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out or --json") from None
 
 
-def run_settings(saved: dict[str, Any], overrides: Sequence[str]) -> configuration.RunConfig:
-    """Return the configuration of the checkpoint's run, with overrides of what does not belong to its weights.
+def check_classes(saved: dict[str, Any], manifest: Manifest, checkpoint: Path) -> None:
+    """Check that checkpoint and set mean the same by a label.
 
     Raises:
-        UserError: an override that evaluation would ignore.
+        UserError: another number of classes, or other names.
     """
-    for override in overrides:
-        if not override.startswith(("data.num_workers=", "eval.num_panels=")):
-            raise UserError(
-                f"{override!r} has no meaning here: the checkpoint fixes all but data.num_workers and eval.num_panels"
-            )
-    return configuration.load_config(None, overrides, base=saved["config"])
-
-
-def write(evaluation: Evaluation, class_names: Sequence[str], arguments: argparse.Namespace) -> None:
-    """Write the report's folder and, where wanted, the JSON file."""
-    folder = report_folder(arguments)
-    report.write_report(evaluation, class_names, folder)
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps(report.to_json(evaluation, class_names), indent=1) + "\n", encoding="utf-8"
+    known, labelled = saved["class_names"], list(manifest.class_names)
+    if len(known) != len(labelled):
+        raise UserError(
+            f"{checkpoint} knows {len(known)} classes but {manifest.path} has {len(labelled)}; give the checkpoint or "
+            "the set that fits the other"
         )
+    different = [label for label, names in enumerate(zip(known, labelled)) if len(set(names)) > 1]
+    if different:
+        label = different[0]
+        raise UserError(
+            f"label {label} is {known[label]!r} to {checkpoint} but {labelled[label]!r} in {manifest.path}; make the "
+            "shards with the names, and the order, that the checkpoint was trained with"
+        )
+
+
+def extremes(evaluation: Evaluation, count: int) -> tuple[list[int], list[int]]:
+    """Return the indices of the `count` images with the best scores, best first, and of those with the worst."""
+    scored = [index for index, image in enumerate(evaluation.images) if not math.isnan(image.miou)]
+    ranked = sorted(scored, key=lambda index: evaluation.images[index].miou)
+    return ranked[::-1][:count], ranked[:count]
+
+
+def write(
+    evaluation: Evaluation,
+    class_names: Sequence[str],
+    about: Mapping[str, Any],
+    best: Sequence[Panel],
+    worst: Sequence[Panel],
+    folder: Path,
+    json_file: Path | None,
+) -> None:
+    """Write the report's folder and, where wanted, its JSON file once more."""
+    report.write_report(evaluation, class_names, folder, about=about, best=best, worst=worst)
+    if json_file:
+        content = dict(about) | report.to_json(evaluation, class_names)
+        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     log.info("report in %s", folder)
 
 

@@ -23,11 +23,20 @@ from dist_deeplab.data.shards import Manifest
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
+from dist_deeplab.evaluation.crf import open_crf, require_crf
 from dist_deeplab.evaluation.evaluator import evaluate
+from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.weights import SCRATCH, Variant, load_weights
 from dist_deeplab.runtime import tracking
 from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
-from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, leave, process_group
+from dist_deeplab.runtime.distributed import (
+    DistEnv,
+    exit_with_crash,
+    exit_with_error,
+    leave,
+    process_group,
+    ranks_on_host,
+)
 from dist_deeplab.runtime.logs import format_duration, setup_logging
 from dist_deeplab.runtime.parallel import share_buffers
 from dist_deeplab.runtime.preemption import StopRequest
@@ -64,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         # What can be wrong is found before any heavy work.
         train_set, val_set = open_data(config)
+        require_crf(config.eval.crf)
         split = BatchSplit.derive(
             global_size=config.batch.global_size, micro_size=config.batch.micro_size, world_size=env.world_size
         )
@@ -193,14 +203,17 @@ def validate(
     started = time.perf_counter()
     if config.model.batch_norm == "local":
         share_buffers(state.net)
-    evaluation = evaluate(
-        state.net,
-        val_set,
-        env,
-        preprocessing=variant.preprocessing,
-        num_workers=config.data.num_workers,
-        num_panels=config.eval.num_panels,
-    )
+    predictor = Predictor.build(state.net, variant.preprocessing, config.eval)
+    with open_crf(config.eval.crf, config.crf, ranks_on_host=ranks_on_host()) as crf:
+        evaluation = evaluate(
+            predictor,
+            val_set,
+            env,
+            num_workers=config.data.num_workers,
+            batch_size=config.eval.batch_size,
+            num_panels=config.eval.num_panels,
+            crf=crf,
+        )
     result, names = scores(evaluation.confusion), val_set.class_names
     seconds = time.perf_counter() - started
     tracker.log(state.step, report.metric_values(result, names) | {"time/eval_s": seconds})

@@ -29,7 +29,7 @@ _FREE_TO_CHANGE = (
         "model.init",
         "model.restore_last",
     ),
-    *("model.sync_bn", "batch.micro_size", "eval.", "checkpoint.", "tracking."),
+    *("model.sync_bn", "batch.micro_size", "eval.", "crf.", "checkpoint.", "tracking."),
     *("speed.channels_last", "speed.cudnn_benchmark", "speed.compile", "speed.recompute"),
     "precision.max_nonfinite_steps",
 )

@@ -150,8 +150,46 @@ class SpeedConfig(Section):
 class EvalConfig(Section):
     every: NonNegative = 1000
     """Steps between evaluations on data.val; one more at the end. 0: only at the end."""
+    batch_size: Positive = 4
+    """Images of one size taken through the network at once; what an image scores does not depend on it."""
+    scales: tuple[Annotated[float, Field(gt=0, le=4)], ...] = (1.0,)
+    """Input scales whose logits are fused, e.g. [0.5, 0.75, 1.0] (the paper's)."""
+    fusion: Literal["max", "mean"] = "max"
+    """How logits of several scales become one: max is the paper's."""
+    flip: bool = False
+    """Average with the prediction on the mirrored image."""
+    align_corners: bool = True
+    """true: logits sit on pixels, as in training; false: half-pixel resizing, unpadded images (kazuto1011's way)."""
+    crf: bool = False
+    """Refine by a dense CRF (section crf); about a second of a core per image, in processes beside the GPU."""
     num_panels: NonNegative = 4
     """Validation images shown as image | label | prediction | errors."""
+
+    @field_validator("scales")
+    @classmethod
+    def _distinct_scales(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("must hold one or more scales, each once")
+        return value
+
+
+class CrfConfig(Section):
+    """The dense CRF of eval.crf; defaults are DeepLab-v2's for VOC 2012."""
+
+    iterations: Positive = 10
+    """Mean-field iterations."""
+    pos_w: Annotated[float, Field(ge=0)] = 3.0
+    """Weight of the smoothness kernel."""
+    pos_xy_std: Annotated[float, Field(gt=0)] = 1.0
+    """Its standard deviation in pixels."""
+    bi_w: Annotated[float, Field(ge=0)] = 4.0
+    """Weight of the appearance kernel, which looks at colours too."""
+    bi_xy_std: Annotated[float, Field(gt=0)] = 67.0
+    """Its standard deviation in pixels."""
+    bi_rgb_std: Annotated[float, Field(gt=0)] = 3.0
+    """Its standard deviation in colour values of 0..255."""
+    num_workers: Positive | None = None
+    """CRF processes per rank; empty: this rank's share of the cores."""
 
 
 class CheckpointConfig(Section):
@@ -211,6 +249,7 @@ class RunConfig(Section):
     precision: PrecisionConfig = PrecisionConfig()
     speed: SpeedConfig = SpeedConfig()
     eval: EvalConfig = EvalConfig()
+    crf: CrfConfig = CrfConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 

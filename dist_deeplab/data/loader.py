@@ -148,12 +148,30 @@ class TrainLoader:
             yield step, [next(batches) for _ in range(self.sampler.split.accumulation)]
 
 
+def eval_batches(dataset: EvalDataset, *, batch_size: int, padded: bool) -> list[list[int]]:
+    """Return all the set's indices, each once, in batches of one size, in the order of each batch's first image.
+
+    padded: images that are of one size once padded to 8k+1 go together; else only those that are so themselves.
+    """
+    batches: list[list[int]] = []
+    filling: dict[tuple[int, int], list[int]] = {}
+    for index in range(len(dataset.reader)):
+        height, width = dataset.reader.image_size(index)
+        size = (next_grid_size(height), next_grid_size(width)) if padded else (height, width)
+        batch = filling.get(size)
+        if batch is None or len(batch) == batch_size:
+            batch = filling[size] = []
+            batches.append(batch)
+        batch.append(index)
+    return batches
+
+
 def eval_loader(
-    dataset: EvalDataset, *, rank: int, world_size: int, num_workers: int, pin_memory: bool
+    dataset: EvalDataset, batches: list[list[int]], *, num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """Return this rank's share of all images: `rank, rank + world_size, ...`, each once, one at a time."""
-    shares = [[index] for index in range(rank, len(dataset.reader), world_size)]
-    return raise_errors(_data_loader(dataset, shares, num_workers=min(num_workers, len(shares)), pin_memory=pin_memory))
+    """Return an iterator over these batches of sample indices, each of images of one (padded) size."""
+    workers = min(num_workers, len(batches))
+    return raise_errors(_data_loader(dataset, batches, num_workers=workers, pin_memory=pin_memory))
 
 
 def raise_errors(batches: "Iterable[Batch | UserError]") -> Iterator[Batch]:

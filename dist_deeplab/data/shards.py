@@ -9,9 +9,11 @@ import hashlib
 import io
 import json
 import os
+import struct
 import tarfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ import numpy as np
 from dist_deeplab.errors import UserError
 
 FORMAT = "dist_deeplab.shards/1"
+MAX_KEY_HASHES = 2**20  # 8 MiB in a checkpoint
 INDEX_DTYPE = np.dtype(
     [
         *(("shard", "<i4"), ("header_offset", "<i8")),
@@ -29,6 +32,8 @@ INDEX_DTYPE = np.dtype(
 """header_offset: where the image's tar header begins, the extended one of a long or non-ASCII name included."""
 _MAX_OPEN_SHARDS = 64
 _TAR_BLOCK = tarfile.BLOCKSIZE
+_PNG_HEADER = struct.Struct(">8s8xII")  # signature, IHDR's length and type, width, height
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class ShardError(UserError):
@@ -59,6 +64,18 @@ class Manifest:
     index: str
     shards: tuple[Shard, ...]
     path: Path
+
+    @cached_property
+    def key_hashes(self) -> np.ndarray:
+        """Sorted 64-bit hashes of the sample keys, uint64; of a set above 2**20 samples only so many, the smallest.
+
+        Two sets that are cut so still show what share they have in common. Reads the samples' tar headers, once.
+        """
+        reader = ShardReader(self)
+        digests = b"".join(
+            hashlib.blake2b(reader.key(index).encode(), digest_size=8).digest() for index in range(self.num_samples)
+        )
+        return np.sort(np.frombuffer(digests, dtype="<u8").astype(np.uint64))[:MAX_KEY_HASHES]
 
     def to_json(self) -> dict[str, Any]:
         """Return what the manifest file holds."""
@@ -189,12 +206,8 @@ class ShardReader:
         Raises:
             ShardError: the shard has vanished or is shorter than its index says.
         """
-        if self._index is None:
-            self._index = _open_index(self.manifest)
-        row = self._index[index]
+        row = self._row(index)
         shard, image_offset = int(row["shard"]), int(row["image_offset"])
-        if not 0 <= shard < len(self.manifest.shards):
-            raise ShardError(f"sample {index} of {self.manifest.path} is in no shard of the set; make the shards again")
         header_size = image_offset - int(row["header_offset"])
         label_start, label_size = int(row["label_offset"]) - _TAR_BLOCK, int(row["label_size"])
         image = self._pread(shard, int(row["header_offset"]), header_size + int(row["image_size"]), index)
@@ -212,8 +225,39 @@ class ShardReader:
         return self._path(int(_open_index(self.manifest)[index]["shard"]))
 
     def key(self, index: int) -> str:
-        """Return the key of sample `index`."""
-        return self.read(index).key
+        """Return the key of sample `index`, from its tar header alone."""
+        row = self._row(index)
+        start, shard = int(row["header_offset"]), int(row["shard"])
+        try:
+            name, size = _read_header(self._pread(shard, start, int(row["image_offset"]) - start, index))
+        except tarfile.TarError:
+            raise self._mismatch(shard, index) from None
+        if size != row["image_size"]:
+            raise self._mismatch(shard, index)
+        return name.rpartition(".")[0]
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Return height and width of sample `index` in pixels, from the first bytes of its label.
+
+        Raises:
+            ShardError: there is no PNG; the shard has vanished or is shorter than its index says.
+        """
+        row = self._row(index)
+        shard = int(row["shard"])
+        header = self._pread(shard, int(row["label_offset"]), _PNG_HEADER.size, index)
+        signature, width, height = _PNG_HEADER.unpack(header)
+        if signature != _PNG_SIGNATURE:
+            raise ShardError(f"the label of sample {index} in {self._path(shard)} is no PNG; make the shards again")
+        return height, width
+
+    def _row(self, index: int) -> np.void:
+        """Return the index's entry of a sample."""
+        if self._index is None:
+            self._index = _open_index(self.manifest)
+        row = self._index[index]
+        if not 0 <= row["shard"] < len(self.manifest.shards):
+            raise ShardError(f"sample {index} of {self.manifest.path} is in no shard of the set; make the shards again")
+        return row
 
     def _mismatch(self, shard: int, index: int) -> ShardError:
         where = f"sample {index} is not where the index says in {self._path(shard)}"

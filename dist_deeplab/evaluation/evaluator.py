@@ -1,19 +1,26 @@
 """Score a network on a validation set: each image once at its own size, whatever the number of ranks."""
 
+import logging
 import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
-from dist_deeplab.data.loader import Batch, EvalDataset, eval_loader
+from dist_deeplab.data.loader import Batch, EvalDataset, eval_batches, eval_loader
 from dist_deeplab.data.shards import Manifest
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.evaluation.confusion import confusion_matrix, image_miou
-from dist_deeplab.model.deeplabv2 import upsample
-from dist_deeplab.model.preprocessing import Preprocessing
+from dist_deeplab.evaluation.boundaries import NUM_BANDS, band_map
+from dist_deeplab.evaluation.confusion import count_pixels, image_mious
+from dist_deeplab.evaluation.crf import CrfPool
+from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.runtime.distributed import DistEnv, all_reduce_sum, gather_to_all
+
+_REPORT_EVERY_S = 30.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,82 +35,175 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class ImageScore:
+    """An image's mean IoU over the classes in its label or prediction; NaN where all of it is void."""
+
+    key: str
+    miou: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """What all ranks saw together: the confusion matrix, int64 [classes, classes], images, and some to look at."""
+    """What all ranks saw together.
+
+    confusion: int64 [classes, classes], rows label, columns prediction. panels: the set's first images to look at.
+    trimap: int64 [len(TRIMAP_WIDTHS), classes, classes], the same of the pixels near borders only. images: each
+    image's score, in the set's order.
+    """
 
     confusion: np.ndarray
     num_images: int
     ignore_label: int
     panels: list[Panel]
+    trimap: np.ndarray | None = None
+    images: tuple[ImageScore, ...] = ()
 
 
 def evaluate(
-    net: nn.Module,
+    predictor: Predictor,
     manifest: Manifest,
     env: DistEnv,
     *,
-    preprocessing: Preprocessing,
     num_workers: int,
+    batch_size: int = 1,
     num_panels: int = 0,
+    crf: CrfPool | None = None,
 ) -> Evaluation:
-    """Return the evaluation of `net` on all images of a shard set; every rank must call it.
+    """Return the evaluation of a network on all images of a shard set; every rank must call it.
+
+    Images of one size form batches, the same ones at any world size, and the ranks take turns at these: so the
+    confusion matrix does not depend on the number of ranks, bit for bit.
 
     Args:
-        net: a DeepLabV2 on the rank's device, not wrapped by DDP: ranks may have unequal numbers of images.
+        predictor: the network, on the rank's device and not wrapped by DDP (ranks may have unequal numbers of
+            batches), and how it is asked.
         manifest: the set; its void label is not scored.
         env: this rank among the ranks.
-        preprocessing: what `net` expects of its input.
         num_workers: loader processes per rank.
+        batch_size: images of a batch, at most.
         num_panels: how many images, the set's first, to return for looking at.
+        crf: refines the predictions; None: the network's own count.
 
     Raises:
         TrainingError: all ranks together saw more or fewer images than the set has.
         ShardError: a sample can't be read.
     """
     dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)
-    batches = eval_loader(
-        dataset,
-        rank=env.rank,
-        world_size=env.world_size,
-        num_workers=num_workers,
-        pin_memory=env.device.type == "cuda",
-    )
-    panel_keys = {dataset.reader.key(i) for i in range(min(num_panels, manifest.num_samples))}
-    confusion = torch.zeros(manifest.num_classes, manifest.num_classes, dtype=torch.int64, device=env.device)
-    seen = 0
-    panels = []
-    was_training = net.training
-    net.eval()
-    try:
-        for batch in batches:
-            pred = predict(net, batch, preprocessing=preprocessing, device=env.device)
-            height, width = batch.content[0].tolist()
-            label = batch.label[:, :height, :width].to(env.device, non_blocking=True)
-            own = confusion_matrix(label, pred, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)
-            confusion += own
-            seen += len(batch.keys)
-            if batch.keys[0] in panel_keys:
-                image = batch.image[0, :, :height, :width].permute(1, 2, 0)
-                iou = image_miou(own.cpu().numpy())
-                panels.append(Panel(batch.keys[0], image.numpy(), label[0].cpu().numpy(), pred[0].cpu().numpy(), iou))
-    finally:
-        net.train(was_training)
-    total = int(all_reduce_sum(torch.tensor([seen])))
-    if total != manifest.num_samples:
-        raise TrainingError(
-            f"evaluation saw {total} images, but {manifest.path} has {manifest.num_samples}; the score would be wrong"
+    batches = eval_batches(dataset, batch_size=batch_size, padded=predictor.align_corners)[env.rank :: env.world_size]
+    classes = manifest.num_classes
+    counts = torch.zeros(NUM_BANDS, classes, classes, dtype=torch.int64, device=env.device)
+    keys, mious = [], []
+    report_at = time.monotonic() + _REPORT_EVERY_S
+    for batch, pred in _predictions(predictor, dataset, batches, env, num_workers=num_workers, crf=crf):
+        label = batch.label[:, : pred.shape[1], : pred.shape[2]]
+        bands = _band_maps(label, batch.content, manifest.ignore_label)
+        own = count_pixels(
+            label.to(env.device, non_blocking=True),
+            pred,
+            num_classes=classes,
+            ignore_label=manifest.ignore_label,
+            band=bands.to(env.device, non_blocking=True),
+            num_bands=NUM_BANDS,
         )
-    panels = sorted((panel for own in gather_to_all(panels) for panel in own), key=lambda panel: panel.key)
-    return Evaluation(all_reduce_sum(confusion).cpu().numpy(), total, manifest.ignore_label, panels)
+        counts += own.sum(0)
+        mious.append(image_mious(own.sum(1)))
+        keys += batch.keys
+        if time.monotonic() > report_at:
+            log.info("evaluated %d of this rank's %d images", len(keys), sum(map(len, batches)))
+            report_at = time.monotonic() + _REPORT_EVERY_S
+    own_scores = list(zip(keys, torch.cat(mious).tolist() if mious else [], strict=True))
+    order = [index for batch_indices in batches for index in batch_indices]
+    all_scores = sorted(item for own in gather_to_all(list(zip(order, own_scores))) for item in own)
+    if [index for index, _ in all_scores] != list(range(manifest.num_samples)):
+        raise TrainingError(
+            f"evaluation saw {len(all_scores)} images, but {manifest.path} has {manifest.num_samples}; the score would "
+            "be wrong"
+        )
+    total = all_reduce_sum(counts).cpu().numpy()
+    return Evaluation(
+        confusion=total.sum(0),
+        num_images=len(all_scores),
+        ignore_label=manifest.ignore_label,
+        panels=draw_panels(predictor, manifest, env, range(min(num_panels, manifest.num_samples)), crf=crf),
+        trimap=total.cumsum(0)[:-1],
+        images=tuple(ImageScore(key, miou) for _, (key, miou) in all_scores),
+    )
 
 
-@torch.inference_mode()
-def predict(net: nn.Module, batch: Batch, *, preprocessing: Preprocessing, device: torch.device) -> torch.Tensor:
-    """Return the predicted classes of a batch with one image, uint8 [1, H, W] at the image's own size.
+def draw_panels(
+    predictor: Predictor, manifest: Manifest, env: DistEnv, indices: Sequence[int], *, crf: CrfPool | None = None
+) -> list[Panel]:
+    """Return panels of some of the set's images, in the order of `indices`; every rank must call it and gets all."""
+    dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)
+    own = list(indices)[env.rank :: env.world_size]
+    panels = []
+    predictions = _predictions(predictor, dataset, [[index] for index in own], env, num_workers=0, crf=crf)
+    for index, (batch, pred) in zip(own, predictions, strict=True):
+        image, label = content_of(batch, 0)
+        shown = pred[0, : label.shape[0], : label.shape[1]].cpu().numpy()
+        counts = count_pixels(
+            torch.from_numpy(label)[None],
+            torch.from_numpy(shown)[None],
+            num_classes=manifest.num_classes,
+            ignore_label=manifest.ignore_label,
+        )
+        panels.append((index, Panel(batch.keys[0], image, label, shown, image_mious(counts[:, 0]).item())))
+    everyone = dict(panel for rank in gather_to_all(panels) for panel in rank)
+    return [everyone[index] for index in indices]
 
-    The image's padding (to 8k+1, below and to the right) is the mean for the network, and is cut off again.
-    """
-    image = preprocessing.normalize(batch.image.to(device, non_blocking=True), batch.content)
-    height, width = batch.content[0].tolist()
-    logits = upsample(net(image).float(), image.shape[2:])
-    return logits[:, :, :height, :width].argmax(1).to(torch.uint8)
+
+def content_of(batch: Batch, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return image uint8 [H, W, 3] and label uint8 [H, W] of one sample of a batch, without its padding."""
+    height, width = batch.content[number].tolist()
+    image = batch.image[number, :, :height, :width].permute(1, 2, 0)
+    return np.ascontiguousarray(image.numpy()), np.ascontiguousarray(batch.label[number, :height, :width].numpy())
+
+
+def _band_maps(label: torch.Tensor, content: torch.Tensor, ignore_label: int) -> torch.Tensor:
+    """Return uint8 [B, H, W]: how near to a border pixels are. Padding is no border: it is not looked at."""
+    bands = torch.zeros_like(label)
+    for own, one, (height, width) in zip(bands, label, content.tolist(), strict=True):
+        own[:height, :width] = torch.from_numpy(band_map(one[:height, :width].numpy(), ignore_label))
+    return bands
+
+
+def _predictions(
+    predictor: Predictor,
+    dataset: EvalDataset,
+    batches: list[list[int]],
+    env: DistEnv,
+    *,
+    num_workers: int,
+    crf: CrfPool | None,
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Yield each batch with its classes, uint8 [B, H, W] on the device, and leave the network as it was."""
+    loaded = eval_loader(dataset, batches, num_workers=num_workers, pin_memory=env.device.type == "cuda")
+    was_training = predictor.net.training
+    predictor.net.eval()
+    try:
+        logits = ((b, predictor.logits(b.image.to(env.device, non_blocking=True), b.content)) for b in loaded)
+        if crf is None:
+            for batch, own in logits:
+                yield batch, own.argmax(1).to(torch.uint8)
+        else:
+            for batch, pred in crf.predict(_split_for_crf(logits)):
+                yield batch, torch.from_numpy(pred)[None].to(env.device)
+    finally:
+        predictor.net.train(was_training)
+
+
+def _split_for_crf(
+    stream: Iterable[tuple[Batch, torch.Tensor]],
+) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
+    """Yield each image of the batches as a batch of one, with its picture and probabilities, without padding."""
+    for batch, logits in stream:
+        prob = logits.softmax(1).cpu().numpy()  # the host waits here; the CRF takes far longer
+        for number, key in enumerate(batch.keys):
+            image, label = content_of(batch, number)
+            one = Batch(
+                image=batch.image[number : number + 1],
+                label=torch.from_numpy(label)[None],
+                content=batch.content[number : number + 1],
+                keys=[key],
+            )
+            yield one, image, np.ascontiguousarray(prob[number, :, : label.shape[0], : label.shape[1]])

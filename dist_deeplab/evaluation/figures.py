@@ -5,7 +5,7 @@ training need not have loaded matplotlib before its first evaluation.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,6 +75,26 @@ def iou_figure(result: Scores, class_names: Sequence[str]) -> Figure:
     axes.set_yticks(range(num), class_names)
     axes.invert_yaxis()
     axes.set(xlim=(0, 108), xlabel="IoU (%)", title=f"mIoU {100 * result.miou:.2f} (dashed)")
+    return figure
+
+
+def trimap_figure(bands: Mapping[int, Scores], result: Scores) -> Figure:
+    """Draw mean IoU and pixel accuracy near borders over the width of the band, and of all pixels as lines."""
+    figure = _figure(7, 4.5)
+    axes = figure.add_subplot()
+    widths = list(bands)
+    for name, color, values, level in (
+        ("mIoU", "tab:blue", [band.miou for band in bands.values()], result.miou),
+        ("pixel accuracy", "tab:orange", [band.pixel_accuracy for band in bands.values()], result.pixel_accuracy),
+    ):
+        axes.plot(widths, [100 * value for value in values], "o-", color=color, label=name)
+        axes.axhline(100 * level, color=color, linestyle="--", linewidth=1, label=f"{name} of all pixels")
+    axes.set_xscale("log")
+    axes.set_xticks(widths, [str(width) for width in widths])
+    axes.minorticks_off()
+    axes.set(xlabel="distance from a border, at most (pixels)", ylabel="%", title="Scores near borders (trimap)")
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure
 
 

@@ -1,9 +1,17 @@
-"""A checkpoint as a network that scores, predicts and is exported."""
+"""A checkpoint as a network that scores, predicts and is exported; and how images become logits at their own size."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
+from dist_deeplab.config import EvalConfig, RunConfig, load_config
+from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
-from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.model.deeplabv2 import DeepLabV2, upsample
+from dist_deeplab.model.preprocessing import Preprocessing
 from dist_deeplab.model.weights import Variant
 
 
@@ -19,3 +27,104 @@ def load_network(saved: dict[str, Any]) -> DeepLabV2:
     net = DeepLabV2(config["model"]["backbone"], config["data"]["num_classes"], norm=norm, **variant.geometry)
     net.load_state_dict(saved["model"])
     return net.eval()
+
+
+def inference_settings(saved: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """Return the configuration of a checkpoint's run, with overrides of what does not belong to its weights.
+
+    Raises:
+        UserError: an override that would have no effect on what a finished network does.
+    """
+    for override in overrides:
+        if not override.startswith(("data.num_workers=", "eval.", "crf.")) or override.startswith("eval.every="):
+            raise UserError(
+                f"{override!r} has no meaning here: the checkpoint fixes all but data.num_workers, crf.* and eval.*"
+            )
+    return load_config(None, overrides, base=saved["config"])
+
+
+def inference_name(config: EvalConfig) -> str:
+    """Return a name for the way a network is asked, e.g. `_s0.5-0.75-1_flip_crf`; empty for one scale as trained."""
+    several = config.scales != (1.0,)
+    parts = [
+        "s" + "-".join(f"{scale:g}" for scale in config.scales) if several else "",
+        "mean" if len(config.scales) > 1 and config.fusion == "mean" else "",
+        "flip" if config.flip else "",
+        "" if config.align_corners else "halfpixel",
+        "crf" if config.crf else "",
+    ]
+    return "".join(f"_{part}" for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A network and the way it is asked: several scales, mirrored or not.
+
+    Corner-aligned (the default), images come padded to 8k+1 and are scaled to the nearest 8k+1, so that logits sit on
+    pixels at every scale. The outputs are brought to the finest grid among them, fused there (max is DeepLab-v2's;
+    both are of logits, not of probabilities) and resized once to the image. Mirroring does all this again with the
+    image reversed, and averages.
+
+    `align_corners=False` is kazuto1011's way: images as they are, sizes floor(n s), half-pixel centres throughout.
+    """
+
+    net: DeepLabV2
+    preprocessing: Preprocessing
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    fusion: str = "max"
+    align_corners: bool = True
+
+    @classmethod
+    def build(cls, net: DeepLabV2, preprocessing: Preprocessing, config: EvalConfig) -> "Predictor":
+        """Return the predictor of a configuration; `net` is on its device."""
+        return cls(net, preprocessing, config.scales, config.flip, config.fusion, config.align_corners)
+
+    @torch.inference_mode()
+    def logits(self, image: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [B, C, H, W], the padding's included (half-pixel: of the content alone).
+
+        Args:
+            image: uint8 RGB [B, 3, H, W] on the network's device; corner-aligned: H and W of 8k+1.
+            content: int64 [B, 2], CPU: height and width of the part at the top left that is no padding.
+
+        Raises:
+            ValueError: half-pixel, and images of several sizes.
+        """
+        x = self.preprocessing.normalize(image, content)
+        if not self.align_corners:
+            (height, width), *others = set(map(tuple, content.tolist()))
+            if others:
+                raise ValueError("half-pixel resizing takes images of one size at a time")
+            x = x[:, :, :height, :width]
+        logits = self._fused(x)
+        if self.flip:
+            logits = (logits + self._fused(x.flip(3)).flip(3)) / 2
+        return self._resize(logits, x.shape[2:])
+
+    def _fused(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits [B, C, h, w] on the grid of the largest scale."""
+        fused = self._at_scale(x, max(self.scales))
+        for scale in sorted(self.scales, reverse=True)[1:]:
+            other = self._resize(self._at_scale(x, scale), fused.shape[2:])
+            fused = torch.maximum(fused, other) if self.fusion == "max" else fused + other
+        return fused if self.fusion == "max" else fused / len(self.scales)
+
+    def _at_scale(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        if scale == 1.0:
+            return self.net(x).float()
+        if not self.align_corners:
+            return self.net(F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)).float()
+        return self.net(
+            upsample(x, (nearest_grid_size(x.shape[2], scale), nearest_grid_size(x.shape[3], scale)))
+        ).float()
+
+    def _resize(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        if tuple(x.shape[2:]) == tuple(size):
+            return x
+        return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=self.align_corners)
+
+
+def nearest_grid_size(length: int, scale: float) -> int:
+    """Return the 8k+1, k >= 1, nearest to the corner-aligned (n-1)s+1: how long an axis of `length` is at a scale."""
+    return 8 * max(1, round((length - 1) * scale / 8)) + 1

@@ -1,39 +1,42 @@
 """An evaluation as things to read and look at: metric points, terminal table, and the files of a report."""
 
+import csv
 import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from dist_deeplab.evaluation.boundaries import TRIMAP_WIDTHS
 from dist_deeplab.evaluation.confusion import Scores, scores
-from dist_deeplab.evaluation.evaluator import Evaluation
+from dist_deeplab.evaluation.evaluator import Evaluation, Panel
 
 
-def metric_values(result: Scores, class_names: Sequence[str]) -> dict[str, float]:
+def metric_values(result: Scores, class_names: Sequence[str], *, group: str = "val") -> dict[str, float]:
     """Return the scores as metric points: `val/mIoU`, `val/pixel_accuracy`, `val/iou/<class>` ...
 
     Classes without ground truth have no point.
     """
     values = {
-        "val/mIoU": result.miou,
-        "val/pixel_accuracy": result.pixel_accuracy,
-        "val/mean_accuracy": result.mean_accuracy,
+        f"{group}/mIoU": result.miou,
+        f"{group}/pixel_accuracy": result.pixel_accuracy,
+        f"{group}/mean_accuracy": result.mean_accuracy,
+        f"{group}/fwIoU": result.fwiou,
     }
     for name, iou in zip(class_names, result.iou.tolist(), strict=True):
         if not math.isnan(iou):
-            values[f"val/iou/{name}"] = iou
+            values[f"{group}/iou/{name}"] = iou
     return values
 
 
-def iou_table(result: Scores, class_names: Sequence[str]) -> Table:
-    """Return the per-class IoU as a terminal table with bars, the mean last."""
-    table = Table("class", "IoU", "")
+def iou_table(result: Scores, class_names: Sequence[str], *, notes: Sequence[str] = ()) -> Table:
+    """Return the per-class IoU as a terminal table with bars, the means last, and notes below it."""
+    table = Table("class", "IoU", "", caption_justify="left")
     for name, iou in zip(class_names, result.iou.tolist(), strict=True):
         if math.isnan(iou):
             table.add_row(name, "-", "not in this set", style="dim")
@@ -43,8 +46,9 @@ def iou_table(result: Scores, class_names: Sequence[str]) -> Table:
     table.add_row("mIoU", f"{100 * result.miou:.2f}", "█" * round(30 * result.miou), style="bold")
     table.add_row("pixel accuracy", f"{100 * result.pixel_accuracy:.2f}", "")
     table.add_row("mean accuracy", f"{100 * result.mean_accuracy:.2f}", "")
-    if result.num_absent:
-        table.caption = f"{result.num_absent} classes have no pixel in this set and are left out of the means"
+    table.add_row("frequency-weighted IoU", f"{100 * result.fwiou:.2f}", "")
+    absent = f"{result.num_absent} of {len(class_names)} classes have no pixel in this set: left out of the means"
+    table.caption = "\n".join([*([absent] if result.num_absent else []), *notes]) or None
     return table
 
 
@@ -53,43 +57,70 @@ def render(table: Table) -> str:
     console = Console(file=io.StringIO(), width=100, force_terminal=False)
     with console.capture() as captured:
         console.print(table)
-    return captured.get().rstrip()
+    return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
+
+
+def trimap_scores(evaluation: Evaluation) -> dict[int, Scores]:
+    """Return {w: scores of the pixels up to w pixels from a border}, without widths that have no valid pixel."""
+    if evaluation.trimap is None:
+        return {}
+    bands = zip(TRIMAP_WIDTHS, evaluation.trimap, strict=True)
+    return {width: scores(confusion) for width, confusion in bands if confusion.any()}
 
 
 def to_json(evaluation: Evaluation, class_names: Sequence[str]) -> dict[str, Any]:
     """Return scores and confusion matrix as plain values; a class without ground truth has null."""
     result = scores(evaluation.confusion)
+    iou = {name: None if math.isnan(x) else x for name, x in zip(class_names, result.iou.tolist(), strict=True)}
     return {
         "num_images": evaluation.num_images,
         "mIoU": result.miou,
         "pixel_accuracy": result.pixel_accuracy,
         "mean_accuracy": result.mean_accuracy,
-        "iou": {
-            name: None if math.isnan(iou) else iou for name, iou in zip(class_names, result.iou.tolist(), strict=True)
-        },
+        "fwIoU": result.fwiou,
+        "iou": iou,
+        "absent_classes": [name for name, value in iou.items() if value is None],
+        "trimap_mIoU": {str(width): band.miou for width, band in trimap_scores(evaluation).items()},
         "confusion": evaluation.confusion.tolist(),
     }
 
 
-def write_report(evaluation: Evaluation, class_names: Sequence[str], folder: Path) -> list[Path]:
-    """Write metrics.json, confusion.png, iou.png and, where there are panels, panels.png; return the files."""
+def write_report(
+    evaluation: Evaluation,
+    class_names: Sequence[str],
+    folder: Path,
+    *,
+    about: Mapping[str, Any] | None = None,
+    best: Sequence[Panel] = (),
+    worst: Sequence[Panel] = (),
+) -> list[Path]:
+    """Write metrics.json, classes.csv, images.csv, the figures and, where there are panels, these; return the files.
+
+    about: plain values that go into metrics.json first. best, worst: panels for best.png and worst.png.
+    """
     from dist_deeplab.evaluation import figures  # matplotlib takes 0.3 s to import
 
     folder.mkdir(parents=True, exist_ok=True)
-    result = scores(evaluation.confusion)
-    metrics = folder / "metrics.json"
-    metrics.write_text(json.dumps(to_json(evaluation, class_names), indent=1) + "\n", encoding="utf-8")
+    result, ignore_label = scores(evaluation.confusion), evaluation.ignore_label
+    files = [folder / "metrics.json", folder / "classes.csv", folder / "images.csv"]
+    content = dict(about or {}) | to_json(evaluation, class_names)
+    files[0].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _write_csv(
+        files[1], ["class", "iou", "accuracy", "label_pixels", "predicted_pixels"], _class_rows(evaluation, class_names)
+    )
+    _write_csv(files[2], ["key", "iou"], [[image.key, _cell(image.miou)] for image in evaluation.images])
     drawn = {
         "confusion.png": figures.confusion_figure(evaluation.confusion, class_names),
         "iou.png": figures.iou_figure(result, class_names),
     }
-    if evaluation.panels:
-        drawn["panels.png"] = figures.panels_figure(
-            evaluation.panels, class_names, ignore_label=evaluation.ignore_label
-        )
+    if evaluation.trimap is not None:
+        drawn["trimap.png"] = figures.trimap_figure(trimap_scores(evaluation), result)
+    for name, panels in (("panels.png", evaluation.panels), ("best.png", best), ("worst.png", worst)):
+        if panels:
+            drawn[name] = figures.panels_figure(panels, class_names, ignore_label=ignore_label)
     for name, figure in drawn.items():
         figure.savefig(folder / name, dpi=figures.DPI)
-    return [metrics, *(folder / name for name in drawn)]
+    return [*files, *(folder / name for name in drawn)]
 
 
 def write_series(evaluation: Evaluation, class_names: Sequence[str], folder: Path) -> dict[str, Path]:
@@ -105,3 +136,22 @@ def write_series(evaluation: Evaluation, class_names: Sequence[str], folder: Pat
         series[f"panels/{name}"] = folder / "panels" / f"{name}.png"
         Image.fromarray(picture).save(series[f"panels/{name}"])
     return series
+
+
+def _class_rows(evaluation: Evaluation, class_names: Sequence[str]) -> list[list[Any]]:
+    confusion, result = evaluation.confusion, scores(evaluation.confusion)
+    in_label, in_pred = confusion.sum(1).tolist(), confusion.sum(0).tolist()
+    rows = []
+    for c, (name, iou) in enumerate(zip(class_names, result.iou.tolist(), strict=True)):
+        accuracy = confusion[c, c] / in_label[c] if in_label[c] else math.nan
+        rows.append([name, _cell(iou), _cell(accuracy), in_label[c], in_pred[c]])
+    return rows
+
+
+def _cell(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6f}"
+
+
+def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])

@@ -189,6 +189,11 @@ def get_world_size() -> int:
     return dist.get_world_size() if _active() else 1
 
 
+def ranks_on_host(environ: Mapping[str, str] = os.environ) -> int:
+    """Return how many ranks share this host's cores: torchrun says it; srun gives each task cores of its own."""
+    return _integer(environ, "LOCAL_WORLD_SIZE", default=1)
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Add `tensor` up over all ranks, in place, and return it."""
     if _active():

@@ -7,6 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from dist_deeplab.config import RunConfig, config_to_dict, recipe_differences
 from dist_deeplab.data.shards import Manifest
 from dist_deeplab.errors import UserError, first_line
@@ -33,6 +36,7 @@ def checkpoint_content(
         "config": config_to_dict(config),
         "class_names": list(train_set.class_names),
         "train_keys_sha256": train_set.keys_sha256,
+        "train_key_hashes": torch.from_numpy(train_set.key_hashes.view(np.int64)),  # for evaluation/overlap.py
         "val_keys_sha256": val_set.keys_sha256 if val_set else "",
         "mlflow_run_id": mlflow_run_id(config.run_dir),
         "versions": library_versions(),

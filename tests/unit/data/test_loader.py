@@ -18,7 +18,15 @@ import webdataset
 from PIL import Image
 
 from dist_deeplab.data import order, shard_writer
-from dist_deeplab.data.loader import Batch, EvalDataset, StepSampler, TrainDataset, TrainLoader, eval_loader
+from dist_deeplab.data.loader import (
+    Batch,
+    EvalDataset,
+    StepSampler,
+    TrainDataset,
+    TrainLoader,
+    eval_batches,
+    eval_loader,
+)
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards import FORMAT, Manifest, ShardError, load_manifest
 from dist_deeplab.data.transforms import Augmentation
@@ -200,7 +208,8 @@ def test_evaluation_shows_each_image_once_at_any_number_of_ranks(
     shares = []
     for rank in range(world_size):
         dataset = EvalDataset(shard_set, num_classes=21, ignore_label=255)
-        loader = eval_loader(dataset, rank=rank, world_size=world_size, num_workers=workers, pin_memory=False)
+        own = eval_batches(dataset, batch_size=1, padded=True)[rank::world_size]
+        loader = eval_loader(dataset, own, num_workers=workers, pin_memory=False)
         keys = [key for batch in loader for key in batch.keys]
         shares.append(len(keys))
         shown += keys
@@ -210,7 +219,9 @@ def test_evaluation_shows_each_image_once_at_any_number_of_ranks(
 
 def test_evaluation_shows_whole_images_padded_with_void_to_the_grid(shard_set: Manifest, voc_root: Path) -> None:
     dataset = EvalDataset(shard_set, num_classes=21, ignore_label=255)
-    for batch in eval_loader(dataset, rank=0, world_size=1, num_workers=0, pin_memory=False):
+    for batch in eval_loader(
+        dataset, [[index] for index in range(len(dataset.reader))], num_workers=0, pin_memory=False
+    ):
         (key,) = batch.keys
         image = cv2.imread(str(voc_root / f"JPEGImages/{key}.jpg"))[:, :, ::-1]
         label = np.array(Image.open(voc_root / f"SegmentationClass/{key}.png"))
@@ -290,7 +301,7 @@ def test_a_bad_sample_ends_loading_with_the_same_one_sentence_from_any_process(w
     evaluation = EvalDataset(manifest, num_classes=3, ignore_label=255)
     for loader in (
         TrainLoader(train, sampler, num_workers=workers, pin_memory=False),
-        eval_loader(evaluation, rank=0, world_size=1, num_workers=workers, pin_memory=False),
+        eval_loader(evaluation, [[0]], num_workers=workers, pin_memory=False),
     ):
         with pytest.raises(ShardError, match=reason) as caught:
             list(loader)
@@ -300,4 +311,4 @@ def test_a_bad_sample_ends_loading_with_the_same_one_sentence_from_any_process(w
 def test_the_classes_of_the_model_decide_which_labels_are_allowed(shard_set: Manifest) -> None:
     dataset = EvalDataset(shard_set, num_classes=2, ignore_label=255)
     with pytest.raises(ShardError, match="is no class and not void"):
-        list(eval_loader(dataset, rank=0, world_size=1, num_workers=0, pin_memory=False))
+        list(eval_loader(dataset, [[index] for index in range(len(dataset.reader))], num_workers=0, pin_memory=False))

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_deeplab.evaluation.confusion import confusion_matrix, image_miou, scores
+from dist_deeplab.evaluation.confusion import count_pixels, image_mious, scores
 
 
 def _slow_confusion(label: np.ndarray, pred: np.ndarray, num_classes: int, ignore_label: int) -> np.ndarray:
@@ -46,11 +46,21 @@ def _pictures(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, int]:
 @given(_pictures())
 def test_confusion_matrix_equals_the_slow_reference(pictures: tuple[np.ndarray, np.ndarray, int, int]) -> None:
     label, pred, num_classes, ignore_label = pictures
-    matrix = confusion_matrix(
-        torch.from_numpy(label), torch.from_numpy(pred), num_classes=num_classes, ignore_label=ignore_label
-    )
-    assert matrix.dtype == torch.int64
-    np.testing.assert_array_equal(matrix.numpy(), _slow_confusion(label, pred, num_classes, ignore_label))
+    band = np.random.default_rng(int(label.sum())).integers(0, 3, label.shape).astype(np.uint8)
+    options = {"num_classes": num_classes, "ignore_label": ignore_label}
+    tensors = torch.from_numpy(label), torch.from_numpy(pred)
+    whole = count_pixels(*tensors, **options)
+    banded = count_pixels(*tensors, **options, band=torch.from_numpy(band), num_bands=3)
+    assert whole.dtype == banded.dtype == torch.int64
+    assert whole.shape == (len(label), 1, num_classes, num_classes)
+    assert banded.shape == (len(label), 3, num_classes, num_classes)
+    for image in range(len(label)):
+        expected = _slow_confusion(label[image], pred[image], num_classes, ignore_label)
+        np.testing.assert_array_equal(whole[image, 0].numpy(), expected)
+        for number in range(3):
+            only = np.where(band[image] == number, label[image], ignore_label)
+            expected = _slow_confusion(only, pred[image], num_classes, ignore_label)
+            np.testing.assert_array_equal(banded[image, number].numpy(), expected)
 
 
 @given(_pictures())
@@ -69,17 +79,18 @@ def test_scores_equal_the_slow_reference(pictures: tuple[np.ndarray, np.ndarray,
     assert result.miou == pytest.approx(np.mean([ious[c] for c in present]))
     assert result.pixel_accuracy == pytest.approx(np.mean(label[valid] == pred[valid]))
     assert result.mean_accuracy == pytest.approx(np.mean([np.mean(pred[valid & (label == c)] == c) for c in present]))
+    assert result.fwiou == pytest.approx(sum(np.mean(label[valid] == c) * ious[c] for c in present))
     assert result.num_absent == num_classes - len(present)
 
 
 def test_what_is_predicted_on_void_pixels_does_not_matter() -> None:
-    label = torch.tensor([[0, 1, 255, 255]])
+    label = torch.tensor([[[0, 1, 255, 255]]])
     matrices = [
-        confusion_matrix(label, torch.tensor([[0, 1, *void]]), num_classes=2, ignore_label=255)
+        count_pixels(label, torch.tensor([[[0, 1, *void]]]), num_classes=2, ignore_label=255)
         for void in ([0, 0], [1, 1])
     ]
     assert torch.equal(*matrices)
-    assert matrices[0].tolist() == [[1, 0], [0, 1]]
+    assert matrices[0].tolist() == [[[[1, 0], [0, 1]]]]
 
 
 def test_an_absent_class_is_nan_even_where_it_was_predicted_and_is_left_out_of_the_means() -> None:
@@ -111,6 +122,8 @@ def test_counts_of_a_large_set_do_not_overflow() -> None:
 
 
 def test_an_images_own_miou_is_over_the_classes_it_shows_or_was_said_to_show() -> None:
-    assert image_miou(np.array([[2, 1, 0], [0, 1, 0], [0, 0, 0]])) == pytest.approx((2 / 3 + 1 / 2) / 2)
-    assert image_miou(np.array([[2, 0, 1], [0, 0, 0], [0, 0, 0]])) == pytest.approx((2 / 3 + 0) / 2)
-    assert np.isnan(image_miou(np.zeros((3, 3), dtype=np.int64)))
+    matrices = [[[2, 1, 0], [0, 1, 0], [0, 0, 0]], [[2, 0, 1], [0, 0, 0], [0, 0, 0]], np.zeros((3, 3)).tolist()]
+    first, second, void = image_mious(torch.tensor(matrices).long()).tolist()
+    assert first == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert second == pytest.approx((2 / 3 + 0) / 2)
+    assert np.isnan(void)

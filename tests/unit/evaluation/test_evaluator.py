@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dist_deeplab.data.loader import EvalDataset, eval_batches
 from dist_deeplab.data.shard_writer import LabelSpace, SourceSample, write_shards
 from dist_deeplab.data.shards import Manifest, ShardError
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.evaluation.evaluator import evaluate
+from dist_deeplab.evaluation.boundaries import TRIMAP_WIDTHS
+from dist_deeplab.evaluation.evaluator import draw_panels, evaluate
+from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE, Preprocessing
@@ -53,6 +56,20 @@ def manifest(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest
 
 
 @pytest.fixture(scope="module")
+def repeated(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Twelve images of three sizes, in turns; two of the sizes are one when padded."""
+    place = tmp_path_factory.mktemp("repeated")
+    rng = np.random.default_rng(1)
+    samples = []
+    for n in range(12):
+        height, width = [(26, 33), (33, 26), (41, 30)][n % 3]
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(place / f"{n}.jpg")
+        Image.fromarray(rng.integers(0, NUM_CLASSES, (height, width), dtype=np.uint8)).save(place / f"{n}.png")
+        samples.append(SourceSample(f"image_{n}", place / f"{n}.jpg", place / f"{n}.png"))
+    return write_shards(samples, place, split="val", labels=LabelSpace(tuple("abcd"), IGNORE), samples_per_shard=5)
+
+
+@pytest.fixture(scope="module")
 def net() -> DeepLabV2:
     """A network that tells its classes apart: random weights with the statistics of random images."""
     torch.manual_seed(0)
@@ -83,37 +100,97 @@ def _slow_prediction(net: DeepLabV2, path: Path, preprocessing: Preprocessing) -
     return logits[0, :, :height, :width].argmax(0).numpy().astype(np.uint8)
 
 
+def _slow_distance(label: np.ndarray) -> np.ndarray:
+    """King's moves to the nearest pixel that is void or touches another label, plus one; by brute force."""
+    height, width = label.shape
+    border = []
+    for y in range(height):
+        for x in range(width):
+            around = [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
+            labels = {label[v, u] for v, u in around if 0 <= v < height and 0 <= u < width}
+            if label[y, x] == IGNORE or labels - {label[y, x]}:
+                border.append((y, x))
+    ys, xs = np.array(border).T
+    rows, columns = np.mgrid[:height, :width]
+    return 1 + np.maximum(abs(rows[..., None] - ys), abs(columns[..., None] - xs)).min(-1)
+
+
 @pytest.mark.parametrize("preprocessing", [CAFFE, RGB_WITH_STD])
 def test_evaluate_equals_a_plain_loop(
     net: DeepLabV2, manifest: Manifest, folder: Path, preprocessing: Preprocessing
 ) -> None:
-    evaluation = evaluate(net, manifest, ALONE, preprocessing=preprocessing, num_workers=0, num_panels=5)
+    evaluation = evaluate(Predictor(net, preprocessing), manifest, ALONE, num_workers=0, num_panels=5)
+    near = np.zeros((len(TRIMAP_WIDTHS), NUM_CLASSES, NUM_CLASSES), dtype=np.int64)
     expected = np.zeros((NUM_CLASSES, NUM_CLASSES), dtype=np.int64)
-    for number, panel in enumerate(evaluation.panels):
-        pred = _slow_prediction(net, folder / f"image_{number}.jpg", preprocessing)
-        label = np.asarray(Image.open(folder / f"image_{number}.png"))
-        assert panel.key == f"image_{number}"
+    for index, panel in enumerate(evaluation.panels):
+        pred = _slow_prediction(net, folder / f"image_{index}.jpg", preprocessing)
+        label = np.asarray(Image.open(folder / f"image_{index}.png"))
+        assert panel.key == f"image_{index}"
         np.testing.assert_array_equal(panel.pred, pred)
         np.testing.assert_array_equal(panel.label, label)
-        np.testing.assert_array_equal(panel.image, np.asarray(Image.open(folder / f"image_{number}.jpg")))
-        for true, predicted in zip(label.ravel(), pred.ravel()):
+        np.testing.assert_array_equal(panel.image, np.asarray(Image.open(folder / f"image_{index}.jpg")))
+        distance = _slow_distance(label)
+        own = np.zeros_like(expected)
+        for true, predicted, far in zip(label.ravel(), pred.ravel(), distance.ravel()):
             if true != IGNORE:
-                expected[true, predicted] += 1
+                own[true, predicted] += 1
+                for number, width in enumerate(TRIMAP_WIDTHS):
+                    near[number, true, predicted] += far <= width
+        expected += own
+        classes = [c for c in range(NUM_CLASSES) if own[c].any() or own[:, c].any()]
+        iou = np.mean([own[c, c] / (own[c].sum() + own[:, c].sum() - own[c, c]) for c in classes])
+        assert panel.iou == pytest.approx(iou)
+        assert (evaluation.images[index].key, evaluation.images[index].miou) == (panel.key, pytest.approx(iou))
     np.testing.assert_array_equal(evaluation.confusion, expected)
+    np.testing.assert_array_equal(evaluation.trimap, near)
     assert (expected.sum(0) > 0).sum() > 1  # not one class everywhere
     assert evaluation.num_images == 5
     assert evaluation.ignore_label == IGNORE
 
 
 def test_worker_processes_and_panels_change_nothing_of_the_score(net: DeepLabV2, manifest: Manifest) -> None:
-    plain = evaluate(net, manifest, ALONE, preprocessing=CAFFE, num_workers=0)
-    other = evaluate(net, manifest, ALONE, preprocessing=CAFFE, num_workers=2, num_panels=3)
+    plain = evaluate(Predictor(net, CAFFE), manifest, ALONE, num_workers=0)
+    other = evaluate(Predictor(net, CAFFE), manifest, ALONE, num_workers=2, num_panels=3)
     np.testing.assert_array_equal(other.confusion, plain.confusion)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_batches_of_several_images_change_nothing_of_the_score(
+    net: DeepLabV2, repeated: Manifest, align_corners: bool
+) -> None:
+    predictor = Predictor(net, CAFFE, align_corners=align_corners)
+    single = evaluate(predictor, repeated, ALONE, num_workers=0, batch_size=1)
+    batched = evaluate(predictor, repeated, ALONE, num_workers=0, batch_size=3)
+    np.testing.assert_array_equal(batched.confusion, single.confusion)
+    assert batched.images == single.images
+    assert [image.key for image in batched.images] == [f"image_{n}" for n in range(12)]
+
+
+def test_batches_hold_each_index_once_and_images_of_one_size(repeated: Manifest) -> None:
+    dataset = EvalDataset(repeated, num_classes=NUM_CLASSES, ignore_label=IGNORE)
+    for padded in (True, False):
+        batches = eval_batches(dataset, batch_size=2, padded=padded)
+        assert sorted(index for batch in batches for index in batch) == list(range(12))
+        for batch in batches:
+            sizes = [dataset.reader.image_size(index) for index in batch]
+            assert len({tuple(-(-(n - 1) // 8) for n in size) if padded else size for size in sizes}) == 1
+        assert max(map(len, batches)) == 2
+    assert len(eval_batches(dataset, batch_size=12, padded=True)) == 2  # 26 x 33 and 33 x 26 pad to 33 x 33 both
+    assert len(eval_batches(dataset, batch_size=12, padded=False)) == 3
+
+
+def test_panels_of_chosen_images_come_in_the_order_asked_for(net: DeepLabV2, manifest: Manifest) -> None:
+    predictor = Predictor(net, CAFFE)
+    panels = draw_panels(predictor, manifest, ALONE, [3, 0, 4])
+    assert [panel.key for panel in panels] == ["image_3", "image_0", "image_4"]
+    scored = evaluate(predictor, manifest, ALONE, num_workers=0)
+    assert [panel.iou for panel in panels] == [scored.images[index].miou for index in (3, 0, 4)]
+    assert draw_panels(predictor, manifest, ALONE, []) == []
 
 
 @pytest.mark.parametrize(("num_panels", "shown"), [(0, 0), (2, 2), (9, 5)])
 def test_panels_are_the_sets_first_images(net: DeepLabV2, manifest: Manifest, num_panels: int, shown: int) -> None:
-    panels = evaluate(net, manifest, ALONE, preprocessing=CAFFE, num_workers=0, num_panels=num_panels).panels
+    panels = evaluate(Predictor(net, CAFFE), manifest, ALONE, num_workers=0, num_panels=num_panels).panels
     assert [panel.key for panel in panels] == [f"image_{n}" for n in range(shown)]
     for panel, size in zip(panels, SIZES):
         assert panel.image.shape == (*size, 3)
@@ -124,7 +201,7 @@ def test_panels_are_the_sets_first_images(net: DeepLabV2, manifest: Manifest, nu
 def test_images_that_no_rank_has_seen_are_an_error(net: DeepLabV2, manifest: Manifest) -> None:
     missing_peer = DistEnv(0, 0, 2, "torchrun")  # one of two ranks, but alone: it sees images 0, 2 and 4
     with pytest.raises(TrainingError, match=r"saw 3 images, but .* has 5"):
-        evaluate(net, manifest, missing_peer, preprocessing=CAFFE, num_workers=0)
+        evaluate(Predictor(net, CAFFE), manifest, missing_peer, num_workers=0)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -134,12 +211,12 @@ def test_the_network_is_left_as_it_was(net: DeepLabV2, manifest: Manifest, batch
     own.load_state_dict(net.state_dict())
     own.train(training)
     before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
-    evaluation = evaluate(own, manifest, ALONE, preprocessing=CAFFE, num_workers=0)
+    evaluation = evaluate(Predictor(own, CAFFE), manifest, ALONE, num_workers=0)
     assert own.training is training
     assert all(module.training is training for module in own.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
     assert all(p.grad is None for p in own.parameters())
-    plain = evaluate(net, manifest, ALONE, preprocessing=CAFFE, num_workers=0)
+    plain = evaluate(Predictor(net, CAFFE), manifest, ALONE, num_workers=0)
     np.testing.assert_array_equal(evaluation.confusion, plain.confusion)  # stored statistics, in any mode
 
 
@@ -157,7 +234,7 @@ def test_an_all_void_image_counts_as_an_image_and_not_in_the_score(
     net: DeepLabV2, write_one: Callable[[np.ndarray], Manifest]
 ) -> None:
     manifest = write_one(np.full(SIZES[0], IGNORE, dtype=np.uint8))
-    evaluation = evaluate(net, manifest, ALONE, preprocessing=CAFFE, num_workers=0)
+    evaluation = evaluate(Predictor(net, CAFFE), manifest, ALONE, num_workers=0)
     assert evaluation.num_images == 1
     assert evaluation.confusion.sum() == 0
 
@@ -167,4 +244,4 @@ def test_a_sample_that_cannot_be_read_is_an_error(net: DeepLabV2, write_one: Cal
     shard = manifest.path.parent / manifest.shards[0].name
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(ShardError, match=shard.name):
-        evaluate(net, manifest, ALONE, preprocessing=CAFFE, num_workers=0)
+        evaluate(Predictor(net, CAFFE), manifest, ALONE, num_workers=0)

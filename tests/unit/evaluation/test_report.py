@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from dist_deeplab.data.voc import CLASS_NAMES
+from dist_deeplab.evaluation.boundaries import TRIMAP_WIDTHS
 from dist_deeplab.evaluation.confusion import scores
-from dist_deeplab.evaluation.evaluator import Evaluation, Panel
+from dist_deeplab.evaluation.evaluator import Evaluation, ImageScore, Panel
 from dist_deeplab.evaluation.report import iou_table, metric_values, render, to_json, write_report
 
+TABLES = ["metrics.json", "classes.csv", "images.csv"]
 NAMES = ("background", "cat", "unicorn")
 CONFUSION = np.array([[60, 20, 0], [0, 20, 0], [0, 0, 0]])  # IoU 75 %, 50 %, absent
 
@@ -25,7 +27,10 @@ def _evaluation(num_panels: int = 0, confusion: np.ndarray = CONFUSION) -> Evalu
         label, pred = rng.integers(0, len(confusion), (2, 30, 40), dtype=np.uint8)
         label[:3] = 255
         panels.append(Panel(f"image_{number}", image, label, pred))
-    return Evaluation(confusion, num_images=7, ignore_label=255, panels=panels)
+    images = (ImageScore("image_0", 0.25), ImageScore("all void", math.nan))
+    trimap = np.zeros((len(TRIMAP_WIDTHS), *confusion.shape), dtype=np.int64)
+    trimap[0], trimap[2] = confusion, np.diag(np.diag(confusion))
+    return Evaluation(confusion, 7, 255, panels, trimap, images)
 
 
 def test_metrics_have_a_point_for_each_class_that_is_there() -> None:
@@ -34,6 +39,7 @@ def test_metrics_have_a_point_for_each_class_that_is_there() -> None:
         "val/mIoU": pytest.approx(0.625),
         "val/pixel_accuracy": pytest.approx(0.8),
         "val/mean_accuracy": pytest.approx((0.75 + 1.0) / 2),
+        "val/fwIoU": pytest.approx(0.8 * 0.75 + 0.2 * 0.5),
         "val/iou/background": pytest.approx(0.75),
         "val/iou/cat": pytest.approx(0.5),
     }
@@ -47,6 +53,9 @@ def test_json_is_strict_json_with_null_for_an_absent_class() -> None:
         "mIoU": pytest.approx(0.625),
         "pixel_accuracy": pytest.approx(0.8),
         "mean_accuracy": pytest.approx(0.875),
+        "fwIoU": pytest.approx(0.7),
+        "absent_classes": ["unicorn"],
+        "trimap_mIoU": {"1": pytest.approx(0.625), "3": 1.0},
         "iou": {"background": pytest.approx(0.75), "cat": pytest.approx(0.5), "unicorn": None},
         "confusion": CONFUSION.tolist(),
     }
@@ -71,9 +80,11 @@ def test_the_table_shows_percentages_the_absent_class_and_the_means() -> None:
         "mIoU": "62.50",
         "pixel accuracy": "80.00",
         "mean accuracy": "87.50",
+        "frequency-weighted IoU": "70.00",
     }
     assert "not in this set" in text
-    assert "1 classes have no pixel in this set" in " ".join(text.split())
+    assert "1 of 3 classes have no pixel in this set" in text
+    assert "trained on" not in text
     assert "\x1b" not in text  # a log file takes it as it is
 
 
@@ -99,11 +110,11 @@ def _picture(path: Path) -> np.ndarray:
 def test_a_report_is_its_files_with_figures_to_look_at(tmp_path: Path, num_panels: int) -> None:
     folder = tmp_path / "eval" / "step_00000001"
     files = write_report(_evaluation(num_panels), NAMES, folder)
-    names = ["metrics.json", "confusion.png", "iou.png"] + ["panels.png"] * bool(num_panels)
+    names = [*TABLES, "confusion.png", "iou.png", "trimap.png"] + ["panels.png"] * bool(num_panels)
     assert files == [folder / name for name in names]
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
     assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == to_json(_evaluation(), NAMES)
-    for path in files[1:]:
+    for path in files[3:]:
         picture = _picture(path)
         height, width = picture.shape[:2]
         assert 200 <= height <= 4000
@@ -115,7 +126,7 @@ def test_figures_of_21_classes_and_no_correct_pixel_are_drawn_too(tmp_path: Path
     confusion = np.zeros((21, 21), dtype=np.int64)
     confusion[0, 1:] = 5
     files = write_report(_evaluation(1, confusion), CLASS_NAMES, tmp_path)
-    assert [path.name for path in files] == ["metrics.json", "confusion.png", "iou.png", "panels.png"]
+    assert [path.name for path in files] == [*TABLES, "confusion.png", "iou.png", "trimap.png", "panels.png"]
     assert _picture(tmp_path / "confusion.png").shape[0] >= 800  # room for 21 names
 
 
@@ -134,3 +145,29 @@ def test_writing_a_report_again_replaces_it(tmp_path: Path) -> None:
     write_report(_evaluation(), NAMES, tmp_path)
     write_report(_evaluation(confusion=np.diag([1, 1, 0])), NAMES, tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["mIoU"] == 1.0
+
+
+def test_the_tables_in_csv_say_the_same_and_leave_unknown_values_empty(tmp_path: Path) -> None:
+    write_report(_evaluation(), NAMES, tmp_path)
+    assert (tmp_path / "classes.csv").read_text().splitlines() == [
+        "class,iou,accuracy,label_pixels,predicted_pixels",
+        "background,0.750000,0.750000,80,60",
+        "cat,0.500000,1.000000,20,40",
+        "unicorn,,,0,0",
+    ]
+    assert (tmp_path / "images.csv").read_text().splitlines() == ["key,iou", "image_0,0.250000", "all void,"]
+
+
+def test_a_report_says_what_it_is_about_and_shows_the_best_and_worst_images(tmp_path: Path) -> None:
+    panels = _evaluation(3).panels
+    about = {"checkpoint": "best.pt", "notes": ["trained on it"]}
+    files = write_report(_evaluation(), NAMES, tmp_path, about=about, best=panels[:1], worst=panels[1:])
+    assert [path.name for path in files[-2:]] == ["best.png", "worst.png"]
+    assert _picture(files[-1]).shape[0] > _picture(files[-2]).shape[0]
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert content == about | to_json(_evaluation(), NAMES)
+
+
+def test_notes_stand_below_the_table() -> None:
+    text = render(iou_table(scores(CONFUSION), NAMES, notes=["WARNING: 3 of these 7 images were trained on"]))
+    assert text.splitlines()[-1] == "WARNING: 3 of these 7 images were trained on"
