@@ -23,14 +23,16 @@ _IMAGE_FOLDER = "images"  # where MlflowClient.log_image puts what the slider sh
 class MirrorState:
     """What is known of a run's copy in a store, kept in its folder: `mlflow.json`.
 
-    run_id; sent_bytes of the journal; status; described: the attempt that was described; failed_sends and error: how
-    often the store refused, and the last refusal while it does; model: whether the model was logged.
+    run_id and experiment_id; sent_bytes of the journal; status; described: the attempt that was described;
+    failed_sends and error: how often the store refused, and the last refusal while it does; model: whether the model
+    was logged.
     """
 
     def __init__(self, run_dir: Path, uri: str) -> None:
         self._path, self._uri = run_dir / MLFLOW_FILE, uri
         self.values: dict[str, Any] = {
             "run_id": None,
+            "experiment_id": None,
             "sent_bytes": 0,
             "status": None,
             "described": -1,
@@ -88,7 +90,7 @@ class MlflowRun:
                     run_name=self.info["name"],
                     tags={"mlflow.parentRunId": parent} if parent else None,
                 )
-                self.state.save(run_id=run.info.run_id)
+                self.state.save(run_id=run.info.run_id, experiment_id=experiment_id)
             if self.state["described"] < self.info["attempt"]:
                 self._describe(is_first=self.state["described"] < 0)
                 self.state.save(described=self.info["attempt"], status=None)

@@ -45,6 +45,9 @@ class Tracker:
     def log_images(self, step: int, write: Callable[[], Images]) -> None:
         """As `log_files`, for {name of the series: picture}: MLflow's pages show each series with a slider of steps."""
 
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Record facts about the whole run that became known by now; a later value replaces an earlier one."""
+
     def close(self, status: str) -> None:
         """End the run with MLflow's status FINISHED, FAILED or KILLED (stopped early), and wait for the mirror."""
 
@@ -80,9 +83,9 @@ class JournalTracker(Tracker):
             if known is not None and key.startswith(_COMPUTED):
                 self._divergence.compare(key, step, known, value)
         diverged, summary = self._divergence.pop_news()
-        self._append_points(step, {**values, **self._cost.now(), **diverged, **self._watch_mirror()})
+        self._append_points(step, {**self._cost.now(), **values, **diverged, **self._watch_mirror()})
         if summary:
-            self._append({"tags": {"diverged": summary}})
+            self.log_tags({"diverged": summary})
 
     def log_files(self, step: int, write: Callable[[], Iterable[Path]]) -> None:
         """See Tracker."""
@@ -91,6 +94,10 @@ class JournalTracker(Tracker):
     def log_images(self, step: int, write: Callable[[], Images]) -> None:
         """See Tracker."""
         self._log_written(step, lambda: [(path, {"image": name}) for name, path in write().items()])
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """See Tracker."""
+        self._append({"tags": dict(tags)})
 
     def close(self, status: str) -> None:
         """See Tracker."""
@@ -133,7 +140,7 @@ class JournalTracker(Tracker):
         if self.mirror.poll() is not None and time.monotonic() - self._mirror_started > _RESTART_S:
             log.warning("the process that sends to MLflow ended (%d); starting it again", self.mirror.returncode)
             self.start_mirror()
-        state = _read_json(self.run_dir / MLFLOW_FILE)
+        state = read_mlflow_file(self.run_dir)
         is_failing = bool(state.get("error"))
         if is_failing and not self._is_failing:
             log.warning(
@@ -183,7 +190,7 @@ def open_tracker(
 
 def write_run_file(run_dir: Path, *, uri: str, experiment: str, attempt: int, run_info: Mapping[str, Any]) -> None:
     """Write `run.json`, without secrets; the ids of the Slurm jobs of earlier attempts are kept."""
-    jobs = [*_read_json(run_dir / RUN_FILE).get("slurm_jobs", []), *([slurm_job()] if slurm_job() else [])]
+    jobs = [*read_run_file(run_dir).get("slurm_jobs", []), *([slurm_job()] if slurm_job() else [])]
     about = {
         "tracking": {"uri": uri, "experiment": experiment},
         "attempt": attempt,
@@ -195,6 +202,11 @@ def write_run_file(run_dir: Path, *, uri: str, experiment: str, attempt: int, ru
     os.replace(temporary, run_dir / RUN_FILE)
 
 
+def read_run_file(run_dir: Path) -> dict[str, Any]:
+    """Return what `run.json` holds, nothing where there is none."""
+    return _read_json(run_dir / RUN_FILE)
+
+
 def resolve_uri(uri: str, output_dir: str) -> str:
     """Return the configured URI, else MLFLOW_TRACKING_URI, else a SQLite file in the folder of all runs."""
     default = f"sqlite:///{Path(output_dir).expanduser().resolve() / 'mlflow.db'}"
@@ -203,10 +215,12 @@ def resolve_uri(uri: str, output_dir: str) -> str:
 
 def mlflow_run_id(run_dir: Path) -> str:
     """Return the id of the folder's run in MLflow, or nothing before the mirror has made one."""
-    try:
-        return json.loads((run_dir / MLFLOW_FILE).read_text(encoding="utf-8"))["run_id"] or ""
-    except (OSError, ValueError, KeyError):
-        return ""
+    return read_mlflow_file(run_dir).get("run_id") or ""
+
+
+def read_mlflow_file(run_dir: Path) -> dict[str, Any]:
+    """Return what the mirror remembers of the run's copy in MLflow (see MirrorState), nothing before it began."""
+    return _read_json(run_dir / MLFLOW_FILE)
 
 
 def _start_mirror(run_dir: Path) -> "subprocess.Popen[bytes]":

@@ -1,7 +1,7 @@
 """The package is a house of floors: imports only go down, and rooms on one floor do not know each other.
 
     floor 3  the commands: train.py, evaluate.py and whatever else lies beside them
-    floor 2  training/  evaluation/
+    floor 2  training/  evaluation/  comparison/
     floor 1  runtime/  data/  model/  config/
     floor 0  downloads/
     cellar   errors.py  files.py  __init__.py
@@ -24,6 +24,7 @@ COMMANDS = 3
 FLOORS = {
     "training": 2,
     "evaluation": 2,
+    "comparison": 2,
     "runtime": 1,
     "data": 1,
     "model": 1,

@@ -1,0 +1,242 @@
+"""Run a grid of settings, each as a run of its own, and compare them.
+
+    python -m dist_deeplab.sweep [--config FILE] name=poly optim.power=0.8,0.9,1.0 [section.key=value ...]
+
+Several values of a key, parted by commas, are a grid; the rest goes to each training as it is. The runs are
+<output_dir>/<name>-power_0.8 and so on, children of the run <name>-sweep in MLflow, which gets the table of results.
+The same command again goes on: finished runs are skipped, an interrupted one goes on from its last checkpoint. A run
+that fails does not keep the others from running.
+
+launch/sweep.sh sets the environment up and runs this; slurm/sweep.sh makes an array job of it, by --count, --child and
+--report. Exit codes: 0 all runs finished, 1 some did not, 2 wrong arguments or configuration, 75 stopped: run it again.
+"""
+
+import argparse
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+from rich.console import Console
+
+from dist_deeplab import config as configuration
+from dist_deeplab.comparison import report
+from dist_deeplab.comparison.record import read_folder
+from dist_deeplab.config import RunConfig
+from dist_deeplab.config.grid import expand
+from dist_deeplab.errors import UserError
+from dist_deeplab.runtime import tracking
+from dist_deeplab.runtime.logs import setup_logging
+from dist_deeplab.runtime.provenance import redact
+
+STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+
+log = logging.getLogger("dist_deeplab.sweep")
+
+
+@dataclass(frozen=True)
+class Child:
+    """One run of the sweep: its configuration, and the arguments of `dist_deeplab.train` that make it."""
+
+    config: RunConfig
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep: the folder of its own run, the grid as it was given, and its runs."""
+
+    folder: Path
+    grid: tuple[str, ...]
+    children: tuple[Child, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        sweep = plan(arguments.config, arguments.overrides)
+        if arguments.count:
+            print(len(sweep.children))
+            return 0
+        if arguments.child is not None:
+            if not 0 <= arguments.child < len(sweep.children):
+                raise UserError(f"--child {arguments.child}: the grid's runs are 0 to {len(sweep.children) - 1}")
+            prepare(sweep)
+            sys.stdout.write("".join(f"{argument}\0" for argument in sweep.children[arguments.child].arguments))
+            return 0
+        setup_logging(is_main=True, rank=0, folder=None)
+        code = 0 if arguments.report else run_all(sweep, num_processes=arguments.nproc_per_node)
+        return STOPPED_EARLY if code == STOPPED_EARLY else conclude(sweep)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dist_deeplab.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of keys that differ from the defaults")
+    parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="processes of each training")
+    parser.add_argument("--count", action="store_true", help="print the number of runs and stop")
+    parser.add_argument("--child", type=int, metavar="I", help="print training's arguments of run I, each ended by NUL")
+    parser.add_argument("--report", action="store_true", help="run nothing: compare what there is")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value[,value...]", help="settings and the grid")
+    return parser.parse_intermixed_args(argv)
+
+
+def plan(config_file: str | None, overrides: Sequence[str]) -> Sweep:
+    """Return the sweep, every run's configuration checked.
+
+    Raises:
+        UserError: no grid, or a wrong configuration of any run.
+    """
+    fixed, runs = expand(overrides)
+    base = configuration.load_config(config_file, [*fixed, *runs[0].overrides])
+    folder = base.run_dir.with_name(f"{base.name}-sweep")
+    given = ["--config", config_file] if config_file else []
+    children = []
+    for run in runs:
+        own = [*fixed, *run.overrides, f"name={base.name}-{run.suffix}", f"tracking.parent=../{folder.name}"]
+        children.append(Child(configuration.load_config(config_file, own), (*given, *own)))
+    return Sweep(folder, tuple(o for o in overrides if o not in fixed), tuple(children))
+
+
+def prepare(sweep: Sweep) -> None:
+    """Make the folder of the sweep's own run; a larger grid under the same name adds to it."""
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    attempt = tracking.read_run_file(sweep.folder).get("attempt", 0)
+    tracking.write_run_file(sweep.folder, attempt=attempt, **about(sweep))
+
+
+def about(sweep: Sweep) -> dict[str, Any]:
+    """Return what `run.json` says of the sweep's own run."""
+    config = sweep.children[0].config
+    before = tracking.read_run_file(sweep.folder).get("children", [])
+    names = list(dict.fromkeys([*before, *(child.config.name for child in sweep.children)]))
+    grid = {key: value for key, _, value in (argument.partition("=") for argument in sweep.grid)}
+    return {
+        "uri": tracking.resolve_uri(config.tracking.uri, config.output_dir),
+        "experiment": config.tracking.experiment,
+        "run_info": {
+            "name": sweep.folder.name,
+            "parameters": {**configuration.flatten(config), **grid, "name": sweep.folder.name},
+            "tags": {"sweep": " ".join(sweep.grid)},
+            "description": f"A sweep over {len(names)} runs: `{' '.join(sweep.grid)}`. It has no result yet.",
+            "children": names,
+        },
+    }
+
+
+def run_all(sweep: Sweep, *, num_processes: int) -> int:
+    """Train one run after the other; return 75 if asked to stop, else 0, also where runs failed.
+
+    Raises:
+        UserError: a training ended before it had begun: what is wrong with it is wrong with all.
+    """
+    prepare(sweep)
+    stop = StopBetween()
+    for number, child in enumerate(sweep.children, 1):
+        name = f"run {number} of {len(sweep.children)}: {child.config.name}"
+        if is_finished(child):
+            log.info("%s is finished", name)
+            continue
+        log.info("%s", name)
+        before = journal_size(child)
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", "-m"]
+        command = [sys.executable, "-m", *(launcher if num_processes > 1 else []), "dist_deeplab.train"]
+        code = stop.run([*command, *child.arguments])
+        if stop.requested:
+            log.warning("stopped; the same command goes on from here")
+            return STOPPED_EARLY
+        if code and journal_size(child) == before:
+            raise UserError(f"{child.config.name} could not begin, see above; nothing else was tried")
+        if code:
+            log.warning("%s failed, see above; going on with the others", child.config.name)
+    return 0
+
+
+class StopBetween:
+    """Passes SIGINT and SIGTERM on to the training, which saves and ends, and remembers that the sweep must end too."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._process: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def run(self, command: Sequence[str]) -> int:
+        """Run a command to its end and return its exit code."""
+        with subprocess.Popen(command, start_new_session=True) as self._process:
+            if self.requested:
+                self._process.terminate()
+            return self._process.wait()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+
+def is_finished(child: Child) -> bool:
+    """Return whether the run is done, with the very recipe that is asked for now."""
+    folder = child.config.run_dir
+    if not (folder / tracking.RUN_FILE).exists() or read_folder(folder).status != "FINISHED":
+        return False
+    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    return not configuration.recipe_differences(saved, child.config)
+
+
+def journal_size(child: Child) -> int:
+    """Return the size of the run's journal in bytes: it grows as soon as a training has begun."""
+    journal = child.config.run_dir / tracking.JOURNAL
+    return journal.stat().st_size if journal.exists() else 0
+
+
+def conclude(sweep: Sweep) -> int:
+    """Print and keep the comparison of the runs that began, also in MLflow; return 0 if all of them are finished."""
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    begun = [c.config.run_dir for c in sweep.children if (c.config.run_dir / tracking.RUN_FILE).exists()]
+    if not begun:
+        raise UserError(f"no run of {sweep.folder.name} has begun")
+    records = [read_folder(folder) for folder in begun]
+    everything_done = all(is_finished(child) for child in sweep.children)
+    report.print_report(records, Console(width=None if sys.stdout.isatty() else 160))
+    config = sweep.children[0].config
+    tracker = tracking.open_tracker(
+        sweep.folder, is_main=True, config_yaml=configuration.config_to_yaml(config), **about(sweep)
+    )
+    num_finished = sum(record.status == "FINISHED" for record in records)
+    tracker.log(num_finished, report.summary(records))
+    tracker.log_tags({"mlflow.note.content": report.markdown(records)})
+    tracker.log_files(num_finished, lambda: report.write_report(records, sweep.folder))
+    tracker.close("FINISHED" if everything_done else "KILLED")
+    print(f"figure: {sweep.folder / 'comparison.png'}\n{where_to_look(config, begun)}")
+    return 0 if everything_done else 1
+
+
+def where_to_look(config: RunConfig, folders: Sequence[Path]) -> str:
+    """Return how to open MLflow's page that compares the runs: a command, and an address."""
+    uri = redact(tracking.resolve_uri(config.tracking.uri, config.output_dir))
+    copies = [tracking.read_mlflow_file(folder) for folder in folders]
+    ids = [copy["run_id"] for copy in copies if copy.get("run_id")]
+    if uri == "none" or len(ids) < 2:
+        return "in MLflow: nothing yet (tracking.uri=none, or the store is away: tools/sync_mlflow.py sends it later)"
+    is_server = uri.startswith("http")
+    server = re.sub(r"//[^/]*@", "//", uri).rstrip("/") if is_server else "http://127.0.0.1:5000"
+    runs, experiments = (json.dumps(values) for values in (ids, [copies[0]["experiment_id"]]))
+    page = f"{server}/#/compare-runs?runs={quote(runs)}&experiments={quote(experiments)}"
+    return f"in MLflow: {page}" if is_server else f"in MLflow: ./launch/mlflow_ui.sh, then {page}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

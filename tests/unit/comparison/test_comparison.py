@@ -1,0 +1,187 @@
+"""Which run won, for which class and at what cost: from folders alone, with known numbers."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from dist_deeplab import compare
+from dist_deeplab.comparison import report, table
+from dist_deeplab.comparison.record import RunRecord, read_folder
+from dist_deeplab.errors import UserError
+
+SCORES = {  # step -> (background, cat); the mean is the mIoU
+    "low": {10: (0.5, 0.1), 20: (0.7, 0.3)},
+    "mid": {10: (0.62, 0.4), 20: (0.62, 0.2)},  # best at step 10
+    "high": {10: (0.2, 0.1), 20: (0.65, 0.1)},
+}
+LOSS = {"low": 1.5, "mid": 1.25, "high": 2.0}
+
+
+def write_run(folder: Path, name: str, power: float, **about: Any) -> Path:
+    """Write a run's folder as training leaves it."""
+    run = folder / name
+    run.mkdir(parents=True)
+    settings = {"name": name, "optim.power": power, "optim.lr": 0.1, "seed": 0, "output_dir": str(folder)}
+    (run / "run.json").write_text(json.dumps({"name": name, "parameters": settings, "tags": {}, **about}))
+    records: list[dict[str, Any]] = [{"time": 0, "status": "RUNNING", "attempt": 0}]
+    for step, (background, cat) in SCORES[name].items():
+        values = {"val/mIoU": (background + cat) / 2, "val/iou/background": background, "val/iou/cat": cat}
+        values |= {"train/loss": LOSS[name] + 1 / step, "lr/backbone": 0.1 / step, "images_per_s": 10.0 * step}
+        values |= {"cost/total_s": 6.0 * step, "cost/device_hours": step / 100}
+        records += [{"step": step, "time": step, "key": k, "value": v, "attempt": 0} for k, v in values.items()]
+    records.append({"time": 99, "status": "FINISHED", "attempt": 0})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    return [write_run(tmp_path, name, power) for name, power in (("high", 2.0), ("low", 0.5), ("mid", 0.9))]
+
+
+@pytest.fixture
+def records(runs: list[Path]) -> list[RunRecord]:
+    return [read_folder(run) for run in runs]
+
+
+def printed(records: list[RunRecord]) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    report.print_report(records, console)
+    return console.export_text()
+
+
+def cells(text: str, word: str) -> list[str]:
+    """Return the cells of the first row that holds a word."""
+    (line, *_) = [line for line in text.splitlines() if word in line and re.search("[│┃]", line)]
+    return [cell.strip() for cell in re.split("[│┃]", line.strip("│┃"))]
+
+
+def test_a_run_s_score_is_its_best_with_the_classes_of_that_step(records: list[RunRecord]) -> None:
+    mid = records[2]
+    assert mid.best == (10, 0.51)
+    assert mid.class_iou() == {"background": 0.62, "cat": 0.4}
+    assert mid.last("val/mIoU") == pytest.approx(0.41)
+    assert mid.median("images_per_s") == 150.0
+    assert mid.status == "FINISHED"
+
+
+def test_runs_are_ranked_with_the_settings_that_differ_and_what_they_cost(records: list[RunRecord]) -> None:
+    text = printed(records)
+    assert cells(text, "│ mid") == [
+        *("*", "mid", "0.9", "51.00", "10", "41.00", "1.3000", "150.0", "2:00", "0.2", "-", "FINISHED")
+    ]
+    assert text.index("│ mid") < text.index("│ low") < text.index("│ high")
+    assert "optim.lr" not in text
+    assert "output_dir" not in text
+
+
+def test_every_class_s_winner_is_marked(records: list[RunRecord]) -> None:
+    text = printed(records)
+    assert cells(text, "power=0.9")[1:4] == ["power=0.9", "power=0.5", "power=2.0"]
+    assert cells(text, "background") == ["background", "62.00", "70.00*", "65.00", "8.00"]
+    assert cells(text, "cat") == ["cat", "40.00*", "30.00", "10.00", "30.00"]
+
+
+def test_the_verdict_says_who_won_where_at_what_cost_and_why(records: list[RunRecord]) -> None:
+    winner, where, cost, why, chance = table.verdict(records)
+    assert winner == "winner: power=0.9, mIoU 51.00, 1.00 points ahead of power=0.5"
+    assert "gains most for cat (+10.00) and least for background (-8.00); it is better for 1 of 2 classes" in where
+    assert cost == "cost: 2:00, 0.2 device-hours; the others took 0.2 to 0.2"
+    assert why.startswith("why: its training loss is the lowest too (1.3000)")
+    assert "chance" in chance
+
+
+def test_a_winner_that_fitted_less_generalised_better(records: list[RunRecord]) -> None:
+    records[0].curves["train/loss"][-1] = (20, 0.1)
+    assert "1 of 3 runs have a lower training loss" in " ".join(table.verdict(records))
+
+
+def test_a_run_without_a_score_comes_last_and_one_run_alone_has_nobody_to_beat(records: list[RunRecord]) -> None:
+    del records[2].curves["val/mIoU"]
+    assert [record.name for record in table.rank(records)] == ["low", "high", "mid"]
+    assert "nothing to compare" in table.verdict(records[:1])[0]
+    assert "*" not in cells(printed(records[:1]), "background")[1]
+
+
+def test_the_figure_has_every_run_in_every_part(records: list[RunRecord], tmp_path: Path) -> None:
+    from dist_deeplab.comparison.figure import comparison_figure
+
+    figure = comparison_figure(records)
+    axes = [ax for part in figure.subfigs for ax in part.axes]
+    assert [len(ax.lines) for ax in axes[:3]] == [3, 3, 3]
+    assert list(axes[0].lines[1].get_ydata()) == pytest.approx([30.0, 50.0]), "the second best, in percent"
+    assert len(axes[3].patches) == 3 * 3
+    stars = [text for text in axes[3].texts if text.get_text() == "*"]
+    assert [round(text.xy[1]) for text in stars] == [70, 40, 51]
+    path = report.save_figure(records, tmp_path / "new" / "figure.png")
+    assert np.asarray(Image.open(path)).std() > 10
+
+
+def test_the_csv_holds_every_number(records: list[RunRecord], tmp_path: Path) -> None:
+    report.write_report(records, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "comparison.csv").open()))
+    assert [row["run"] for row in rows] == ["mid", "low", "high"]
+    assert (rows[1]["optim.power"], rows[1]["best_mIoU"], rows[1]["val/iou/background"]) == ("0.5", "0.5", "0.7")
+
+
+def test_the_description_of_a_sweep_is_a_markdown_table(records: list[RunRecord]) -> None:
+    lines = report.markdown(records).splitlines()
+    assert "| mid | 0.9 | 51.00 | 10 | 1.3000 | 2:00 | 0.2 | FINISHED |" in lines
+    assert lines[0].startswith("- winner: power=0.9")
+
+
+def test_runs_with_equal_settings_are_called_by_their_names(records: list[RunRecord]) -> None:
+    for record in records:
+        record.settings["optim.power"] = "1"
+    assert [table.label(record, records) for record in records] == ["high", "low", "mid"]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_compares_folders_without_a_store(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main([*map(str, runs), "--out", str(tmp_path / "c.png")]) == 0
+    out = capsys.readouterr().out
+    assert "winner: power=0.9" in out
+    assert f"figure: {tmp_path / 'c.png'}" in out
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+
+
+def test_the_folder_of_a_sweep_means_its_runs_that_have_begun(runs: list[Path], tmp_path: Path) -> None:
+    sweep = tmp_path / "x-sweep"
+    sweep.mkdir()
+    (sweep / "run.json").write_text(json.dumps({"name": "x-sweep", "children": ["low", "mid", "not_yet"]}))
+    assert [record.name for record in compare.collect([str(sweep), str(runs[1])], "")] == ["low", "mid"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("./no_run", "it has no run.json"), ("nothing", "no MLflow store at"), ("./file", "no MLflow")]
+)
+def test_what_is_no_run_is_refused_in_one_sentence(
+    name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "no_run").mkdir()
+    assert compare.main([name]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists(), "nothing is made by looking"
+
+
+def test_a_damaged_journal_or_folder_says_what_it_is(runs: list[Path]) -> None:
+    with (runs[0] / "metrics.jsonl").open("ab") as journal:
+        journal.write(b"\0\0\n{half")
+    assert read_folder(runs[0]).best == (20, 0.375)
+    (runs[0] / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"no readable run\.json"):
+        read_folder(runs[0])

@@ -1,0 +1,227 @@
+"""A grid becomes runs that are skipped when finished, go on when interrupted, and are compared at the end.
+
+The trainings are stand-ins that leave a folder as a training does; tests/tracking has a sweep of real ones.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from dist_deeplab import sweep as sweep_module
+from dist_deeplab.config import RunConfig, config_to_yaml, flatten, load_config
+from dist_deeplab.sweep import StopBetween, is_finished, main, plan
+
+GRID = ["name=poly", "optim.power=0.8,0.9,1.0", "max_steps=9", "tracking.uri=none"]
+
+
+def leave_run(config: RunConfig, status: str) -> None:
+    """Write what a training leaves behind; it scores its optim.power."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "config.yaml").write_text(config_to_yaml(config))
+    about = {"name": config.name, "parameters": flatten(config), "tags": {}}
+    (config.run_dir / "run.json").write_text(json.dumps(about))
+    score = {"step": 9, "time": 1.0, "key": "val/mIoU", "value": config.optim.power / 2, "attempt": 0}
+    with (config.run_dir / "metrics.jsonl").open("a") as journal:
+        journal.write(json.dumps(score) + "\n" + json.dumps({"time": 2.0, "status": status, "attempt": 0}) + "\n")
+
+
+class Trainings:
+    """Stands in for the processes: what was started, and what becomes of each."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.fate: dict[str, str] = {}
+
+    def run(self, stop: StopBetween, command: Sequence[str]) -> int:
+        arguments = list(command[command.index("dist_deeplab.train") + 1 :])
+        config = load_config(None, arguments)
+        self.started.append(config.name)
+        fate = self.fate.get(config.name, "FINISHED")
+        if fate == "stopped":
+            stop.requested = True
+            leave_run(config, "KILLED")
+        elif fate != "wrong configuration":
+            leave_run(config, fate)
+        return 0 if fate == "FINISHED" else 1
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
+    trainings = Trainings()
+    monkeypatch.setattr(StopBetween, "run", lambda stop, command: trainings.run(stop, command))
+    monkeypatch.setattr(sweep_module.signal, "signal", lambda number, handler: None)
+    return trainings
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    return [*GRID, f"output_dir={tmp_path}"]
+
+
+ALL = ["poly-power_0.8", "poly-power_0.9", "poly-power_1.0"]
+
+
+def test_every_run_is_trained_and_the_comparison_is_printed_and_kept(
+    trainings: Trainings, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 0
+    assert trainings.started == ALL
+    out = capsys.readouterr().out
+    assert "winner: power=1.0, mIoU 50.00" in out
+    folder = tmp_path / "poly-sweep"
+    assert {"comparison.png", "comparison.csv", "run.json", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
+    about = json.loads((folder / "run.json").read_text())
+    assert about["children"] == ALL
+    assert about["tags"]["sweep"] == "optim.power=0.8,0.9,1.0"
+    assert about["parameters"]["optim.power"] == "0.8,0.9,1.0"
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    points = {record["key"]: (record["step"], record["value"]) for record in records if "key" in record}
+    assert points["val/best_mIoU"] == (3, 0.5)
+    assert any("| poly-power_1.0 | 1.0 |" in r.get("tags", {}).get("mlflow.note.content", "") for r in records)
+    assert records[-1]["status"] == "FINISHED"
+
+
+def test_finished_runs_are_skipped(trainings: Trainings, arguments: list[str]) -> None:
+    main(arguments)
+    trainings.started.clear()
+    assert main(arguments) == 0
+    assert trainings.started == []
+
+
+def test_a_larger_grid_trains_only_what_is_new_and_compares_all(
+    trainings: Trainings, arguments: list[str], tmp_path: Path
+) -> None:
+    main(arguments)
+    trainings.started.clear()
+    arguments[1] = "optim.power=0.9,2.0"
+    assert main(arguments) == 0
+    assert trainings.started == ["poly-power_2.0"]
+    assert json.loads((tmp_path / "poly-sweep" / "run.json").read_text())["children"] == [*ALL, "poly-power_2.0"]
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(trainings: Trainings, arguments: list[str]) -> None:
+    trainings.fate["poly-power_0.9"] = "stopped"
+    assert main(arguments) == 75
+    assert trainings.started == ALL[:2]
+    trainings.fate.clear()
+    trainings.started.clear()
+    assert main(arguments) == 0
+    assert trainings.started == ALL[1:]
+
+
+def test_a_run_that_fails_leaves_the_others_and_is_tried_again(
+    trainings: Trainings, arguments: list[str], tmp_path: Path
+) -> None:
+    trainings.fate["poly-power_0.9"] = "FAILED"
+    assert main(arguments) == 1
+    assert trainings.started == ALL
+    last = (tmp_path / "poly-sweep" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["status"] == "KILLED"
+    trainings.fate.clear()
+    trainings.started.clear()
+    assert main(arguments) == 0
+    assert trainings.started == ["poly-power_0.9"]
+
+
+def test_a_training_that_cannot_begin_ends_the_sweep(
+    trainings: Trainings, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainings.fate["poly-power_0.8"] = "wrong configuration"
+    assert main(arguments) == 2
+    assert trainings.started == ALL[:1]
+    assert "poly-power_0.8 could not begin" in capsys.readouterr().err
+
+
+def test_a_finished_run_of_another_recipe_is_not_skipped(arguments: list[str]) -> None:
+    """Training itself then says what differs."""
+    child = plan(None, arguments).children[0]
+    leave_run(child.config, "FINISHED")
+    assert is_finished(child)
+    other = plan(None, [*arguments, "seed=3"]).children[0]
+    assert other.config.run_dir == child.config.run_dir
+    assert not is_finished(other)
+
+
+def test_arguments_reach_the_training_as_they_were_given(tmp_path: Path) -> None:
+    config = tmp_path / "my config.yaml"
+    config.write_text("optim: {lr: 0.125}\n")
+    scales = "multi_scale.scales=[], [1.0, 0.5]"
+    first, second = plan(str(config), ["name=x", scales, "data.train=it's here.json"]).children
+    assert first.arguments[:2] == ("--config", str(config))
+    assert second.arguments[2:4] == ("name=x", "data.train=it's here.json")
+    assert "multi_scale.scales=[1.0, 0.5]" in second.arguments
+    assert second.config.multi_scale.scales == (1.0, 0.5)
+    assert second.config.tracking.parent == "../x-sweep"
+    assert second.config.optim.lr == 0.125
+
+
+def test_wrong_settings_of_any_run_are_said_before_anything_is_trained(
+    trainings: Trainings, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments[1] = "optim.power=0.8,-1"
+    assert main(arguments) == 2
+    assert "optim.power" in capsys.readouterr().err
+    assert trainings.started == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_slurm_s_tasks_ask_for_the_number_of_runs_and_for_each_run_s_arguments(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--count"]) == 0
+    assert capsys.readouterr().out == "3\n"
+    assert not (tmp_path / "poly-sweep").exists()
+    assert main([*arguments, "--child", "2"]) == 0
+    words = capsys.readouterr().out.split("\0")
+    assert words[-1] == ""
+    assert tuple(words[:-1]) == plan(None, arguments).children[2].arguments
+    assert json.loads((tmp_path / "poly-sweep" / "run.json").read_text())["children"] == ALL
+    assert main([*arguments, "--child", "3"]) == 2
+
+
+def test_the_report_compares_what_there_is(
+    trainings: Trainings, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--report"]) == 2
+    assert "no run of poly-sweep has begun" in capsys.readouterr().err
+    leave_run(plan(None, arguments).children[0].config, "FINISHED")
+    assert main([*arguments, "--report"]) == 1
+    assert trainings.started == []
+
+
+WAITS_FOR_A_SIGNAL = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+open(sys.argv[1], "w").close()
+time.sleep(60)
+"""
+STOPS_IT = """
+import sys
+from dist_deeplab.sweep import StopBetween
+stop = StopBetween()
+code = stop.run([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+print(code, stop.requested)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_training_once_and_is_remembered(number: int, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    command = [sys.executable, "-c", STOPS_IT, WAITS_FOR_A_SIGNAL, str(ready)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        wait_for(ready.exists)
+        process.send_signal(number)
+        assert process.communicate(timeout=30)[0] == "75 True\n"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
