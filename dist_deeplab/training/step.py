@@ -12,6 +12,7 @@ from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.preprocessing import Preprocessing
 from dist_deeplab.runtime.distributed import all_reduce_sum, get_world_size
 from dist_deeplab.runtime.parallel import gradient_sync, unwrap
+from dist_deeplab.runtime.upload import Uploader
 from dist_deeplab.training.loss import cross_entropy_sum, num_valid, sample_label
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.undo import copy_buffers, put_back
@@ -49,6 +50,9 @@ class TrainStep:
     preprocessing: Preprocessing
     ignore_label: int
     clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.upload = Uploader(self.precision.device)
 
     def __call__(self, micro_batches: list[Batch], *, stop: bool = False) -> StepResult:
         """Make one update from this rank's micro-batches (CPU tensors, at least one); every rank must call it.
@@ -95,12 +99,11 @@ class TrainStep:
         self, batch: Batch, label: dict[str, torch.Tensor], weights: dict[str, float]
     ) -> dict[str, torch.Tensor]:
         """Return each output's weighted loss, float32 [] on the device."""
-        device = self.precision.device
-        image = self.preprocessing.normalize(batch.image.to(device, non_blocking=True), batch.content)
+        image, content, *targets = self.upload(batch.image, batch.content, *label.values())
+        on_device = dict(zip(label, targets, strict=True))
         with self.precision.autocast():
-            outputs = self.model(image)
+            outputs = self.model(self.preprocessing.normalize(image, content))
         return {
-            name: cross_entropy_sum(logits, label[name].to(device, non_blocking=True), self.ignore_label)
-            * weights[name]
+            name: cross_entropy_sum(logits, on_device[name], self.ignore_label) * weights[name]
             for name, logits in outputs.items()
         }

@@ -17,6 +17,7 @@ from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.parallel import prepare_model
+from dist_deeplab.runtime.upload import Uploader
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import StepResult, TrainStep
@@ -186,3 +187,16 @@ def test_sync_batch_norm_never_waits_for_the_device() -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     layer(x).sum().backward()
+
+
+def test_uploads_read_what_was_given_though_they_run_beside_the_compute() -> None:
+    upload = Uploader(torch.device("cuda"))
+    pinned = [torch.full((512, 512), float(number)).pin_memory() for number in range(50)]
+    busy = torch.randn(2048, 2048, device="cuda")
+    sums = []
+    for tensor in pinned:
+        busy = (busy @ busy).clamp(-1, 1)
+        [copy] = upload(tensor)
+        sums.append(copy.sum() + 0 * busy.sum())
+        del copy
+    assert [float(total) for total in sums] == [number * 512.0 * 512 for number in range(50)]
