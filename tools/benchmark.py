@@ -1,6 +1,8 @@
 """Measure speed, ours and a stated baseline side by side in one run.
 
     python tools/benchmark.py step                      # an optimizer step, with its parts
+    python tools/benchmark.py batch_norm --json bn.json
+    python tools/benchmark.py scaling --check 2 4       # n ranks simulated, and real ones beside it
     python tools/benchmark.py COMMAND --help
 
 Competitors take turns; figures are medians with their spread. --json also writes them, with device, versions and
@@ -12,22 +14,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import scaling, step
+from benchmarks import batch_norm, scaling, step
 from benchmarks.harness import machine, show, write_json
 
 from dist_deeplab.errors import UserError
+from dist_deeplab.runtime.distributed import DistEnv
 
-COMMANDS = {"step": step, "scaling": scaling}
+COMMANDS = {"step": step, "batch_norm": batch_norm, "scaling": scaling}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         report = COMMANDS[arguments.command].run(arguments)
+        env = DistEnv.from_environ()  # of several ranks (batch_norm) one speaks
         where = machine()
-        show(report, where)
+        env.on_main(show, report, where)
         if arguments.json:
-            write_json(report, where, arguments.json)
+            env.on_main(write_json, report, where, arguments.json)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -54,6 +54,11 @@ def norm_factory(
     return partial(SyncBatchNorm, eps=EPS, momentum=momentum)
 
 
+def is_alone() -> bool:
+    """Return whether there is no other rank to share statistics with."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
 class FrozenBatchNorm(nn.BatchNorm2d):
     """Normalises by stored statistics whatever `train()` says, and learns nothing: the paper's fine-tuning."""
 
@@ -80,7 +85,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         Raises:
             ValueError: in training, fewer than two values per channel over all ranks.
         """
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not self.training or is_alone():
             return super().forward(input)
         output, mean, var, count = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)
         self._update_running(mean, var, count)

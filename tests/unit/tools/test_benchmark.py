@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks.batch_norm import layer_shapes
 from benchmarks.harness import Row, Timing, interleave, ratio_column
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -67,3 +68,19 @@ def test_a_share_that_does_not_divide_is_refused() -> None:
     done = run_benchmark("step", "--images", 3, "--accumulation", 2)
     assert done.returncode == 2
     assert "--images 3 is no multiple of --accumulation 2" in done.stderr
+
+
+def test_batch_norm_takes_the_synchronised_path_alone_too(tmp_path: Path) -> None:
+    file = tmp_path / "bn.json"
+    done = run_benchmark("batch_norm", "--crop", 33, "--images", 1, "--rounds", 2, "--json", file)
+    assert done.returncode == 0, done.stderr
+    rows = {row["what"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows["ours"]["ms"] > 0
+    assert rows["BatchNorm2d"]["x_BatchNorm2d"] == 1
+
+
+def test_batch_norm_shapes_are_those_in_the_network() -> None:
+    shapes = layer_shapes("resnet101", 2, 321)
+    assert len(shapes) == 104
+    assert shapes[0] == (2, 64, 161, 161)
+    assert shapes[-1] == (2, 2048, 41, 41)
