@@ -1,10 +1,9 @@
 """DrSleep's `.npy`: what caffe-tensorflow (kaffe) writes, a pickled dictionary {layer: {parameter: array}}."""
 
+import re
 from pathlib import Path
 
-import numpy as np
-
-from dist_deeplab.errors import UserError, first_line
+from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import EPS
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights.caffe_names import LayerTensors, to_tensor
@@ -32,6 +31,7 @@ PARAMETERS = {
 """TensorFlow's names of parameters -> ours."""
 
 FAMILY = "DrSleep DeepLab-v2"
+_MAX_HEADER_BYTES = 10_000
 
 
 def read_kaffe(path: Path) -> LayerTensors:
@@ -70,25 +70,16 @@ def _names(layers: "dict[str, dict[str, object]]") -> list[tuple[str, str]]:
 
 def _read_dictionary(path: Path) -> "dict[str, dict[str, object]]":
     with path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = read_header(file)
-        except (
-            ValueError,
-            TypeError,
-            SyntaxError,
-            KeyError,
-            EOFError,
-            UnicodeError,
-            RecursionError,
-            MemoryError,
-        ) as error:
-            raise Damaged(f"its header is broken ({first_line(error)})") from None
-        if not dtype.hasobject or shape != ():
-            raise Damaged(f"it holds one array of shape {list(shape)}, not a dictionary of layers")
+        start = file.read(8)
+        size = int.from_bytes(file.read(2 if start[6:7] == b"\x01" else 4), "little")
+        if size > _MAX_HEADER_BYTES:
+            raise Damaged("its header is broken")
+        header = file.read(size).decode("latin-1")  # a dictionary as Python writes it, which is not evaluated here
+        kind, shape = re.search(r"'descr': '([^']*)'", header), re.search(r"'shape': \(([\d, ]*)\)", header)
+        if not kind or not shape:
+            raise Damaged("its header is broken")
+        if kind[1] not in ("|O", "O") or shape[1]:
+            raise Damaged(f"it holds one array of shape [{shape[1].strip(', ')}], not a dictionary of layers")
         content = read_pickle(file.read())
     if isinstance(content, Array) and len(content.items) == 1:
         content = content.items[0]

@@ -1,0 +1,162 @@
+"""The parts under the readers: checksums, tables, wire format; and layers of a .caffemodel that are not ours."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_deeplab.errors import UserError
+from dist_deeplab.model.weights import load_weights
+from dist_deeplab.model.weights.caffe_names import place_of
+from dist_deeplab.model.weights.crc32c import crc32c, masked_crc32c
+from dist_deeplab.model.weights.protobuf import Message
+from dist_deeplab.model.weights.sstable import read_table
+from dist_deeplab.model.weights.variant import Damaged
+from tests.unit.model.weights import writers
+from tests.unit.model.weights.networks import CaffeLayer, CaffeNetBuilder, drsleep_variables
+
+BLOCKS, WIDTH = (1, 1, 2, 1), 2
+
+# --- checksums --------------------------------------------------------------------------------------------------------
+
+
+def test_crc32c_gives_the_published_values() -> None:
+    assert crc32c(b"123456789") == 0xE3069283  # the polynomial's check value
+    assert crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
+    assert crc32c(b"\xff" * 32) == 0x62A8AB43
+    assert crc32c(bytes(range(32))) == 0x46DD794E
+
+
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 127, 128, 1000, 4096, 65535, 65536, 65537, 200_001])
+def test_many_lanes_give_the_checksum_of_one(length: int) -> None:
+    content = np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8).tobytes()
+    assert crc32c(content) == writers.crc32c(content)
+    assert masked_crc32c(memoryview(content)) == writers.masked(writers.crc32c(content))
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_block", [1, 3, 1000])
+@pytest.mark.parametrize("restart_every", [1, 4, 1000])
+def test_a_table_gives_its_entries_in_order(per_block: int, restart_every: int) -> None:
+    entries = [(b"", b"header")] + [(f"res{i:03d}/weights".encode(), b"v" * i) for i in range(50)]
+    table = writers.table(entries, per_block=per_block, restart_every=restart_every)
+    assert [(key, bytes(value)) for key, value in read_table(memoryview(table))] == entries
+
+
+def test_every_flipped_bit_of_a_tables_blocks_is_noticed() -> None:
+    table = writers.table([(b"", b"header"), (b"conv1/weights", b"abc"), (b"conv1/weights/Momentum", b"def")])
+    end = len(table) - 48
+    for position in range(end):
+        damaged = bytearray(table)
+        damaged[position] ^= 0x10
+        if position in range(end - 13, end):
+            continue  # the empty block of meta blocks and the index lie here; read on below
+        with pytest.raises(Damaged):
+            list(read_table(memoryview(damaged)))
+
+
+# --- wire format ------------------------------------------------------------------------------------------------------
+
+
+def test_repeated_numbers_are_read_packed_and_one_by_one() -> None:
+    packed = writers.chunk(1, b"".join(writers.varint(value) for value in (0, 127, 300, 2**63)))
+    single = b"".join(writers.integer(1, value) for value in (0, 127, 300, 2**63))
+    assert Message(memoryview(packed)).ints(1) == Message(memoryview(single)).ints(1) == [0, 127, 300, 2**63]
+    floats = b"".join(writers.float32(5, value) for value in (1.5, -2.0))
+    assert Message(memoryview(floats)).floats(5).tolist() == [1.5, -2.0]
+    both = floats + writers.chunk(5, np.array([7, 8], dtype="<f4").tobytes())
+    assert Message(memoryview(both)).floats(5).tolist() == [1.5, -2.0, 7.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x80", b"\xff" * 11, b"\x0a\x05ab", b"\x0b", b"\x0c", b"\x07", b"\x00\x01", b"\x0d\x00\x00", b"\x09\x00"],
+)
+def test_bytes_that_are_no_message_are_refused(content: bytes) -> None:
+    with pytest.raises(Damaged):
+        Message(memoryview(content))
+
+
+# --- layer names and parameters ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "module"),
+    [
+        ("conv1", "backbone.conv1"),
+        ("scale_conv1", "backbone.bn1"),
+        ("res2a_branch1", "backbone.layer1.0.downsample.0"),
+        ("bn2a_branch1", "backbone.layer1.0.downsample.1"),
+        ("res3d_branch2b", "backbone.layer2.3.conv2"),
+        ("res4b22_branch2c", "backbone.layer3.22.conv3"),
+        ("scale4b1_branch2a", "backbone.layer3.1.bn1"),
+        ("res5b_branch2a", "backbone.layer4.1.conv1"),
+        ("fc1_voc12_c3", "head.branches.3"),
+        ("fc1_coco_stuff_c0", "head.branches.0"),
+        ("fc1_c2", "head.branches.2"),
+    ],
+)
+def test_layers_of_the_authors_have_their_place(layer: str, module: str) -> None:
+    place = place_of(layer)
+    assert place is not None
+    assert place.module == module
+
+
+@pytest.mark.parametrize("layer", ["fc1000", "res2a", "res4c3_branch2a", "fc1_voc12_res05_c1", "fc1_voc12_c4", "res6a_branch1"])
+def test_other_layers_have_none(layer: str) -> None:
+    assert place_of(layer) is None
+
+
+def _change(name: str, **values: float) -> Callable[[list[CaffeLayer]], None]:
+    def change(layers: list[CaffeLayer]) -> None:
+        layer = next(layer for layer in layers if layer.name == name)
+        for key, value in values.items():
+            setattr(layer, key, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (_change("res4b_branch2b", dilation=3), r"res4b_branch2b has kernel 3, stride 1, pad 2, dilation 3; ours has .*dilation 2"),
+        (_change("res5a_branch2b", pad=2), "res5a_branch2b has .*pad 2.*ours has .*pad 4"),
+        (_change("res3a_branch1", stride=1), "res3a_branch1 has .*stride 1.*ours has .*stride 2"),
+        (_change("conv1", stride=1), "conv1 has kernel 7, stride 1.*ours has kernel 7, stride 2"),
+        (_change("fc1_voc12_c2", dilation=12), "fc1_voc12_c2 has .*dilation 12.*ours has .*dilation 18"),
+        (_change("res2a_branch2b", kernel=5), r"weights of shape \[2, 2, 3, 3\] for a convolution of kernel 5"),
+        (_change("bn3a_branch2a", eps=1e-3), "bn3a_branch2a has eps 0.001; ours has 1e-05"),
+        (_change("pool1", kernel=2), "pool1 has kind 0, kernel 2"),
+    ],
+)
+def test_a_layer_of_another_geometry_is_named(
+    tmp_path: Path, change: Callable[[list[CaffeLayer]], None], sentence: str
+) -> None:
+    layers = CaffeNetBuilder(BLOCKS, WIDTH, 3, seed=0).layers
+    change(layers)
+    (tmp_path / "a.caffemodel").write_bytes(writers.caffemodel(layers))
+    with pytest.raises(UserError, match=sentence):
+        load_weights(tmp_path / "a.caffemodel")
+
+
+def test_statistics_that_were_never_collected_are_refused(tmp_path: Path) -> None:
+    layers = CaffeNetBuilder(BLOCKS, WIDTH, 3, seed=0).layers
+    next(layer for layer in layers if layer.name == "bn2a_branch2a").blobs[2][:] = 0
+    (tmp_path / "a.caffemodel").write_bytes(writers.caffemodel(layers))
+    with pytest.raises(UserError, match="layer bn2a_branch2a: the scale of its statistics is 0"):
+        load_weights(tmp_path / "a.caffemodel")
+
+
+def test_two_networks_in_a_checkpoint_and_other_networks_are_refused(tmp_path: Path) -> None:
+    variables = drsleep_variables(BLOCKS, WIDTH, 3, seed=0)
+    twice = {f"{scope}/{name}": value for scope in ("a", "b") for name, value in variables.items()}
+    with pytest.raises(UserError, match="of no known family; of TensorFlow's, DrSleep's"):
+        load_weights(writers.write_bundle(twice, tmp_path / "two"))
+    slim = {f"resnet_v1_101/{name}": value for name, value in {"conv1/kernel": np.zeros((7, 7, 3, 4))}.items()}
+    with pytest.raises(UserError, match="of no known family"):
+        load_weights(writers.write_bundle(slim, tmp_path / "slim"))
+    scoped = {f"tower_0/{name}": value for name, value in variables.items()}
+    assert "head.branches.3.bias" in load_weights(writers.write_bundle(scoped, tmp_path / "scoped")).tensors
