@@ -74,7 +74,11 @@ def _read(path: Path) -> LayerTensors:
     readers = _v1_tensors(header, entries) if _is_v1(header) else _v2_tensors(header, entries, path)
     names = dict(readers)
     prefixes = sorted({name.removesuffix("conv1/weights") for name in names if re.search(r"(^|/)conv1/weights$", name)})
-    if len(prefixes) != 1:
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{path} holds {len(prefixes)} networks, under {', '.join(repr(p) for p in prefixes[:5])}; keep one of them"
+        )
+    if not prefixes:
         raise UserError(
             f"the weights in {path} are of no known family; of TensorFlow's, DrSleep's DeepLab-v2 is known, whose "
             f"first layer is conv1/weights; its names begin with {', '.join(list(names)[:3])}"

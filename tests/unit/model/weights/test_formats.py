@@ -46,16 +46,19 @@ def test_a_table_gives_its_entries_in_order(per_block: int, restart_every: int) 
     assert [(key, bytes(value)) for key, value in read_table(memoryview(table))] == entries
 
 
-def test_every_flipped_bit_of_a_tables_blocks_is_noticed() -> None:
-    table = writers.table([(b"", b"header"), (b"conv1/weights", b"abc"), (b"conv1/weights/Momentum", b"def")])
-    end = len(table) - 48
-    for position in range(end):
+def test_no_flipped_bit_changes_what_a_table_gives() -> None:
+    entries = [(b"", b"header"), (b"conv1/weights", b"abc"), (b"conv1/weights/Momentum", b"def")]
+    table = writers.table(entries)
+    num_noticed = 0
+    for position in range(len(table)):
         damaged = bytearray(table)
         damaged[position] ^= 0x10
-        if position in range(end - 13, end):
-            continue  # the empty block of meta blocks and the index lie here; read on below
-        with pytest.raises(Damaged):
-            list(read_table(memoryview(damaged)))
+        try:
+            found = [(key, bytes(value)) for key, value in read_table(memoryview(damaged))]
+            assert found == entries  # a byte that says nothing: padding, or of the empty block of meta blocks
+        except Damaged:
+            num_noticed += 1
+    assert num_noticed > len(table) - 60
 
 
 # --- wire format ------------------------------------------------------------------------------------------------------
@@ -105,7 +108,9 @@ def test_layers_of_the_authors_have_their_place(layer: str, module: str) -> None
     assert place.module == module
 
 
-@pytest.mark.parametrize("layer", ["fc1000", "res2a", "res4c3_branch2a", "fc1_voc12_res05_c1", "fc1_voc12_c4", "res6a_branch1"])
+@pytest.mark.parametrize(
+    "layer", ["fc1000", "res2a", "res4c3_branch2a", "fc1_voc12_res05_c1", "fc1_voc12_c4", "res6a_branch1"]
+)
 def test_other_layers_have_none(layer: str) -> None:
     assert place_of(layer) is None
 
@@ -122,7 +127,10 @@ def _change(name: str, **values: float) -> Callable[[list[CaffeLayer]], None]:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (_change("res4b_branch2b", dilation=3), r"res4b_branch2b has kernel 3, stride 1, pad 2, dilation 3; ours has .*dilation 2"),
+        (
+            _change("res4b_branch2b", dilation=3),
+            r"res4b_branch2b has kernel 3, stride 1, pad 2, dilation 3; ours has .*dilation 2",
+        ),
         (_change("res5a_branch2b", pad=2), "res5a_branch2b has .*pad 2.*ours has .*pad 4"),
         (_change("res3a_branch1", stride=1), "res3a_branch1 has .*stride 1.*ours has .*stride 2"),
         (_change("conv1", stride=1), "conv1 has kernel 7, stride 1.*ours has kernel 7, stride 2"),
@@ -153,7 +161,7 @@ def test_statistics_that_were_never_collected_are_refused(tmp_path: Path) -> Non
 def test_two_networks_in_a_checkpoint_and_other_networks_are_refused(tmp_path: Path) -> None:
     variables = drsleep_variables(BLOCKS, WIDTH, 3, seed=0)
     twice = {f"{scope}/{name}": value for scope in ("a", "b") for name, value in variables.items()}
-    with pytest.raises(UserError, match="of no known family; of TensorFlow's, DrSleep's"):
+    with pytest.raises(UserError, match="holds 2 networks, under 'a/', 'b/'"):
         load_weights(writers.write_bundle(twice, tmp_path / "two"))
     slim = {f"resnet_v1_101/{name}": value for name, value in {"conv1/kernel": np.zeros((7, 7, 3, 4))}.items()}
     with pytest.raises(UserError, match="of no known family"):

@@ -132,7 +132,7 @@ def test_restore_last_false_keeps_the_networks_own_head(classes: int) -> None:
 )
 def test_weights_of_another_backbone_are_refused(file: str, model: str) -> None:
     weights = Weights("a.pt", SCRATCH, _empty_net(file).state_dict())
-    with pytest.raises(UserError, match=r"model\.backbone"):
+    with pytest.raises(UserError, match=rf"it looks like {file}: set model\.backbone={file}"):
         fit_weights(_empty_net(model), weights, restore_last=False)
 
 

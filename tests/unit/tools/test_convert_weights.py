@@ -1,0 +1,90 @@
+"""tools/convert_weights.py: any known family in, four formats out, nothing half or silently random."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_deeplab.model.weights import load_weights
+from tests.unit.model.weights import writers
+from tests.unit.model.weights.networks import (
+    CaffeNetBuilder,
+    Kazuto,
+    TorchvisionResNet,
+    outputs_of,
+    randomise,
+    run_caffe,
+)
+
+TINY = ((1, 1, 2, 1), 16)
+REPO = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def convert() -> Any:
+    return runpy.run_path(str(REPO / "tools/convert_weights.py"))["main"]
+
+
+@pytest.fixture
+def caffemodel(tmp_path: Path) -> Path:
+    path = tmp_path / "train_iter_20000.caffemodel"
+    path.write_bytes(writers.caffemodel(CaffeNetBuilder(*TINY, 3, seed=0).layers))
+    return path
+
+
+def test_a_caffemodel_becomes_kazutos_network(
+    convert: Any, caffemodel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert([str(caffemodel), str(tmp_path / "a.pth"), "--to", "kazuto1011", "--report"]) == 0
+    state = torch.load(tmp_path / "a.pth", weights_only=True)
+    theirs = Kazuto(*TINY, 3)
+    theirs.load_state_dict({name.removeprefix("base."): tensor for name, tensor in state.items()})
+    image = torch.randn(1, 3, 65, 65)
+    logits = run_caffe(CaffeNetBuilder(*TINY, 3, seed=0).layers, image)["logits"]
+    assert torch.allclose(outputs_of(theirs, image)["logits"], logits, rtol=1e-3, atol=1e-4 * float(logits.abs().max()))
+    printed = capsys.readouterr().out
+    assert "loaded   backbone.conv1.weight <- conv1/weight" in printed
+    assert "(Caffe DeepLab-v2)" in printed
+
+
+def test_a_conversion_chain_loses_nothing(convert: Any, caffemodel: Path, tmp_path: Path) -> None:
+    source = caffemodel
+    for to in ("state_dict", "safetensors", "kazuto1011", "state_dict"):
+        target = tmp_path / f"{to}.{source.name[:4]}"
+        assert convert([str(source), str(target), "--to", to]) == 0
+        source = target
+    first, last = load_weights(caffemodel), load_weights(source)
+    assert last.variant == first.variant
+    assert all(torch.equal(tensor, last.tensors[name]) for name, tensor in first.tensors.items())
+
+
+def test_backbones_go_out_without_a_random_head(
+    convert: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = TorchvisionResNet(*TINY)
+    randomise(net, seed=1)
+    torch.save(net.state_dict(), tmp_path / "in.pth")
+    assert convert([str(tmp_path / "in.pth"), str(tmp_path / "out.pth")]) == 0
+    assert not any(name.startswith("head.") for name in load_weights(tmp_path / "out.pth").tensors)
+    assert convert([str(tmp_path / "in.pth"), str(tmp_path / "k.pth"), "--to", "kazuto1011"]) == 2
+    assert "stride on the 3x3" in capsys.readouterr().err
+
+
+def test_what_is_not_whole_or_there_already_is_refused(
+    convert: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = TorchvisionResNet(*TINY).state_dict()
+    torch.save({k: v for k, v in state.items() if k != "layer3.1.bn2.bias"}, tmp_path / "in.pth")
+    assert convert([str(tmp_path / "in.pth"), str(tmp_path / "out.pth")]) == 2
+    assert "lacks backbone.layer3.1.bn2; what is written out must be whole" in capsys.readouterr().err
+    torch.save(state, tmp_path / "in.pth")
+    (tmp_path / "out.pth").write_text("mine")
+    assert convert([str(tmp_path / "in.pth"), str(tmp_path / "out.pth")]) == 2
+    assert (tmp_path / "out.pth").read_text() == "mine"
+    assert convert([str(tmp_path / "in.pth"), str(tmp_path / "out.pth"), "--overwrite"]) == 0
+    wide = TorchvisionResNet((1, 1, 2, 1), 8).state_dict()
+    torch.save(wide, tmp_path / "wide.pth")
+    assert convert([str(tmp_path / "wide.pth"), str(tmp_path / "o.pth")]) == 2
+    assert "of another depth or width than ours" in capsys.readouterr().err
