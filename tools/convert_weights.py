@@ -9,6 +9,8 @@ IN is what model.init takes: a path, or a URL (with #sha256=HEX to check it). OU
     safetensors  the same, as safetensors
     torchvision  the backbone under torchvision's names
     kazuto1011   the whole network for DeepLabV2_ResNet101_MSC of kazuto1011/deeplab-pytorch
+    checkpoint   a checkpoint (OUT must end in .pt) for dist_deeplab.evaluate and dist_deeplab.predict: this is how
+                 published weights are scored. It holds no optimizer: train from it by model.init, not by resume.
 What is missing, damaged or of another network is refused as in training. Exit codes: 0 done, 2 wrong arguments or file.
 """
 
@@ -17,18 +19,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_deeplab.config import RunConfig, config_to_dict
+from dist_deeplab.data import voc
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.weights import Report, Weights, backbone_of, fit_weights, load_weights
 from dist_deeplab.model.weights.export import FORMATS, export
+from dist_deeplab.runtime.checkpoint import write_sidecar, write_tensors
+
+CHECKPOINT = "checkpoint"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", help="weights of any known family")
     parser.add_argument("target", type=Path, metavar="OUT", help="the file to write")
-    parser.add_argument("--to", choices=FORMATS, default="state_dict", help="default: state_dict")
+    parser.add_argument("--to", choices=(*FORMATS, CHECKPOINT), default="state_dict", help="default: state_dict")
+    parser.add_argument(
+        "--class-names", type=Path, metavar="FILE", help="for a checkpoint: a name a line (else: VOC's)"
+    )
     parser.add_argument("--report", action="store_true", help="print a line for each tensor")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     return parser.parse_args(argv)
@@ -49,6 +59,46 @@ def network_of(weights: Weights) -> tuple[DeepLabV2, Report]:
     return net, fit_weights(net, weights, restore_last=True)
 
 
+def write_checkpoint(net: DeepLabV2, weights: Weights, path: Path, class_names: Path | None) -> None:
+    """Write the network as a checkpoint without a run, and its sidecar.
+
+    Raises:
+        UserError: no last layer, no name for each class, or a file that cannot be written.
+    """
+    num_classes = net.head.branches[0].weight.shape[0]
+    if "head.branches.0.weight" not in weights.tensors:
+        raise UserError(f"{weights.path} has no last layer, so there is nothing to score; train it by model.init")
+    if path.suffix != ".pt":
+        raise UserError(f"a checkpoint's name must end in .pt, not {path.name}")
+    names = list(voc.CLASS_NAMES)
+    if class_names:
+        try:
+            names = [line.strip() for line in class_names.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{class_names} can't be read: {error}") from None
+    if len(names) != num_classes:
+        raise UserError(
+            f"the weights know {num_classes} classes and there are {len(names)} names; give --class-names FILE"
+        )
+    backbone = backbone_of(weights.tensors)
+    config = RunConfig.model_validate({"model": {"backbone": backbone}, "data": {"num_classes": num_classes}})
+    content = {
+        "model": net.state_dict(),
+        "optimizer": {},
+        "step": 0,
+        "variant": weights.variant.to_plain(),
+        "config": config_to_dict(config),
+        "class_names": names,
+        "train_keys_sha256": "",
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = write_tensors(path, content)
+        write_sidecar(path, step=0, digests=[digest])
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
@@ -61,7 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{weights.path} lacks {', '.join(sorted(random)[:3])}; what is written out must be whole")
         has_head = any(name.startswith("head.") for name in report.loaded)
         tensors = {name: v for name, v in net.state_dict().items() if has_head or not name.startswith("head.")}
-        notes = export(tensors, weights.variant, arguments.target, to=arguments.to)
+        if arguments.to == CHECKPOINT:
+            write_checkpoint(net, weights, arguments.target, arguments.class_names)
+            notes = []
+        else:
+            notes = export(tensors, weights.variant, arguments.target, to=arguments.to)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

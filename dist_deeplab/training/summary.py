@@ -42,6 +42,8 @@ def describe(
     )
     if variant is SCRATCH:
         log.info("no model.init: all weights are random; the published scores start from ImageNet or COCO weights")
+    if variant.note:
+        log.warning("NOTE on these weights: %s", variant.note)
     validated = f", validated on {val_set.num_samples}" if val_set else "; no data.val, so there will be no score"
     log.info("data %s: %d samples%s", train_set.path, train_set.num_samples, validated)
     log.info("%s", split)

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from dist_deeplab import evaluate
+from dist_deeplab.data import voc
+from dist_deeplab.data.shards import Manifest
+from dist_deeplab.evaluation.inference import load_network
 from dist_deeplab.model.weights import load_weights
+from dist_deeplab.training.resume import read_checkpoint
 from tests.unit.model.weights import writers
 from tests.unit.model.weights.networks import (
     CaffeNetBuilder,
@@ -88,3 +93,36 @@ def test_what_is_not_whole_or_there_already_is_refused(
     torch.save(wide, tmp_path / "wide.pth")
     assert convert([str(tmp_path / "wide.pth"), str(tmp_path / "o.pth")]) == 2
     assert "of another depth or width than ours" in capsys.readouterr().err
+
+
+def test_published_weights_become_a_checkpoint_that_is_scored(
+    convert: Any, tmp_path: Path, shard_set: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = CaffeNetBuilder(*TINY, 21, seed=0).layers
+    (tmp_path / "train2_iter_20000.caffemodel").write_bytes(writers.caffemodel(layers))
+    path = tmp_path / "c" / "published.pt"
+    assert convert([str(tmp_path / "train2_iter_20000.caffemodel"), str(path), "--to", "checkpoint"]) == 0
+    saved = read_checkpoint(path)
+    image = torch.randn(1, 3, 65, 65)
+    logits, expected = load_network(saved)(image), run_caffe(layers, image)["logits"]
+    assert float((logits - expected).detach().abs().max()) < 1e-4 * float(expected.abs().max())
+    assert saved["class_names"] == list(voc.CLASS_NAMES)
+    command = [str(path), "--data", str(shard_set.path), "data.num_workers=0", "--json", str(tmp_path / "s.json")]
+    assert evaluate.main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "trained on VOC 2012 val too" in (tmp_path / "s.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("target", "names", "sentence"),
+    [("a.pt", None, "know 3 classes and there are 21 names"), ("a.pth", "x\ny\nz\n", "must end in .pt, not a.pth")],
+)
+def test_a_checkpoint_needs_names_and_an_ending(
+    convert: Any, caffemodel: Path, target: str, names: str | None, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(caffemodel), str(caffemodel.with_name(target)), "--to", "checkpoint"]
+    if names:
+        caffemodel.with_name("names.txt").write_text(names)
+        arguments += ["--class-names", str(caffemodel.with_name("names.txt"))]
+    assert convert(arguments) == 2
+    assert sentence in capsys.readouterr().err
+    assert not caffemodel.with_name(target).exists()
