@@ -26,9 +26,10 @@ from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.crf import open_crf, require_crf
 from dist_deeplab.evaluation.evaluator import evaluate
 from dist_deeplab.evaluation.inference import Predictor
-from dist_deeplab.model.weights import SCRATCH, Variant, load_weights
+from dist_deeplab.model.weights import SCRATCH, Variant
 from dist_deeplab.runtime import tracking
 from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
+from dist_deeplab.runtime.determinism import set_determinism
 from dist_deeplab.runtime.distributed import (
     DistEnv,
     exit_with_crash,
@@ -49,6 +50,7 @@ from dist_deeplab.training.builders import (
     build_network,
     build_train_loader,
     open_data,
+    starting_weights,
 )
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
@@ -77,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         split = BatchSplit.derive(
             global_size=config.batch.global_size, micro_size=config.batch.micro_size, world_size=env.world_size
         )
+        set_determinism(config.deterministic)
         with process_group(env), lock_run(env, config.run_dir):
             trace = config.run_dir / "profile" / f"rank_{env.rank}.json.gz" if arguments.profile else None
             return train(config, env, split, train_set, val_set, trace=trace)
@@ -101,7 +104,7 @@ def train(
     stop = StopRequest().install()
     checkpoints = open_checkpoints(config, env)
     saved = find_checkpoint(config, checkpoints, train_set)
-    weights = load_weights(config.model.init) if config.model.init and saved is None else None
+    weights = starting_weights(config, saved)
     variant = Variant.from_plain(saved["variant"]) if saved else weights.variant if weights else SCRATCH
 
     # --- 2. Network, optimizer, state ---------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ _FREE_TO_CHANGE = (
     ),
     *("model.sync_bn", "batch.micro_size", "eval.", "crf.", "checkpoint.", "tracking."),
     *("speed.channels_last", "speed.cudnn_benchmark", "speed.compile", "speed.recompute"),
-    "precision.max_nonfinite_steps",
+    *("deterministic", "precision.max_nonfinite_steps"),
 )
 _YAML_END = "...\n"  # what PyYAML closes a bare scalar with
 

@@ -83,6 +83,8 @@ class ModelConfig(Section):
     """Implementation behind `sync`; torch's own works on CUDA only."""
     init: Text = ""
     """Weights to start from, a file of any known family or its URL (#sha256=HEX checks it); empty: random weights."""
+    train_only: Literal["all", "head"] = "all"
+    """head: train the last layers alone on a backbone that stands still, its batch norm too (fine_tune.py)."""
     restore_last: bool = True
     """Take the last layer from `init` too; false for a data set with other classes (not_restore_last)."""
 
@@ -241,6 +243,8 @@ class RunConfig(Section):
     """auto: go on from the run's newest checkpoint; never: refuse a used folder; PATH: start a new folder from it."""
     resume_anyway: bool = False
     """Go on although the recipe or the training samples are not the checkpoint's; what differs is logged."""
+    deterministic: bool = False
+    """Repeat a run bit by bit on the same hardware and number of ranks: slower algorithms on a GPU."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     batch: BatchConfig = BatchConfig()

@@ -1,5 +1,7 @@
 """DeepLab-v2 (Chen et al., arXiv:1606.00915): dilated ResNet + ASPP, and its multi-scale training form."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -106,7 +108,7 @@ class MultiScale(nn.Module):
         full = outputs[output_name(1.0)]
         fused = full
         for scale in self.scales[1:]:
-            fused = torch.maximum(fused, upsample(outputs[output_name(scale)], full.shape[2:]))
+            fused = torch.maximum(fused, upsample_logits(outputs[output_name(scale)], full.shape[2:]))
         return {"fused": fused, **outputs}
 
 
@@ -135,3 +137,22 @@ def resize_input(image: torch.Tensor, scale: float) -> torch.Tensor:
 def upsample(x: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
     """Return float [B, C, h, w] resized to `size`, bilinear, corners aligned."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def upsample_logits(x: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
+    """Return what `upsample` does, as two products with constant matrices, in float32 (float64 for such input).
+
+    Their gradient adds up in a fixed order, which that of torch's bilinear interpolation on CUDA does not.
+    """
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
+        wide = x if x.dtype == torch.float64 else x.float()
+        rows, columns = (_interpolation(old, new, wide) for old, new in zip(x.shape[2:], size, strict=True))
+        return rows.T @ wide @ columns
+
+
+@torch.no_grad()
+def _interpolation(points: int, length: int, like: torch.Tensor) -> torch.Tensor:
+    """Return [points, length]: how much each of `points` values counts at each place of a line of `length`."""
+    unit = torch.eye(points, dtype=like.dtype, device=like.device)
+    return F.interpolate(unit[None], size=length, mode="linear", align_corners=True)[0]

@@ -23,4 +23,5 @@ def training_flops(model: MultiScale, size: tuple[int, int]) -> int:
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         outputs = shadow(image)
         torch.stack([logits.sum() for logits in outputs.values()]).sum().backward()
-    return int(counter.get_total_flops())
+    counts = counter.get_flop_counts()["Global"]
+    return int(sum(flops for operator, flops in counts.items() if "convolution" in str(operator)))

@@ -1,9 +1,7 @@
 """One function that makes a network trainable on this rank's device together with the other ranks."""
 
 import contextlib
-import hashlib
 import inspect
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -12,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_deeplab.runtime.distributed import DistEnv, gather_to_all
+from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.runtime.replicas import check_replicas
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -37,7 +36,7 @@ def prepare_model(
         compress_gradients: all-reduce the gradients in bf16.
 
     Raises:
-        RuntimeError: the ranks' weights differ.
+        TrainingError: the ranks' weights differ.
     """
     model = place_model(model, env.device, channels_last=channels_last)
     if compile:
@@ -86,22 +85,3 @@ def share_buffers(model: nn.Module) -> None:
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-
-
-def check_replicas(model: nn.Module) -> None:
-    """Compare a digest of every parameter and buffer over the ranks.
-
-    Raises:
-        RuntimeError: naming the first tensor and the first rank that differ.
-    """
-    digests = dict(_digests(model))
-    for rank, other in enumerate(gather_to_all(digests)):
-        for name, digest in digests.items():
-            if other.get(name) != digest:
-                raise RuntimeError(f"rank {rank} holds other values in {name} than this rank; same code and files?")
-
-
-def _digests(model: nn.Module) -> Iterator[tuple[str, bytes]]:
-    for name, tensor in model.state_dict().items():
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        yield name, hashlib.blake2b(data, digest_size=8).digest()

@@ -1,6 +1,7 @@
 """What `train.py` is made of: a section of the configuration in, a room's object out."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.flops import training_flops
-from dist_deeplab.model.weights import Variant, Weights, fit_weights
+from dist_deeplab.model.weights import Variant, Weights, fit_weights, load_weights
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.meter import Meter
 from dist_deeplab.runtime.parallel import prepare_model
@@ -40,23 +41,42 @@ def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
     return manifests[0], manifests[1] if config.data.val else None
 
 
+def starting_weights(config: RunConfig, saved: dict[str, Any] | None) -> Weights | None:
+    """Return the weights of `model.init`, or None where a checkpoint was found or random weights are wanted.
+
+    Raises:
+        UserError: no such weights, or only the last layers shall be trained and nothing says on what backbone.
+    """
+    if saved is not None:
+        return None
+    if config.model.init:
+        return load_weights(config.model.init)
+    if config.model.train_only == "head":
+        raise UserError("model.train_only=head leaves the backbone as it is; give its weights by model.init=...")
+    return None
+
+
 def build_network(config: RunConfig, split: BatchSplit, variant: Variant, weights: Weights | None) -> DeepLabV2:
     """Return the network with weights that depend on seed and `weights` alone."""
     torch.manual_seed(config.seed)
     model = config.model
-    norm = norm_factory(model.batch_norm, sync_bn=model.sync_bn, accumulation=split.accumulation)
+    # A backbone that stands still does so with its statistics, as DrSleep's fine_tune.py has it by default.
+    batch_norm = "frozen" if model.train_only == "head" else model.batch_norm
+    norm = norm_factory(batch_norm, sync_bn=model.sync_bn, accumulation=split.accumulation)
     net = DeepLabV2(
         model.backbone, config.data.num_classes, norm=norm, recompute=config.speed.recompute, **variant.geometry
     )
     if weights:
         log.info("weights from %s", fit_weights(net, weights, restore_last=model.restore_last))
+    net.backbone.requires_grad_(model.train_only == "all")
     return net
 
 
 def build_model(config: RunConfig, env: DistEnv, net: DeepLabV2) -> nn.Module:
     """Return the network as it is trained: at all scales, on this rank's device, together with the other ranks."""
     speed = config.speed
-    torch.backends.cudnn.benchmark = speed.cudnn_benchmark
+    # Measured algorithms would be other ones after a restart.
+    torch.backends.cudnn.benchmark = speed.cudnn_benchmark and not config.deterministic
     return prepare_model(
         MultiScale(net, config.multi_scale.scales),
         env,

@@ -17,6 +17,7 @@ from dist_deeplab.model.weights import Variant
 from dist_deeplab.runtime.checkpoint import load_checkpoint
 from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
 from dist_deeplab.runtime.parallel import share_buffers
+from dist_deeplab.runtime.replicas import check_replicas
 from dist_deeplab.runtime.tracking import mlflow_run_id
 from dist_deeplab.training.state import TrainState
 
@@ -128,12 +129,14 @@ def save_checkpoint(
     is_best: bool,
     wait: bool,
 ) -> None:
-    """Save, once the losses up to here are known to be finite; every rank calls it.
+    """Save, once losses are known to be finite and the ranks' networks to be the same; every rank calls it.
 
     Written in the background, or with `wait`, for a run about to end, before this returns.
     """
     state.losses.reduce(state.step)
-    if config.model.batch_norm == "local":
+    local = config.model.batch_norm == "local"
+    check_replicas(state.net, buffers=not local, when=f"at step {state.step}")
+    if local:
         share_buffers(state.net)
     content = checkpoint_content(config, state, variant, train_set, val_set)
     checkpoints.save(content, step=state.step, is_best=is_best, wait=wait)

@@ -40,6 +40,10 @@ def describe(
         config.precision.dtype,
         variant.family,
     )
+    if config.model.train_only == "head":
+        log.info("model.train_only=head: only the last layers learn; the backbone and its statistics stand still")
+    if config.deterministic:
+        log.info("deterministic: the same hardware and number of ranks repeat this run bit by bit, at lower speed")
     if variant is SCRATCH:
         log.info("no model.init: all weights are random; the published scores start from ImageNet or COCO weights")
     if variant.note:

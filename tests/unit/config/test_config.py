@@ -388,6 +388,7 @@ OTHER_VALUES: dict[str, Any] = {
     "output_dir": "elsewhere",
     "resume": "never",
     "resume_anyway": True,
+    "deterministic": True,
     "data.train": "x.json",
     "data.val": "x.json",
     "data.num_classes": 5,
@@ -401,6 +402,7 @@ OTHER_VALUES: dict[str, Any] = {
     "model.sync_bn": "torch",
     "model.init": "x.pt",
     "model.restore_last": False,
+    "model.train_only": "head",
     "batch.global_size": 12,
     "batch.micro_size": 2,
     "optim.lr": 1.0,
@@ -453,7 +455,7 @@ MAY_CHANGE = {
     *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every"),
     *("tracking.uri", "tracking.experiment", "tracking.log_every"),
     *("tracking.system_metrics", "tracking.log_model", "tracking.register_as", "tracking.parent"),
-    "precision.max_nonfinite_steps",
+    *("deterministic", "precision.max_nonfinite_steps"),
 }
 """What a resumed run may change: nothing here alters what an optimizer step computes from a given state and data."""
 

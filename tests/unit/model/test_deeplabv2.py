@@ -16,6 +16,7 @@ from dist_deeplab.model.deeplabv2 import (
     resize_input,
     scaled_length,
     upsample,
+    upsample_logits,
 )
 
 State = dict[str, torch.Tensor]
@@ -209,6 +210,26 @@ def _slow_resize(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def test_upsample_is_bilinear_with_aligned_corners(size: tuple[int, int]) -> None:
     x = np.random.default_rng(0).normal(size=(2, 3, 5, 7))
     np.testing.assert_allclose(upsample(torch.from_numpy(x), size).numpy(), _slow_resize(x, size), atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "new"), [((21, 21), (41, 41)), ((31, 16), (41, 21)), ((1, 3), (7, 3))])
+def test_upsample_logits_is_upsample_with_the_same_gradient(size: tuple[int, int], new: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 4, *size, generator=generator), torch.randn(2, 4, *new, generator=generator)
+    ours, torchs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = upsample_logits(ours, new), upsample(torchs, new)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-6)
+    (y * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, torchs.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_upsample_logits_is_float32_under_autocast() -> None:
+    x = torch.randn(1, 2, 5, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = upsample_logits(x, (9, 9))
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, upsample(x.float(), (9, 9)), rtol=1e-5, atol=2e-6)
 
 
 @torch.no_grad()

@@ -125,3 +125,15 @@ def test_lower_precisions_are_widened_before_the_sum(dtype: torch.dtype) -> None
     assert loss.dtype == torch.float32
     expected = _slow_cross_entropy_sum(logits.float().numpy(), label.numpy(), IGNORE)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_and_gradient_are_torchs_cross_entropy() -> None:
+    logits = (5 * torch.randn(2, 21, 41, 41, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    other = logits.detach().clone().requires_grad_()
+    label = _label(2, 41, 41).long()
+    ours = cross_entropy_sum(logits, label, IGNORE)
+    torchs = torch.nn.functional.cross_entropy(other, label, ignore_index=IGNORE, reduction="sum")
+    ours.backward()
+    torchs.backward()
+    assert ours.item() == pytest.approx(torchs.item(), rel=1e-6)
+    torch.testing.assert_close(logits.grad, other.grad, rtol=1e-5, atol=1e-7)

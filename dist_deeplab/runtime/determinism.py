@@ -1,0 +1,24 @@
+"""The switch that makes a run repeat itself bit by bit on the same hardware and number of ranks, at a price."""
+
+import os
+
+import torch
+
+_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS is reproducible only with fixed workspaces (its manual, 2.1.4)
+    "NCCL_ALGO": "Ring",  # NCCL else chooses anew each time how to add up, and so in which order
+}
+
+
+def set_determinism(enabled: bool) -> None:
+    """Allow only deterministic algorithms, or any; call before the first use of a GPU and before the process group.
+
+    The loss and the resizing of logits are deterministic either way: see model/deeplabv2.py and training/loss.py.
+    Environment variables that are set already are kept.
+    """
+    if enabled:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(enabled)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads it
+    torch.backends.cudnn.deterministic = enabled
