@@ -7,7 +7,8 @@
 The checkpoint says which network and preprocessing it is of; nothing has to be repeated. Prints the table and writes
 metrics.json, classes.csv, images.csv, confusion.png, iou.png, trimap.png and panels of the first, the best and the
 worst images to --out (default: eval/<checkpoint>_<set>... in the run's folder). A warning says how many of the images
-the checkpoint was trained on. Exit codes: 0 done, 1 error, 2 wrong arguments, checkpoint or data.
+the checkpoint was trained on. Where the checkpoint lies in its run's folder, scores and report go to the run's journal
+and MLflow page too, as eval/<set>.../*. Exit codes: 0 done, 1 error, 2 wrong arguments, checkpoint or data.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from dist_deeplab.runtime.distributed import (
     process_group,
     ranks_on_host,
 )
+from dist_deeplab.runtime.late_results import add_to_run
 from dist_deeplab.runtime.logs import setup_logging
 from dist_deeplab.runtime.parallel import place_model
 from dist_deeplab.training.resume import read_checkpoint
@@ -102,7 +104,12 @@ def score(
         "num_images_trained_on": overlap.num_images if overlap else None,
         "notes": notes,
     }
-    env.on_main(write, evaluation, names, about, best, worst, report_folder(arguments, settings), arguments.json)
+    folder = report_folder(arguments, settings)
+    env.on_main(write, evaluation, names, about, best, worst, folder, arguments.json)
+    if arguments.mlflow:
+        group = f"eval/{manifest.split}{inference_name(settings.eval)}"
+        values = report.metric_values(scores(evaluation.confusion), names, group=group)
+        env.on_main(add_to_run, arguments.checkpoint.parent.parent, saved["step"], values, folder)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -117,6 +124,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to this file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report")
+    parser.add_argument(
+        "--no-mlflow", dest="mlflow", action="store_false", help="leave the run's journal and its MLflow page alone"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -6,7 +6,8 @@
     {"step": 12, "time": 1790000000.4, "file": "eval/.../2007_000033.png", "image": "panels/2007_000033"}
     {"time": 1790000000.5, "tags": {"diverged": "..."}}                                             a fact about the run
 
-A file with `image` is one picture of a series that shows something evolving. Times are seconds since 1970.
+A file with `image` is one picture of a series that shows something evolving; a record with `late` was added after the
+end, by an evaluation. Times are seconds since 1970.
 """
 
 import json

@@ -63,7 +63,7 @@ class Mirror:
         for batch, end in _batches(read_records(self.run_dir / JOURNAL, self.state["sent_bytes"])):
             run.send(batch)
             self.state.save(sent_bytes=end)
-            self._last_time = max((r["time"] for r in batch if "time" in r), default=self._last_time)
+            self._last_time = max((r["time"] for r in batch if _tells_the_end(r)), default=self._last_time)
             ending = [r["status"] for r in batch if r.get("status", "RUNNING") != "RUNNING" and self._is_current(r)]
             if ending:
                 self.state.save(status=ending[-1])
@@ -79,6 +79,9 @@ class Mirror:
             if done.returncode:
                 raise RuntimeError(f"the model could not be logged: {done.stderr.strip()[-500:]}")
             self.state.save(model=True)
+        if self._last_time is None:  # nothing new but, perhaps, late results
+            records = (record for record, _ in read_records(self.run_dir / JOURNAL))
+            self._last_time = max((r["time"] for r in records if _tells_the_end(r)), default=None)
         run.finish(status, self._last_time)
 
     def note_failure(self, error: Exception) -> None:
@@ -131,6 +134,11 @@ def mirror_until_done(mirror: Mirror, *, is_running: Callable[[], bool], give_up
                     log.warning("giving up; tools/sync_mlflow.py %s sends the rest", mirror.run_dir)
                     return False
         time.sleep(_RETRY_S[min(failures, len(_RETRY_S)) - 1] if failures else _POLL_S)
+
+
+def _tells_the_end(record: Record) -> bool:
+    """Return whether the run went on at the record's time: late results, of an evaluation, say nothing of its end."""
+    return "time" in record and not record.get("late")
 
 
 def _batches(records: Iterator[tuple[Record, int]]) -> Iterator[tuple[list[Record], int]]:

@@ -221,6 +221,16 @@ def test_a_run_lasts_from_its_first_to_its_last_line_whenever_these_are_sent(sto
     assert (info.start_time, info.end_time) == (in_ms(0), in_ms(99))
 
 
+def test_late_results_arrive_and_leave_end_and_status_as_they_are(store: Store, run_dir: Path) -> None:
+    append(run_dir, {"time": TIME_S, "status": "RUNNING", "attempt": 0}, *USUAL)
+    assert send(run_dir)
+    append(run_dir, {**point(20, 0.75, "eval/val/mIoU"), "time": TIME_S + 5000, "late": True})
+    assert send(run_dir)
+    run = store.run()
+    assert (run.info.status, run.info.start_time, run.info.end_time) == ("FINISHED", in_ms(0), in_ms(99))
+    assert store.history("eval/val/mIoU") == [(20, 0.75, in_ms(5000))]
+
+
 def test_pictures_of_a_series_arrive_with_their_steps_once(store: Store, run_dir: Path) -> None:
     for step in (10, 20):
         picture = run_dir / f"eval/step_{step:08d}/street.png"
