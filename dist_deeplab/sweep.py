@@ -35,6 +35,7 @@ from dist_deeplab.config import RunConfig
 from dist_deeplab.config.grid import expand
 from dist_deeplab.errors import UserError
 from dist_deeplab.runtime import tracking
+from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.logs import setup_logging
 from dist_deeplab.runtime.provenance import redact
 
@@ -213,7 +214,7 @@ def conclude(sweep: Sweep) -> int:
     report.print_report(records, Console(width=None if sys.stdout.isatty() else 160))
     config = sweep.children[0].config
     tracker = tracking.open_tracker(
-        sweep.folder, is_main=True, config_yaml=configuration.config_to_yaml(config), **about(sweep)
+        sweep.folder, env=DistEnv(), config_yaml=configuration.config_to_yaml(config), **about(sweep)
     )
     num_finished = sum(record.status == "FINISHED" for record in records)
     tracker.log(num_finished, report.summary(records))

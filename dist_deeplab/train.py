@@ -24,39 +24,41 @@ from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.crf import open_crf, require_crf
-from dist_deeplab.evaluation.evaluator import evaluate
+from dist_deeplab.evaluation.evaluator import EvaluationStopped, evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.weights import SCRATCH, Variant
-from dist_deeplab.runtime import tracking
-from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
 from dist_deeplab.runtime.determinism import set_determinism
 from dist_deeplab.runtime.distributed import (
     DistEnv,
     exit_with_crash,
     exit_with_error,
     leave,
-    process_group,
     ranks_on_host,
+    refuse_restart,
 )
 from dist_deeplab.runtime.logs import format_duration, setup_logging
 from dist_deeplab.runtime.parallel import share_buffers
-from dist_deeplab.runtime.preemption import StopRequest
 from dist_deeplab.runtime.profiling import profiled
-from dist_deeplab.runtime.run_lock import lock_run
+from dist_deeplab.runtime.rank_times import RankTimes
+from dist_deeplab.runtime.session import Session
+from dist_deeplab.runtime.tracking import Tracker
 from dist_deeplab.training.builders import (
+    build_checkpoints,
     build_loss_window,
-    build_meter,
     build_model,
     build_network,
+    build_step,
+    build_tracker,
     build_train_loader,
+    images_per_s_at_peak,
     open_data,
+    open_session,
     starting_weights,
 )
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.resume import find_checkpoint, restore, save_checkpoint
 from dist_deeplab.training.state import TrainState
-from dist_deeplab.training.step import TrainStep
 from dist_deeplab.training.summary import describe, log_progress, run_info
 
 STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
@@ -80,9 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             global_size=config.batch.global_size, micro_size=config.batch.micro_size, world_size=env.world_size
         )
         set_determinism(config.deterministic)
-        with process_group(env), lock_run(env, config.run_dir):
+        with open_session(config, env) as run:
             trace = config.run_dir / "profile" / f"rank_{env.rank}.json.gz" if arguments.profile else None
-            return train(config, env, split, train_set, val_set, trace=trace)
+            exit_code = train(config, env, split, train_set, val_set, run, trace=trace)
+        if exit_code == STOPPED_EARLY and run.stop.ends_launch:
+            refuse_restart()
+        return exit_code
     except UserError as error:
         return exit_with_error(env, error)
     except Exception as error:
@@ -95,14 +100,15 @@ def train(
     split: BatchSplit,
     train_set: Manifest,
     val_set: Manifest | None,
+    run: Session,
     *,
     trace: Path | None = None,
 ) -> int:
     """Train to `config.max_steps` and return the exit code; every rank calls it. `trace`: file to profile to."""
     # --- 1. Where to start from ---------------------------------------------------------------------------------------
     setup_logging(is_main=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
-    stop = StopRequest().install()
-    checkpoints = open_checkpoints(config, env)
+    meter, stop = run.meter, run.stop
+    checkpoints = build_checkpoints(config, env)
     saved = find_checkpoint(config, checkpoints, train_set)
     weights = starting_weights(config, saved)
     variant = Variant.from_plain(saved["variant"]) if saved else weights.variant if weights else SCRATCH
@@ -116,47 +122,52 @@ def train(
     if saved:
         restore(state, saved, val_set)
     describe(config, env, split, train_set, val_set, state, variant)
-    if state.step >= config.max_steps:
+    if state.step >= config.max_steps and not state.owes_evaluation:
         log.info("nothing to do: %s is done (step %d of %d)", config.run_dir, state.step, config.max_steps)
         return 0
 
     # --- 3. Data, update, tracking ------------------------------------------------------------------------------------
     batches = build_train_loader(config, env, split, train_set, start=state.step)
-    update = TrainStep(
-        model, optimizer, precision, variant.preprocessing, config.data.ignore_label, config.optim.clip_norm
-    )
-    tracker = open_tracker(config, env, run_info(config, env, split, train_set, val_set))
+    update = build_step(config, env, split, state, model, variant)
+    rank_times = RankTimes(env, config.run_dir / "logs")
+    tracker = build_tracker(config, env, run_info(config, env, split, train_set, val_set))
 
     # --- 4. The loop: one turn is one optimizer step ------------------------------------------------------------------
     status = "FAILED"
     try:
-        meter = build_meter(config, env, net)
+        if state.owes_evaluation and val_set:
+            is_best = validate(config, env, state, variant, val_set, tracker, run)
+            save_checkpoint(config, checkpoints, state, variant, train_set, val_set, is_best=is_best, wait=True)
+        meter.start(images_per_s_at_peak(config, env, net))
         for _, micro_batches in meter.timed(profiled(batches, trace)):
             rates = set_lr(optimizer, poly_lr(state.schedule_step, config.optim, max_steps=config.max_steps))
             result = update(micro_batches, stop=bool(stop))
+            meter.waited(result.wait_s)
             state.advance(result, micro_batches)
             last = state.step == config.max_steps
             if last or is_due(state.step, config.tracking.log_every):
                 state.losses.reduce(state.step)  # a CPU-GPU synchronisation point
                 values = state.losses.pop_mean() | {f"lr/{group}": float(rate) for group, rate in rates.items()}
                 values |= meter.pop(images_per_step=split.global_size, device=env.device)
+                values |= rank_times.record(state.step, values)
                 tracker.log(state.step, values)
                 log_progress(state.step, config.max_steps, values)
             with meter.paused():
                 is_best = False
                 if val_set and (last or is_due(state.step, config.eval.every)):
-                    miou = validate(config, env, state, variant, val_set, tracker)
-                    is_best = state.take_score(miou)
-                    tracker.log(state.step, {"val/best_mIoU": state.best_miou})
-                ending = last or result.stop
+                    is_best = validate(config, env, state, variant, val_set, tracker, run)
+                stopping = (result.stop and not last) or state.owes_evaluation
+                ending = last or stopping
                 if ending or is_best or is_due(state.step, config.checkpoint.every):
                     save_checkpoint(
                         config, checkpoints, state, variant, train_set, val_set, is_best=is_best, wait=ending
                     )
                 tracker.log(state.step, checkpoints.pop_values())
-            if result.stop and not last:
+            if stopping:
                 status = "KILLED"
-                log.warning("asked to stop: saved step %d; the same command goes on from there", state.step)
+                log.warning(
+                    "asked to stop (%s): saved step %d; the same command goes on from there", stop.reason, state.step
+                )
                 return STOPPED_EARLY
         status = "FINISHED"
         log.info("done: %d steps; the run is in %s", state.step, config.run_dir)
@@ -179,44 +190,39 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def open_checkpoints(config: RunConfig, env: DistEnv) -> CheckpointFolder:
-    """Return the run's checkpoints, which the main rank writes."""
-    keep = config.checkpoint
-    folder = config.run_dir / "checkpoints"
-    return CheckpointFolder(folder, keep_last=keep.keep_last, keep_every=keep.keep_every, is_writer=env.is_main)
-
-
-def open_tracker(config: RunConfig, env: DistEnv, info: dict[str, object]) -> tracking.Tracker:
-    """Return the tracker, which knows everything about the run that MLflow should show."""
-    return tracking.open_tracker(
-        config.run_dir,
-        is_main=env.is_main,
-        uri=tracking.resolve_uri(config.tracking.uri, config.output_dir),
-        experiment=config.tracking.experiment,
-        config_yaml=configuration.config_to_yaml(config),
-        run_info=info,
-        world_size=env.world_size,
-    )
-
-
 def validate(
-    config: RunConfig, env: DistEnv, state: TrainState, variant: Variant, val_set: Manifest, tracker: tracking.Tracker
-) -> float:
-    """Evaluate on all of `val_set`, record and report the scores, and return the mIoU; every rank calls it."""
+    config: RunConfig,
+    env: DistEnv,
+    state: TrainState,
+    variant: Variant,
+    val_set: Manifest,
+    tracker: Tracker,
+    run: Session,
+) -> bool:
+    """Evaluate on all of `val_set`, record and report the scores, and return whether they are the best so far.
+
+    Every rank calls it. Asked to stop meanwhile, it leaves off, and `state` owes an evaluation to the next start.
+    """
     started = time.perf_counter()
     if config.model.batch_norm == "local":
         share_buffers(state.net)
     predictor = Predictor.build(state.net, variant.preprocessing, config.eval)
-    with open_crf(config.eval.crf, config.crf, ranks_on_host=ranks_on_host()) as crf:
-        evaluation = evaluate(
-            predictor,
-            val_set,
-            env,
-            num_workers=config.data.num_workers,
-            batch_size=config.eval.batch_size,
-            num_panels=config.eval.num_panels,
-            crf=crf,
-        )
+    try:
+        with open_crf(config.eval.crf, config.crf, ranks_on_host=ranks_on_host()) as crf:
+            evaluation = evaluate(
+                predictor,
+                val_set,
+                env,
+                num_workers=config.data.num_workers,
+                batch_size=config.eval.batch_size,
+                num_panels=config.eval.num_panels,
+                crf=crf,
+                should_stop=run.asks_to_stop,
+            )
+    except EvaluationStopped:
+        state.owes_evaluation = True
+        return False
+    state.owes_evaluation = False
     result, names = scores(evaluation.confusion), val_set.class_names
     seconds = time.perf_counter() - started
     tracker.log(state.step, report.metric_values(result, names) | {"time/eval_s": seconds})
@@ -227,7 +233,9 @@ def validate(
     log.info(
         "evaluation at step %d: %d images in %s\n%s", state.step, evaluation.num_images, format_duration(seconds), table
     )
-    return result.miou
+    is_best = state.take_score(result.miou)
+    tracker.log(state.step, {"val/best_mIoU": state.best_miou})
+    return is_best
 
 
 def is_due(step: int, every: int) -> bool:

@@ -28,10 +28,8 @@ def torchrun_command(num_processes: int, *target: str) -> list[str]:
     return [*launcher, *target]
 
 
-@pytest.fixture(scope="session")
-def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with train.json (16 drawn images) and val.json (7)."""
-    root = tmp_path_factory.mktemp("sample_voc")
+def make_sample_shards(root: Path) -> Path:
+    """Draw 16 + 7 images and return the folder with their shards: train.json (16) and val.json (7)."""
     tools = REPO / "tools"
     make_sample = [sys.executable, tools / "make_sample_voc.py", "--out", root, "--num-train", "16", "--num-val", "7"]
     subprocess.run(make_sample, check=True, env=command_environ(), capture_output=True)
@@ -40,6 +38,12 @@ def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make = [sys.executable, tools / "make_shards.py", "--voc-root", voc, "--split", split, "--out", root / "shards"]
         subprocess.run([*make, "--samples-per-shard", "6"], check=True, env=command_environ(), capture_output=True)
     return root / "shards"
+
+
+@pytest.fixture(scope="session")
+def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with train.json (16 drawn images) and val.json (7)."""
+    return make_sample_shards(tmp_path_factory.mktemp("sample_voc"))
 
 
 @pytest.fixture

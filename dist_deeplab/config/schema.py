@@ -203,6 +203,13 @@ class CheckpointConfig(Section):
     """Keep those of steps that this divides for good, e.g. 5000; 0: none."""
 
 
+class DistributedConfig(Section):
+    startup_timeout_s: Annotated[float, Field(ge=1)] = 600.0
+    """How long to wait at the start until all processes have met; then the missing ones are named."""
+    hang_timeout_s: Annotated[float, Field(ge=1)] = 1800.0
+    """A run without progress for so long ends: the stuck rank is named and all stacks are in logs/."""
+
+
 class TrackingConfig(Section):
     uri: Text = ""
     """MLflow store; empty: MLFLOW_TRACKING_URI, else SQLite in <output_dir>/mlflow.db; none: no MLflow."""
@@ -237,6 +244,8 @@ class RunConfig(Section):
     """Fixes sample order, augmentation and initial weights."""
     max_steps: Positive = 20000
     """Optimizer steps."""
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """Save and stop (exit code 75) after so many hours since the launch: before a known limit. Empty: no limit."""
     output_dir: str = "runs"
     """Folder of all runs."""
     resume: Annotated[str, Field(min_length=1)] = "auto"
@@ -255,6 +264,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     crf: CrfConfig = CrfConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

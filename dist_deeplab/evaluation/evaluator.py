@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +59,10 @@ class Evaluation:
     images: tuple[ImageScore, ...] = ()
 
 
+class EvaluationStopped(Exception):
+    """A rank was asked to stop; there is no result."""
+
+
 def evaluate(
     predictor: Predictor,
     manifest: Manifest,
@@ -68,6 +72,7 @@ def evaluate(
     batch_size: int = 1,
     num_panels: int = 0,
     crf: CrfPool | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Return the evaluation of a network on all images of a shard set; every rank must call it.
 
@@ -83,8 +88,11 @@ def evaluate(
         batch_size: images of a batch, at most.
         num_panels: how many images, the set's first, to return for looking at.
         crf: refines the predictions; None: the network's own count.
+        should_stop: asked after each batch.
 
     Raises:
+        EvaluationStopped: on all ranks, where `should_stop` was true on one. (The others go on to the end of their
+            share if it does not tell them.)
         TrainingError: all ranks together saw more or fewer images than the set has.
         ShardError: a sample can't be read.
     """
@@ -93,6 +101,7 @@ def evaluate(
     classes = manifest.num_classes
     counts = torch.zeros(NUM_BANDS, classes, classes, dtype=torch.int64, device=env.device)
     keys, mious = [], []
+    stopped = False
     report_at = time.monotonic() + _REPORT_EVERY_S
     for batch, pred in _predictions(predictor, dataset, batches, env, num_workers=num_workers, crf=crf):
         label = batch.label[:, : pred.shape[1], : pred.shape[2]]
@@ -111,6 +120,11 @@ def evaluate(
         if time.monotonic() > report_at:
             log.info("evaluated %d of this rank's %d images", len(keys), sum(map(len, batches)))
             report_at = time.monotonic() + _REPORT_EVERY_S
+        stopped = should_stop()
+        if stopped:
+            break
+    if all_reduce_sum(torch.tensor(int(stopped))).item():
+        raise EvaluationStopped
     own_scores = list(zip(keys, torch.cat(mious).tolist() if mious else [], strict=True))
     order = [index for batch_indices in batches for index in batch_indices]
     all_scores = sorted(item for own in gather_to_all(list(zip(order, own_scores))) for item in own)

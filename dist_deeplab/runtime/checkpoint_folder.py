@@ -16,7 +16,7 @@ from typing import Any
 from dist_deeplab.errors import TrainingError, UserError
 from dist_deeplab.files import fsync
 from dist_deeplab.runtime.checkpoint import sidecar_digests, temporary_name, verify, write_sidecar, write_tensors
-from dist_deeplab.runtime.distributed import broadcast_from_main
+from dist_deeplab.runtime.distributed import DistEnv, broadcast_from_main
 from dist_deeplab.runtime.snapshot import Snapshot
 
 BEST = "best"
@@ -171,3 +171,8 @@ class CheckpointFolder:
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.path.glob("step_*.pt") if _STEP_NAME.fullmatch(path.stem))
+
+
+def open_checkpoints(path: Path, env: DistEnv, *, keep_last: int, keep_every: int) -> CheckpointFolder:
+    """Return the folder, which the main rank writes."""
+    return CheckpointFolder(path, keep_last=keep_last, keep_every=keep_every, is_writer=env.is_main)

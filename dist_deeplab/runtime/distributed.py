@@ -8,22 +8,27 @@ import datetime
 import gc
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, first_line
+from dist_deeplab.runtime.rendezvous import meet
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _GRACE_S = 3.0  # how long other ranks leave the main rank to report an error that all of them have
 _ECHO_GRACE_S = 5.0
-_COLLECTIVE_TIMEOUT_S = 1800.0  # covers the main rank drawing figures or saving to a slow disk while others wait
+_STARTUP_TIMEOUT_S = 600.0
+_HANG_TIMEOUT_S = 1800.0  # covers the main rank drawing figures or saving to a slow disk while others wait
+_LATER_S = 60.0  # collectives give up so much later than the watchdog, which has more to say
 _SLURM_PORTS = (20000, 12000)  # first port and how many: below the ephemeral ones (32768 and up)
 
 T = TypeVar("T")
@@ -105,41 +110,88 @@ def _integer(environ: Mapping[str, str], name: str, default: int | None = None) 
 
 
 @contextlib.contextmanager
-def process_group(env: DistEnv) -> Iterator[None]:
+def process_group(
+    env: DistEnv, *, startup_timeout_s: float = _STARTUP_TIMEOUT_S, hang_timeout_s: float = _HANG_TIMEOUT_S
+) -> Iterator[dist.Store | None]:
     """Hold the default process group open: gloo for CPU tensors, NCCL for CUDA tensors. Nothing at world size 1.
 
+    Yields:
+        The store that all ranks share, None at world size 1.
+
+    Args:
+        env: this rank.
+        startup_timeout_s: how long to wait for the other ranks.
+        hang_timeout_s: how long a collective may take.
+
     Raises:
-        UserError: more ranks on this node than GPUs.
+        UserError: more ranks on this node than GPUs; ranks that did not come.
     """
     device = env.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if env.world_size == 1:
-        yield
+        yield None
         return
     if env.launcher == "slurm":
         _set_slurm_rendezvous()
+    store = meet(env.rank, env.world_size, timeout_s=startup_timeout_s)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("process_group", store),
         rank=env.rank,
         world_size=env.world_size,
-        timeout=datetime.timedelta(seconds=_COLLECTIVE_TIMEOUT_S),
+        timeout=datetime.timedelta(seconds=hang_timeout_s + _LATER_S),
     )
     try:
-        yield
+        yield store
     finally:
         gc.collect()  # DDP sits in reference cycles and holds the group: use it in a function that has returned by now
         dist.destroy_process_group()
 
 
 def _set_slurm_rendezvous() -> None:
-    """Derive MASTER_ADDR and MASTER_PORT, where they are not set, from the job: first host, port from its id."""
+    """Derive MASTER_ADDR and MASTER_PORT, where they are not set, from the job: first host, port from its id.
+
+    Raises:
+        UserError: scontrol can't tell the hosts.
+    """
     if "MASTER_ADDR" not in os.environ:
-        nodes = os.environ["SLURM_STEP_NODELIST"]
-        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
+        nodes = os.environ.get("SLURM_STEP_NODELIST", "")
+        command = ["scontrol", "show", "hostnames", nodes]
+        try:
+            hosts = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+            os.environ["MASTER_ADDR"] = hosts[0]
+        except (OSError, subprocess.SubprocessError, IndexError) as error:
+            said = getattr(error, "stderr", "") or str(error)
+            raise UserError(
+                f"`{' '.join(command)}` does not name the job's first node ({first_line(OSError(said))}); set "
+                "MASTER_ADDR to it"
+            ) from None
     first, count = _SLURM_PORTS
     os.environ.setdefault("MASTER_PORT", str(first + int(os.environ["SLURM_JOB_ID"]) % count))
+
+
+def launched_s_ago() -> float:
+    """Return the age in seconds of what started the run: torchrun, whose restarts do not reset it, or this process."""
+    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # proc(5): field 22, in ticks since boot
+        return max(0.0, float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - started)
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def refuse_restart() -> None:
+    """Keep torchrun's --max-restarts from starting again what would only stop or fail again.
+
+    Whatever the exit code, torchrun takes it for a failure to be tried again; a SIGTERM ends it instead.
+    """
+    left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    )
+    if left > 0:
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -165,6 +217,7 @@ def exit_with_error(env: DistEnv, error: UserError) -> int:
         time.sleep(_GRACE_S)
     where = "" if env.is_main else f" (rank {env.rank})"
     print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    refuse_restart()
     return error.exit_code
 
 

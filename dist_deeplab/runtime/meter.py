@@ -1,4 +1,4 @@
-"""Where the time between two log lines went, and what the run has cost so far."""
+"""Where the time between two log lines went, what the main thread is at, and what the run has cost so far."""
 
 import contextlib
 import resource
@@ -12,19 +12,31 @@ T = TypeVar("T")
 
 
 class Meter:
-    """Counts steps and the seconds spent waiting for data; pauses are left out.
+    """Counts steps and the seconds spent waiting for data and for other ranks; pauses are left out.
 
-    images_per_s_at_peak: what all devices would do if they did nothing but the network's arithmetic at their data
-    sheet's rate, or None where that is not known.
+    progress, phase: for the watchdog's thread; the first grows whenever the main thread begins something else.
     """
 
-    def __init__(self, images_per_s_at_peak: float | None = None) -> None:
+    def __init__(self) -> None:
+        self.images_per_s_at_peak: float | None = None
+        self.progress = 0
+        self.phase = "starting"
+        self._reset()
+
+    def start(self, images_per_s_at_peak: float | None) -> None:
+        """Begin to count: what came before was not training.
+
+        Args:
+            images_per_s_at_peak: what all devices would do if they did nothing but the network's arithmetic at their
+                data sheet's rate, or None where that is not known.
+        """
         self.images_per_s_at_peak = images_per_s_at_peak
         self._reset()
 
     def _reset(self) -> None:
         self.steps = 0
         self.data_s = 0.0
+        self.wait_s = 0.0
         self.paused_s = 0.0
         self.started = time.perf_counter()
 
@@ -32,6 +44,7 @@ class Meter:
         """Yield the items, counting each as a step and the wait for it as data time."""
         iterator = iter(iterable)
         while True:
+            self.begin("waiting for data")
             asked = time.perf_counter()
             try:
                 item = next(iterator)
@@ -39,12 +52,23 @@ class Meter:
                 return
             self.data_s += time.perf_counter() - asked
             self.steps += 1
+            self.begin("in a step")
             yield item
+
+    def begin(self, phase: str) -> None:
+        """Note that the main thread makes progress, and with what."""
+        self.phase = phase
+        self.progress += 1
+
+    def waited(self, seconds: float) -> None:
+        """Count time spent waiting for other ranks inside a step."""
+        self.wait_s += seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the time inside this context out: it is not training."""
         entered = time.perf_counter()
+        self.begin("evaluating or saving")
         yield
         self.paused_s += time.perf_counter() - entered
 
@@ -56,6 +80,7 @@ class Meter:
             "images_per_s": steps * images_per_step / elapsed,
             "time/step_s": elapsed / steps,
             "time/data_s": self.data_s / steps,
+            "time/wait_s": self.wait_s / steps,
             "memory/peak_gib": peak_memory_bytes(device) / 2**30,
         }
         if self.images_per_s_at_peak:

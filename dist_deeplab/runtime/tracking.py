@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.divergence import Divergence
 from dist_deeplab.runtime.journal import JOURNAL, Journal
 from dist_deeplab.runtime.meter import Cost
@@ -158,27 +159,25 @@ class JournalTracker(Tracker):
 def open_tracker(
     run_dir: Path,
     *,
-    is_main: bool,
+    env: DistEnv,
     uri: str,
     experiment: str,
     config_yaml: str,
     run_info: Mapping[str, Any],
-    world_size: int = 1,
 ) -> Tracker:
     """Return this rank's tracker, on the main rank with a running mirror.
 
     Args:
         run_dir: folder of the run, which exists.
-        is_main: whether this rank writes.
+        env: this rank: the main one writes.
         uri: MLflow tracking URI, or `none` for no MLflow.
         experiment: MLflow experiment.
         config_yaml: the resolved configuration, written to `config.yaml`.
         run_info: plain values for `run.json`: name, parameters, tags, and what else MlflowRun knows.
-        world_size: processes, for the cost of the run.
     """
-    if not is_main:
+    if not env.is_main:
         return Tracker()
-    tracker = JournalTracker(run_dir, world_size=world_size)
+    tracker = JournalTracker(run_dir, world_size=env.world_size)
     (run_dir / "config.yaml").write_text(redact(config_yaml, environ={}), encoding="utf-8")
     write_run_file(run_dir, uri=uri, experiment=experiment, attempt=tracker.journal.attempt, run_info=run_info)
     job = slurm_job()

@@ -1,12 +1,13 @@
 """What `train.py` is made of: a section of the configuration in, a room's object out."""
 
 import logging
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
-from dist_deeplab.config import RunConfig, config_to_dict
+from dist_deeplab.config import RunConfig, config_to_dict, config_to_yaml
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards import Manifest, load_manifest, require_fit
@@ -16,14 +17,48 @@ from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.flops import training_flops
 from dist_deeplab.model.weights import Variant, Weights, fit_weights, load_weights
+from dist_deeplab.runtime import tracking
+from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder, open_checkpoints
 from dist_deeplab.runtime.distributed import DistEnv
-from dist_deeplab.runtime.meter import Meter
 from dist_deeplab.runtime.parallel import prepare_model
 from dist_deeplab.runtime.peak import peak_flops
+from dist_deeplab.runtime.session import Session, session
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.nonfinite import Evidence
+from dist_deeplab.training.state import TrainState
+from dist_deeplab.training.step import TrainStep
 
 log = logging.getLogger(__name__)
+
+
+def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[Session]:
+    """Return what holds while the run goes on: the ranks' connection, the folder's lock, watchdog and signals."""
+    limits = config.distributed
+    return session(
+        env,
+        config.run_dir,
+        startup_timeout_s=limits.startup_timeout_s,
+        hang_timeout_s=limits.hang_timeout_s,
+        max_hours=config.max_hours,
+    )
+
+
+def build_checkpoints(config: RunConfig, env: DistEnv) -> CheckpointFolder:
+    """Return the run's checkpoints."""
+    keep = config.checkpoint
+    return open_checkpoints(config.run_dir / "checkpoints", env, keep_last=keep.keep_last, keep_every=keep.keep_every)
+
+
+def build_tracker(config: RunConfig, env: DistEnv, info: dict[str, object]) -> tracking.Tracker:
+    """Return the tracker, which knows everything about the run that MLflow should show."""
+    return tracking.open_tracker(
+        config.run_dir,
+        env=env,
+        uri=tracking.resolve_uri(config.tracking.uri, config.output_dir),
+        experiment=config.tracking.experiment,
+        config_yaml=config_to_yaml(config),
+        run_info=info,
+    )
 
 
 def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
@@ -97,19 +132,36 @@ def build_train_loader(
     return TrainLoader(dataset, sampler, num_workers=data.num_workers, pin_memory=env.device.type == "cuda")
 
 
-def build_meter(config: RunConfig, env: DistEnv, net: DeepLabV2) -> Meter:
-    """Return the meter of the loop, which knows how fast the GPUs could be; nobody knows that of a CPU."""
+def images_per_s_at_peak(config: RunConfig, env: DistEnv, net: DeepLabV2) -> float | None:
+    """Return how fast all GPUs together could be at their data sheet's rate; nobody knows that of a CPU."""
     if env.device.type != "cuda":
-        return Meter()
+        return None
     peak = peak_flops(torch.cuda.get_device_name(env.device), config.precision.dtype)
     if peak is None:
-        return Meter()
+        return None
     crop = config.data.crop_size
     flops = training_flops(MultiScale(net, config.multi_scale.scales), (crop, crop))
-    return Meter(images_per_s_at_peak=env.world_size * peak / flops)
+    return env.world_size * peak / flops
 
 
 def build_loss_window(config: RunConfig, env: DistEnv) -> LossWindow:
     """Return what keeps losses until a log line, and saves the samples of steps that were not finite."""
     evidence = Evidence(config.run_dir / "nonfinite", {"config": config_to_dict(config)}, env.rank)
     return LossWindow(max_nonfinite_steps=config.precision.max_nonfinite_steps, evidence=evidence)
+
+
+def build_step(
+    config: RunConfig, env: DistEnv, split: BatchSplit, state: TrainState, model: nn.Module, variant: Variant
+) -> TrainStep:
+    """Return the optimizer update, rehearsed where there are several ranks."""
+    step = TrainStep(
+        model,
+        state.optimizer,
+        state.precision,
+        variant.preprocessing,
+        config.data.ignore_label,
+        config.optim.clip_norm,
+    )
+    if env.world_size > 1:
+        step.rehearse(micro_size=split.micro_size, crop_size=config.data.crop_size)
+    return step

@@ -1,8 +1,8 @@
 """`TrainState`: all that a run needs to go on, and nothing else.
 
 Held: weights and batch-norm statistics, momentum, gradient scaler, losses since the last log line, step, number of
-skipped updates, best score. Not held, because it follows from the configuration and the step: learning rate, sample
-order, augmentation.
+skipped updates, best score, whether an evaluation was cut short. Not held, because it follows from the configuration
+and the step: learning rate, sample order, augmentation.
 """
 
 from collections.abc import Sequence
@@ -35,6 +35,7 @@ class TrainState:
     step: int = 0
     num_skipped: torch.Tensor | int = 0
     best_miou: float = -1.0
+    owes_evaluation: bool = False  # asked to stop in the midst of one: the next start makes up for it
 
     @property
     def schedule_step(self) -> torch.Tensor | int:
@@ -63,6 +64,7 @@ class TrainState:
             "step": self.step,
             "num_skipped": int(self.num_skipped),
             "best_miou": self.best_miou,
+            "owes_evaluation": self.owes_evaluation,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -78,3 +80,4 @@ class TrainState:
         self.step = state["step"]
         self.num_skipped = state["num_skipped"]
         self.best_miou = state["best_miou"]
+        self.owes_evaluation = state.get("owes_evaluation", False)

@@ -1,5 +1,6 @@
 """One optimizer update: where accumulation, precision and gradient synchronisation meet, and nowhere else."""
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ class StepResult:
     loss_scale: what fp16 multiplied the loss by; 1 else.
     skipped: bool; whether no update was made, because the gradient was not finite.
     stop: whether a rank was asked to stop.
+    wait_s: how long this rank waited for the last one to arrive at the step.
     """
 
     losses: dict[str, torch.Tensor]
@@ -38,6 +40,7 @@ class StepResult:
     loss_scale: torch.Tensor
     skipped: torch.Tensor
     stop: bool
+    wait_s: float = 0.0
 
 
 @dataclass
@@ -64,7 +67,9 @@ class TrainStep:
         sizes = self._output_sizes(micro_batches[0])
         labels = [{name: sample_label(b.label, size) for name, size in sizes.items()} for b in micro_batches]
         counts = [sum(num_valid(label[name], self.ignore_label) for label in labels) for name in sizes]
+        arrived = time.perf_counter()
         *counts, stops = all_reduce_sum(torch.tensor([*counts, int(stop)], dtype=torch.int64)).tolist()
+        wait_s = time.perf_counter() - arrived
         # 2. DDP averages gradients over the ranks, so each rank's sum is multiplied by their number. All-void: 0.
         world_size = get_world_size()
         weights = {name: world_size / max(1, count) for name, count in zip(sizes, counts, strict=True)}
@@ -87,7 +92,27 @@ class TrainStep:
         skipped, grad_norm = self.precision.step(self.optimizer, self.clip_norm)
         put_back(self.model, buffers, where=skipped)
         shares = {name: loss / world_size for name, loss in sums.items()}
-        return StepResult(shares, micro_losses, grad_norm, scale, skipped, stops > 0)
+        return StepResult(shares, micro_losses, grad_norm, scale, skipped, stops > 0, wait_s)
+
+    def rehearse(self, *, micro_size: int, crop_size: int) -> None:
+        """Run one forward and backward on blank images and undo all that it did; every rank must call it.
+
+        DDP reduces the gradients of a process's first backward in other buckets than the later ones, so in another
+        order of summation. Without this the first step after a restart would differ in its last bits.
+        """
+        blank = Batch(
+            image=torch.zeros(micro_size, 3, crop_size, crop_size, dtype=torch.uint8),
+            label=torch.zeros(micro_size, crop_size, crop_size, dtype=torch.uint8),
+            content=torch.full((micro_size, 2), crop_size, dtype=torch.int64),
+            keys=["blank"] * micro_size,
+        )
+        sizes = self._output_sizes(blank)
+        label = {name: sample_label(blank.label, size) for name, size in sizes.items()}
+        buffers = copy_buffers(self.model)
+        losses = self._forward(blank, label, dict.fromkeys(sizes, 0.0))
+        self.precision.backward(torch.stack(list(losses.values())).sum())
+        self.optimizer.zero_grad(set_to_none=True)
+        put_back(self.model, buffers, where=torch.tensor(True, device=self.precision.device))
 
     def _output_sizes(self, batch: Batch) -> dict[str, tuple[int, int]]:
         net = unwrap(self.model)

@@ -194,6 +194,7 @@ def joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, ob
         monkeypatch.setenv(name, "")  # so that what the code sets is taken back
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed, "meet", lambda rank, world_size, timeout_s: dist.HashStore())
     monkeypatch.setattr(dist, "init_process_group", join)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append({"destroyed": True}))
     return calls
@@ -230,3 +231,49 @@ def test_the_process_group_is_closed_after_an_error_too(
     with pytest.raises(RuntimeError, match="in the run"), process_group(DistEnv.from_environ(SLURM)):
         raise RuntimeError("in the run")
     assert joined[-1] == {"destroyed": True}
+
+
+@pytest.mark.parametrize("problem", ["fails", "is missing", "names nothing"])
+def test_a_scontrol_that_does_not_help_is_named_with_the_remedy(
+    joined: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, problem: str
+) -> None:
+    script = {"fails": "echo 'Invalid hostlist' >&2; exit 1", "names nothing": "exit 0"}.get(problem)
+    (tmp_path / "scontrol").unlink()
+    if script:
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "scontrol").chmod(0o755)
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    with (
+        pytest.raises(UserError, match=r"`scontrol show hostnames node\[07-09\]`.*set MASTER_ADDR") as caught,
+        process_group(DistEnv.from_environ(SLURM)),
+    ):
+        pass
+    assert problem != "fails" or "Invalid hostlist" in str(caught.value)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_launch_is_as_old_as_torchrun_or_as_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    own = distributed.launched_s_ago()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert 0 < own <= distributed.launched_s_ago() + 0.1
+
+
+@pytest.mark.parametrize(
+    ("restarts", "count", "signals"), [("3", "0", 1), ("3", "3", 0), ("0", "0", 0), (None, None, 0)]
+)
+def test_torchrun_is_ended_only_if_it_would_start_again(
+    monkeypatch: pytest.MonkeyPatch, restarts: str | None, count: str | None, signals: int
+) -> None:
+    for name, value in (("TORCHELASTIC_MAX_RESTARTS", restarts), ("TORCHELASTIC_RESTART_COUNT", count)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(distributed.os, "kill", lambda pid, number: sent.append((pid, number)))
+    distributed.refuse_restart()
+    assert sent == [(distributed.os.getppid(), distributed.signal.SIGTERM)] * signals

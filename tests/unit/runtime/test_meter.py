@@ -82,7 +82,8 @@ def test_peak_memory_on_the_cpu_is_the_kernels_high_water_mark() -> None:
 
 
 def test_mfu_is_the_share_of_what_the_devices_could_do_at_their_peak(clock: Clock) -> None:
-    meter = Meter(images_per_s_at_peak=10.0)
+    meter = Meter()
+    meter.start(images_per_s_at_peak=10.0)
     for _ in meter.timed(slow_source(clock, [0.0, 0.0])):
         clock.now += 2.0
     assert meter.pop(images_per_step=8, device=CPU)["mfu"] == pytest.approx(4.0 / 10.0)

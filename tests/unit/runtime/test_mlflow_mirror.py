@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from dist_deeplab.runtime import mlflow_mirror
+from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.mlflow_mirror import Mirror, mirror_until_done
 from dist_deeplab.runtime.mlflow_store import artifact_location, store_lock
 from dist_deeplab.runtime.tracking import JournalTracker, open_tracker
@@ -556,7 +557,7 @@ def test_a_tracker_and_its_mirror_process_bring_a_run_to_mlflow(store: Store, tm
     folder = tmp_path / "runs" / "real"
     folder.mkdir()
     info = {"name": "real", "parameters": {"seed": 1}, "tags": {"world_size": 1}}
-    tracker = open_tracker(folder, is_main=True, uri=store.uri, experiment="e", config_yaml="seed: 1\n", run_info=info)
+    tracker = open_tracker(folder, env=DistEnv(), uri=store.uri, experiment="e", config_yaml="seed: 1\n", run_info=info)
     tracker.log(1, {"train/loss": 0.5})
     tracker.close("FINISHED")
     run = store.run()
@@ -578,7 +579,7 @@ KILLED_RUN = textwrap.dedent(
 
     info = {"name": "killed", "parameters": {}, "tags": {}}
     tracker = open_tracker(
-        Path(sys.argv[1]), is_main=True, uri=sys.argv[2], experiment="e", config_yaml="", run_info=info
+        Path(sys.argv[1]), env=DistEnv(), uri=sys.argv[2], experiment="e", config_yaml="", run_info=info
     )
     tracker.log(1, {"train/loss": 0.5})
     print(tracker.mirror.pid, flush=True)

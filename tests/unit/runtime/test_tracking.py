@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_deeplab.runtime import tracking
+from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.tracking import JournalTracker, Tracker, open_tracker, resolve_uri
 
 
@@ -34,7 +35,7 @@ def append_line(journal: Path, record: dict[str, Any]) -> None:
 
 def open_here(run_dir: Path, **changes: Any) -> Tracker:
     arguments = {
-        "is_main": True,
+        "env": DistEnv(),
         "uri": "none",
         "experiment": "e",
         "config_yaml": "seed: 0\n",
@@ -185,7 +186,7 @@ def test_the_tracker_of_other_ranks_writes_nothing_and_calls_nothing(tmp_path: P
     def write() -> list[Path]:
         raise AssertionError("drawing figures is the main rank's work")
 
-    tracker = open_here(tmp_path, is_main=False)
+    tracker = open_here(tmp_path, env=DistEnv(1, 1, 2))
     tracker.log(1, {"a": 1.0})
     tracker.log_files(1, write)
     tracker.close("FINISHED")

@@ -1,0 +1,225 @@
+"""Kill a training run at random, again and again, and compare what comes of it with a run that was left alone.
+
+    python tests/distributed/killer.py --rounds 50 [--ranks 4] [--seed 0] [--out DIR] [--hangs]
+
+Each round trains under `torchrun --max-restarts 3` while random things happen to it at random moments (a step, a save,
+an evaluation): SIGKILL of a rank, of all, of torchrun; SIGTERM and SIGUSR1 to a rank or to torchrun; with --hangs also
+SIGSTOP of a rank, which the watchdog must find. The same command is started again until it is done. Then the final
+weights' SHA-256 and the logged curves must be those of the undisturbed run, to the last bit. Everything is drawn from
+the seed and printed. (When a signal arrives depends on the machine's load too: a seed is no exact replay.)
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.conftest import command_environ, make_sample_shards
+
+MAX_STEPS = 12
+SMALL = [
+    *("model.backbone=resnet_tiny", "data.crop_size=65", "data.num_workers=1", "batch.global_size=4", "optim.lr=1e-3"),
+    *(f"max_steps={MAX_STEPS}", "tracking.log_every=1", "checkpoint.every=2", "eval.every=4", "eval.num_panels=1"),
+    *("tracking.uri=none", "distributed.hang_timeout_s=30"),
+]
+CURVES = ("train/loss", "train/grad_norm", "lr/backbone", "val/mIoU")
+LAUNCHES = 12  # a round needs more than this only if something is broken
+ROUND_TIMEOUT_S = 420
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that happens: at `step`, in `moment`, after `delay_s`, `victim` gets `number`."""
+
+    step: int
+    moment: str
+    delay_s: float
+    victim: str
+    number: signal.Signals
+
+    def __str__(self) -> str:
+        return f"{self.number.name} to {self.victim} at step {self.step} ({self.moment} + {self.delay_s:.2f} s)"
+
+
+def draw_faults(rng: random.Random, *, ranks: int, hangs: bool) -> list[Fault]:
+    """Return one to three faults in the order of their steps."""
+    faults = []
+    for step in sorted(rng.sample(range(MAX_STEPS), rng.randint(1, 3))):
+        moment = rng.choice(["step", "save", "evaluation"])
+        victim = rng.choice([*(f"rank {rank}" for rank in range(ranks)), "all", "torchrun"])
+        numbers = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]
+        if victim.startswith("rank"):
+            numbers += [signal.SIGUSR1, *([signal.SIGSTOP] if hangs else [])]
+        faults.append(Fault(step, moment, rng.choice([0.0, rng.uniform(0, 0.7)]), victim, rng.choice(numbers)))
+    return faults
+
+
+def command(shards: Path, out: Path, name: str, *, ranks: int, max_restarts: int) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    data = [f"data.train={shards}/train.json", f"data.val={shards}/val.json", f"output_dir={out}", f"name={name}"]
+    return [*launcher, f"--max-restarts={max_restarts}", "-m", "dist_deeplab.train", *data, *SMALL]
+
+
+def environ() -> dict[str, str]:
+    return command_environ() | {"PET_MONITOR_INTERVAL": "0.1"}
+
+
+def undisturbed(shards: Path, out: Path, *, ranks: int) -> Path:
+    """Train without faults and return the run's folder."""
+    arguments = command(shards, out, "undisturbed", ranks=ranks, max_restarts=0)
+    subprocess.run(arguments, env=environ(), check=True, capture_output=True, timeout=ROUND_TIMEOUT_S)
+    return out / "undisturbed"
+
+
+def play_round(shards: Path, out: Path, name: str, faults: list[Fault], *, ranks: int) -> int:
+    """Train with faults until it is done; return how many launches that took."""
+    pending = list(faults)
+    run_dir = out / name
+    deadline = time.monotonic() + ROUND_TIMEOUT_S
+    for launch in range(1, LAUNCHES + 1):
+        with (out / f"{name}.log").open("ab") as log:
+            arguments = command(shards, out, name, ranks=ranks, max_restarts=3)
+            with subprocess.Popen(arguments, env=environ(), stdout=log, stderr=log, start_new_session=True) as agent:
+                try:
+                    while agent.poll() is None:
+                        if time.monotonic() > deadline:
+                            raise AssertionError(f"{name} hangs; see {log.name}")
+                        if pending and is_time(pending[0], run_dir):
+                            fault = pending.pop(0)
+                            time.sleep(fault.delay_s)
+                            strike(fault, agent.pid)
+                        time.sleep(0.005)
+                finally:
+                    if agent.poll() is None:
+                        os.killpg(agent.pid, signal.SIGKILL)
+            if agent.returncode == 0:
+                return launch
+    raise AssertionError(f"{name} is not done after {LAUNCHES} launches; see {out / name}.log")
+
+
+def is_time(fault: Fault, run_dir: Path) -> bool:
+    """Return whether the fault's step has come, and its moment with it (or gone by: then any moment is right)."""
+    step = last_step(run_dir)
+    if step < fault.step:
+        return False
+    if step >= min(fault.step + 2, MAX_STEPS - 1) or fault.moment == "step":
+        return True
+    if fault.moment == "save":
+        return any((run_dir / "checkpoints").glob(".*.tmp"))
+    return step % 4 == 0
+
+
+def last_step(run_dir: Path) -> int:
+    """Return the last step in the journal, -1 before there is one."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, (run_dir / "metrics.jsonl").stat().st_size - 4096))
+            lines = file.read().split(b"\n")[1:-1]
+        return max((json.loads(line).get("step", -1) for line in lines), default=-1)
+    except (OSError, ValueError):
+        return -1
+
+
+def strike(fault: Fault, agent: int) -> None:
+    workers = dict(ranks_of(agent))
+    if fault.victim == "torchrun":
+        targets = [agent]
+    elif fault.victim == "all":
+        targets = [*workers.values(), *([agent] if fault.number == signal.SIGKILL else [])]
+    else:
+        targets = [workers[rank] for rank in workers if fault.victim == f"rank {rank}"]
+    for pid in targets:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, fault.number)
+
+
+def ranks_of(agent: int) -> Iterator[tuple[int, int]]:
+    """Yield (rank, pid) of the agent's workers."""
+    try:
+        children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    except OSError:
+        return
+    for pid in children:
+        try:
+            pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        if "RANK" in values:
+            yield int(values["RANK"]), int(pid)
+
+
+def weights_sha256(run_dir: Path) -> str:
+    """Return the SHA-256 of the final weights' and momentum's bytes."""
+    content = torch.load(run_dir / f"checkpoints/step_{MAX_STEPS:08d}.pt", weights_only=True)
+    tensors = [*content["model"].values()]
+    tensors += [value["momentum_buffer"] for _, value in sorted(content["optimizer"]["state"].items())]
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def curves(run_dir: Path) -> dict[str, dict[int, float]]:
+    """Return {key: {step: value}}, after checking that no point is there twice."""
+    found: dict[str, dict[int, float]] = {key: {} for key in CURVES}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record.get("key") in CURVES:
+            assert record["step"] not in found[record["key"]], f"{record} comes a second time"
+            found[record["key"]][record["step"]] = record["value"]
+    return found
+
+
+def compare(run_dir: Path, reference: Path) -> None:
+    assert curves(run_dir) == curves(reference), f"the curves of {run_dir} and {reference} differ"
+    assert weights_sha256(run_dir) == weights_sha256(reference), f"the weights of {run_dir} and {reference} differ"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=2, choices=[1, 2, 4])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: a temporary one)")
+    parser.add_argument("--hangs", action="store_true", help="stop ranks too: each costs the watchdog's 30 s")
+    arguments = parser.parse_args()
+    out = arguments.out or Path(tempfile.mkdtemp(prefix="killer-"))
+    out.mkdir(parents=True, exist_ok=True)
+    shards = make_sample_shards(out / "data")
+    reference = undisturbed(shards, out, ranks=arguments.ranks)
+    print(f"undisturbed: weights {weights_sha256(reference)[:16]}, in {out}", flush=True)
+    failed = 0
+    for number in range(arguments.rounds):
+        seed = arguments.seed + number
+        faults = draw_faults(random.Random(seed), ranks=arguments.ranks, hangs=arguments.hangs)
+        print(f"seed {seed}: {'; '.join(map(str, faults))}", flush=True)
+        try:
+            launches = play_round(shards, out, f"seed_{seed}", faults, ranks=arguments.ranks)
+            compare(out / f"seed_{seed}", reference)
+            print(f"seed {seed}: equal after {launches} launches", flush=True)
+        except AssertionError as error:
+            failed += 1
+            print(f"seed {seed}: FAILED: {error}", flush=True)
+    print(
+        f"{arguments.rounds - failed} of {arguments.rounds} rounds ended with the undisturbed run's weights and curves"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
