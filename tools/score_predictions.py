@@ -19,8 +19,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from dist_deeplab.data import shard_writer, voc
+from dist_deeplab.data import voc
 from dist_deeplab.data.decode import DecodeError, decode_label
+from dist_deeplab.data.labels import read_lines
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.boundaries import NUM_BANDS, band_map
@@ -70,7 +71,7 @@ def read_class_names(path: Path | None) -> tuple[str, ...]:
         return voc.CLASS_NAMES
     if not path.is_file():
         raise UserError(f"there is no file of class names at {path}")
-    return tuple(line for line in shard_writer.read_lines(path) if line)
+    return tuple(line for line in read_lines(path) if line)
 
 
 def find_keys(predictions: Path, labels: Path, list_file: Path | None) -> list[str]:
@@ -85,7 +86,7 @@ def find_keys(predictions: Path, labels: Path, list_file: Path | None) -> list[s
     if list_file is None:
         keys = sorted(path.stem for path in labels.glob("*.png"))
     elif list_file.is_file():
-        keys = [line.split()[0] for line in shard_writer.read_lines(list_file) if line.strip()]
+        keys = [line.split()[0] for line in read_lines(list_file) if line.strip()]
     else:
         raise UserError(f"there is no list at {list_file}")
     if not keys:

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dist_deeplab.data import order
 from dist_deeplab.data.decode import DecodeError, decode_image, decode_label
-from dist_deeplab.data.shards import Manifest, Sample, ShardError, ShardReader
+from dist_deeplab.data.shard_reader import Sample, ShardReader
+from dist_deeplab.data.shards import Manifest, ShardError
 from dist_deeplab.data.transforms import Augmentation, next_grid_size, pad_to
 from dist_deeplab.errors import UserError
 
@@ -86,7 +87,7 @@ class DecodingDataset(Dataset["Batch | UserError"]):
         return sample.key, image, label
 
     def _where(self, index: int, sample: Sample) -> str:
-        return f"sample {sample.key!r} in {self.reader.shard_path(index)}"
+        return f"sample {sample.key!r} in {self.reader.shard_name(index)}"
 
 
 class TrainDataset(DecodingDataset):

@@ -2,122 +2,42 @@
 
 Everything is checked before it is written, and nothing carries its final name before it is complete: shards and
 index first, the manifest last. A killed run leaves a hidden folder that the next one removes, never half a set.
+The bytes depend on the samples and the size of a shard alone, not on the number of processes, the time or the machine.
 """
 
+import functools
 import json
 import os
 import shutil
-import tarfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import webdataset
 
-from dist_deeplab.data.decode import DecodeError, decode_image, decode_label, encode_label
-from dist_deeplab.data.shards import INDEX_DTYPE, Manifest, Shard, ShardError, keys_digest
+from dist_deeplab.data.decode import DecodeError, decode_image, encode_label
+from dist_deeplab.data.labels import LabelMap, LabelSpace, decode_mask
+from dist_deeplab.data.ordered_map import ordered_map
+from dist_deeplab.data.shard_index import OURS, MemberNames, build_index
+from dist_deeplab.data.shards import Manifest, Shard, ShardError, keys_digest, load_manifest
+from dist_deeplab.data.sources import SourceSample
 from dist_deeplab.files import fsync, sha256
 
-_MAX_CLASSES = 255  # 8 bits less the void label
 _MTIME = 0  # one fixed time for all members: the same input gives the same bytes; as a float it would need PAX headers
 
+DEFAULT_SAMPLES = 500  # of VOC: some 60 MB
 
-@dataclass(frozen=True)
-class SourceSample:
-    """A sample still lying in folders."""
+Progress = Callable[[Iterable[SourceSample]], Iterable[SourceSample]]
+
+
+class Packed(NamedTuple):
+    """A sample as it goes into a shard: {ending: bytes}, and its pixels of each class, int64 [num_classes]."""
 
     key: str
-    image: Path
-    label: Path
-
-
-@dataclass(frozen=True)
-class LabelSpace:
-    """What a label pixel may be: a class index under `len(class_names)`, or `ignore_label`."""
-
-    class_names: tuple[str, ...]
-    ignore_label: int
-
-    def __post_init__(self) -> None:
-        if len(self.class_names) > _MAX_CLASSES:
-            raise ShardError(
-                f"{len(self.class_names)} classes don't fit into an 8-bit label; {_MAX_CLASSES} do, and void"
-            )
-
-    def count(self, label: np.ndarray, *, where: str) -> np.ndarray:
-        """Return the pixels of each class, int64 [num_classes].
-
-        Raises:
-            ShardError: a pixel is neither a class nor void.
-        """
-        histogram = np.bincount(label.ravel(), minlength=256)
-        num_classes = len(self.class_names)
-        allowed = np.zeros(256, dtype=bool)
-        allowed[:num_classes] = allowed[self.ignore_label] = True
-        strange = np.flatnonzero((histogram > 0) & ~allowed)
-        if strange.size:
-            raise ShardError(
-                f"{where} holds the label {strange[0]}, but classes are 0..{num_classes - 1} and void is "
-                f"{self.ignore_label}; set the number of classes or mend the mask"
-            )
-        histogram[self.ignore_label] = 0
-        return histogram[:num_classes].astype(np.int64)
-
-
-def read_voc_list(voc_root: Path, split: str) -> list[SourceSample]:
-    """Return the samples of `ImageSets/Segmentation/<split>.txt` in a VOCdevkit/VOC2012 folder.
-
-    Raises:
-        ShardError: no such folder or list.
-    """
-    listing = voc_root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    if not voc_root.is_dir():
-        raise ShardError(f"there is no folder {voc_root}; give the one that holds JPEGImages, e.g. VOCdevkit/VOC2012")
-    if not listing.is_file():
-        there = ", ".join(sorted(file.stem for file in listing.parent.glob("*.txt"))) or "none"
-        raise ShardError(f"there is no list {listing}; lists there: {there}")
-    keys = read_lines(listing)
-    return [
-        SourceSample(key, voc_root / "JPEGImages" / f"{key}.jpg", voc_root / "SegmentationClass" / f"{key}.png")
-        for key in keys
-        if key
-    ]
-
-
-def read_pair_list(data_root: Path, listing: Path) -> list[SourceSample]:
-    """Return the samples of a file with one `image label` pair of paths a line, under `data_root` (DrSleep's format).
-
-    Blank lines and CRLF are tolerated; a leading slash means `data_root`, as there. The key is the image's file name
-    without its ending.
-
-    Raises:
-        ShardError: no such file, or a line that is not a pair.
-    """
-    if not listing.is_file():
-        raise ShardError(f"there is no list file {listing}")
-    samples = []
-    for number, line in enumerate(read_lines(listing), start=1):
-        parts = line.split()
-        if not parts:
-            continue
-        if len(parts) != 2:
-            raise ShardError(f"line {number} of {listing} is not an `image label` pair: {line.strip()!r}")
-        image, label = (data_root / part.lstrip("/") for part in parts)
-        samples.append(SourceSample(image.stem, image, label))
-    return samples
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file without the white space around them; CRLF and a byte order mark are tolerated.
-
-    Raises:
-        ShardError: the file is not UTF-8 text.
-    """
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise ShardError(f"{path} is not UTF-8 text; convert it, e.g. with iconv") from None
+    members: dict[str, bytes]
+    class_pixels: np.ndarray
 
 
 def write_shards(
@@ -126,19 +46,32 @@ def write_shards(
     *,
     split: str,
     labels: LabelSpace,
-    samples_per_shard: int,
+    samples_per_shard: int = DEFAULT_SAMPLES,
+    max_shard_bytes: int | None = None,
+    label_map: LabelMap | None = None,
     overwrite: bool = False,
-    progress: Callable[[Iterable[SourceSample]], Iterable[SourceSample]] = iter,
+    workers: int = 1,
+    progress: Progress = iter,
 ) -> Manifest:
     """Check all samples, write them to `out`, and return the manifest.
+
+    Args:
+        samples: in the order in which they are written.
+        out: folder, made if missing.
+        split: the set's name.
+        labels: what masks may hold.
+        samples_per_shard: a shard is full at so many samples,
+        max_shard_bytes: or before its members would have more bytes than this.
+        label_map: for masks that hold other levels or colours.
+        overwrite: replace a set of this name.
+        workers: processes; they change nothing but the time.
+        progress: wraps the samples, to show how far this is.
 
     Raises:
         ShardError: no samples; one twice; a file missing, damaged or of a wrong kind; sizes of image and label that
             differ; a label out of range; a set `split` that is there already and `overwrite` is false.
     """
-    if not samples:
-        raise ShardError(f"the split {split!r} names no samples; nothing was written")
-    _check_keys_and_files(samples)
+    check_samples(samples, split=split)
     final = out / f"{split}.json"
     if final.exists() and not overwrite:
         raise ShardError(f"{final} is there already; nothing was written (--overwrite replaces the set)")
@@ -147,67 +80,27 @@ def write_shards(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        class_pixels = np.zeros(len(labels.class_names), dtype=np.int64)
-        pattern = str(scratch / split).replace("%", "%%") + "-%06d.tar"
-        with webdataset.ShardWriter(
-            pattern, maxcount=samples_per_shard, maxsize=2**40, mtime=_MTIME, verbose=0
-        ) as writer:
-            for sample in progress(samples):
-                image, label, counts = _load_checked(sample, labels)
-                class_pixels += counts
-                writer.write({"__key__": sample.key, "jpg": image, "png": label})
-        tars = sorted(scratch.glob("*.tar"))
-        index, keys = build_index(tars)
-        np.save(scratch / f"{split}.index.npy", index)
-        manifest = Manifest(
-            split=split,
-            num_samples=len(keys),
-            num_classes=len(labels.class_names),
-            ignore_label=labels.ignore_label,
-            class_names=labels.class_names,
-            class_pixels=tuple(int(n) for n in class_pixels),
-            keys_sha256=keys_digest(keys),
-            index=f"{split}.index.npy",
-            shards=tuple(
-                Shard(tar.name, int(np.sum(index["shard"] == i)), tar.stat().st_size, sha256(tar))
-                for i, tar in enumerate(tars)
-            ),
-            path=final,
+        pack = functools.partial(pack_sample, labels=labels, label_map=label_map)
+        packed = ordered_map(pack, progress(samples), workers=workers)
+        class_pixels = _write_tars(
+            packed, scratch, split=split, samples_per_shard=samples_per_shard, max_bytes=max_shard_bytes
         )
-        (scratch / final.name).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+        tars = sorted(scratch.glob("*.tar"))
+        write_manifest(tars, scratch / final.name, split=split, labels=labels, class_pixels=class_pixels)
         _publish(scratch, final)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return manifest
+    return load_manifest(final)
 
 
-def build_index(tars: Sequence[Path]) -> tuple[np.ndarray, list[str]]:
-    """Return where each sample lies in the tars (INDEX_DTYPE [n], in tar order) and the keys.
+def check_samples(samples: Sequence[SourceSample], *, split: str) -> None:
+    """Check keys and that all files are there, before any is read.
 
     Raises:
-        ShardError: a tar that can't be read, or a sample without its image or label.
+        ShardError: see `write_shards`.
     """
-    rows: list[tuple[int, int, int, int, int, int]] = []
-    keys: list[str] = []
-    for shard, path in enumerate(tars):
-        try:
-            with tarfile.open(path, "r:") as tar:
-                members = {m.name: m for m in tar if m.isfile()}
-        except tarfile.TarError as error:
-            raise ShardError(f"{path} is not a readable tar file ({error})") from None
-        for name, image in members.items():
-            key, _, ending = name.rpartition(".")
-            if ending != "jpg":
-                continue
-            label = members.get(f"{key}.png")
-            if label is None:
-                raise ShardError(f"{path} holds {name} but not {key}.png; a sample needs both")
-            rows.append((shard, image.offset, image.offset_data, image.size, label.offset_data, label.size))
-            keys.append(key)
-    return np.array(rows, dtype=INDEX_DTYPE), keys
-
-
-def _check_keys_and_files(samples: Sequence[SourceSample]) -> None:
+    if not samples:
+        raise ShardError(f"the split {split!r} names no samples; nothing was written")
     seen: set[str] = set()
     for sample in samples:
         if sample.key in seen:
@@ -222,24 +115,94 @@ def _check_keys_and_files(samples: Sequence[SourceSample]) -> None:
                 raise ShardError(f"the {kind} {path} of sample {sample.key!r} does not exist")
 
 
-def _load_checked(sample: SourceSample, labels: LabelSpace) -> tuple[bytes, bytes, np.ndarray]:
-    """Return the image's own bytes, the label as 8-bit index PNG bytes, and its class pixels."""
-    image = sample.image.read_bytes()
-    if not image.startswith(b"\xff\xd8"):
-        raise ShardError(f"the image {sample.image} is not a JPEG; convert it first")
+def pack_sample(sample: SourceSample, *, labels: LabelSpace, label_map: LabelMap | None) -> Packed:
+    """Return a sample's members: a JPEG's or PNG's own bytes, other pictures as PNG; the label as 8-bit indices.
+
+    Raises:
+        ShardError: see `write_shards`.
+    """
+    content = sample.image.read_bytes()
     try:
-        height, width = decode_image(image).shape[:2]
+        image = decode_image(content)
     except DecodeError as error:
         raise ShardError(f"{sample.image}: {error}") from None
     try:
-        label = decode_label(sample.label.read_bytes())
+        label = decode_mask(sample.label.read_bytes(), label_map)
     except DecodeError as error:
         raise ShardError(f"{sample.label}: {error}") from None
+    height, width = image.shape[:2]
     if label.shape != (height, width):
         raise ShardError(
             f"sizes differ: {sample.image} is {width}x{height}, {sample.label} is {label.shape[1]}x{label.shape[0]}"
         )
-    return image, encode_label(label), labels.count(label, where=str(sample.label))
+    if content.startswith(b"\xff\xd8"):
+        image_member = {"jpg": content}
+    elif content.startswith(b"\x89PNG"):
+        image_member = {"rgb.png": content}
+    else:
+        image_member = {"rgb.png": cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()}
+    return Packed(sample.key, image_member | {"png": encode_label(label)}, labels.count(label, where=str(sample.label)))
+
+
+def _write_tars(
+    packed: Iterable[Packed], folder: Path, *, split: str, samples_per_shard: int, max_bytes: int | None
+) -> np.ndarray:
+    """Write the samples to `<split>-000000.tar ...` and return the pixels of each class, int64 [num_classes]."""
+    pattern = str(folder / split).replace("%", "%%") + "-%06d.tar"
+    class_pixels: np.ndarray = np.zeros(1, dtype=np.int64)
+    with webdataset.ShardWriter(pattern, maxcount=samples_per_shard, maxsize=2**62, mtime=_MTIME, verbose=0) as writer:
+        for sample in packed:
+            num_bytes = sum(map(len, sample.members.values()))
+            if max_bytes and writer.count and writer.size + num_bytes > max_bytes:
+                writer.next_stream()
+            writer.write({"__key__": sample.key, **sample.members})
+            class_pixels = class_pixels + sample.class_pixels
+    return class_pixels
+
+
+def write_manifest(
+    tars: Sequence[Path],
+    path: Path,
+    *,
+    split: str,
+    labels: LabelSpace,
+    class_pixels: np.ndarray,
+    members: Sequence[MemberNames] = OURS,
+) -> None:
+    """Write the manifest `path`, `<name>.json`, and before it `<name>.index.npy`, beside the tars.
+
+    Raises:
+        ShardError: see `build_index`; or the tars hold no samples.
+    """
+    index, keys = build_index(tars, members=members)
+    if not keys:
+        raise ShardError(f"there are no samples in {', '.join(map(str, tars[:3]))}")
+    index_path = path.with_suffix(".index.npy")
+    unfinished = index_path.with_name(f".{index_path.name}.unfinished.npy")
+    np.save(unfinished, index)
+    os.replace(unfinished, index_path)
+    manifest = Manifest(
+        split=split,
+        num_samples=len(keys),
+        num_classes=len(labels.class_names),
+        ignore_label=labels.ignore_label,
+        class_names=labels.class_names,
+        class_pixels=tuple(int(n) for n in class_pixels),
+        keys_sha256=keys_digest(keys),
+        index=index_path.name,
+        index_sha256=sha256(index_path),
+        shards=tuple(
+            Shard(tar.name, int(np.sum(index["shard"] == i)), tar.stat().st_size, sha256(tar))
+            for i, tar in enumerate(tars)
+        ),
+        path=path,
+    )
+    for file in (*tars, index_path):
+        fsync(file)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+    fsync(unfinished)
+    os.replace(unfinished, path)
 
 
 def _publish(scratch: Path, final: Path) -> None:
@@ -249,7 +212,6 @@ def _publish(scratch: Path, final: Path) -> None:
     for old in final.parent.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
         old.unlink()
     for file in sorted(scratch.iterdir()):  # 2.
-        fsync(file)
         if file.name != final.name:
             os.replace(file, final.parent / file.name)
     os.replace(scratch / final.name, final)  # 3.

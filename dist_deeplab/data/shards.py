@@ -1,24 +1,22 @@
-"""A set of WebDataset shards read by position: manifest + index -> bytes of sample i.
+"""What a set of WebDataset shards is: its manifest and its index.
 
 A set `train` is made of `train-000000.tar ...` (standard WebDataset: `<key>.jpg` and `<key>.png` side by side),
 `train.index.npy` (where each member's bytes lie, memory-mapped) and `train.json` (the manifest, written last).
-Reading by position is what makes the sample order a pure function and a run resumable at any step.
+`shard_reader.py` reads samples by position, which is what makes the sample order a pure function and a run resumable at
+any step. A manifest may also be a URL: index and shards then lie beside it, and come through a `ShardCache`.
 """
 
 import hashlib
-import io
 import json
-import os
-import struct
-import tarfile
-from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from dist_deeplab.data.shard_cache import ShardCache
+from dist_deeplab.downloads import is_url, join_url, shown
 from dist_deeplab.errors import UserError
 
 FORMAT = "dist_deeplab.shards/1"
@@ -27,13 +25,11 @@ INDEX_DTYPE = np.dtype(
     [
         *(("shard", "<i4"), ("header_offset", "<i8")),
         *(("image_offset", "<i8"), ("image_size", "<i8"), ("label_offset", "<i8"), ("label_size", "<i8")),
+        *(("image_crc32", "<u4"), ("label_crc32", "<u4"), ("key_hash", "<u8")),
     ]
 )
-"""header_offset: where the image's tar header begins, the extended one of a long or non-ASCII name included."""
-_MAX_OPEN_SHARDS = 64
-_TAR_BLOCK = tarfile.BLOCKSIZE
-_PNG_HEADER = struct.Struct(">8s8xII")  # signature, IHDR's length and type, width, height
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+"""header_offset: where the image's tar header begins, the extended one of a long or non-ASCII name included.
+crc32: of the member's bytes; a JPEG with a flipped bit decodes without complaint. key_hash: see `key_hash`."""
 
 
 class ShardError(UserError):
@@ -52,7 +48,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a set of shards holds. `keys_sha256` (of the sorted keys) is the set's identity, however it is sharded."""
+    """What a set of shards holds. `keys_sha256` (of the sorted keys) is the set's identity, however it is sharded.
+
+    The last three are not in the file: where the manifest lies on this machine, and, if they come from elsewhere, its
+    URL and where its shards go.
+    """
 
     split: str
     num_samples: int
@@ -62,34 +62,41 @@ class Manifest:
     class_pixels: tuple[int, ...]
     keys_sha256: str
     index: str
+    index_sha256: str
     shards: tuple[Shard, ...]
     path: Path
+    url: str = ""
+    cache: ShardCache | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+    @property
+    def index_path(self) -> Path:
+        """Where the index lies on this machine."""
+        return self.path.with_name(self.index)
+
+    def shard_name(self, number: int) -> str:
+        """Return where a shard comes from, for messages: its path, or its URL."""
+        name = self.shards[number].name
+        return shown(join_url(self.url, name)) if self.url else str(self.path.with_name(name))
 
     @cached_property
     def key_hashes(self) -> np.ndarray:
         """Sorted 64-bit hashes of the sample keys, uint64; of a set above 2**20 samples only so many, the smallest.
 
-        Two sets that are cut so still show what share they have in common. Reads the samples' tar headers, once.
+        Two sets that are cut so still show what share they have in common.
         """
-        reader = ShardReader(self)
-        digests = b"".join(
-            hashlib.blake2b(reader.key(index).encode(), digest_size=8).digest() for index in range(self.num_samples)
-        )
-        return np.sort(np.frombuffer(digests, dtype="<u8").astype(np.uint64))[:MAX_KEY_HASHES]
+        return np.sort(open_index(self)["key_hash"].astype(np.uint64))[:MAX_KEY_HASHES]
 
     def to_json(self) -> dict[str, Any]:
         """Return what the manifest file holds."""
         values = {"format": FORMAT, **asdict(self)}
-        del values["path"]
+        for key in ("path", "url", "cache"):
+            del values[key]
         return values
-
-
-class Sample(NamedTuple):
-    """The stored bytes of one sample."""
-
-    key: str
-    image: bytes
-    label: bytes
 
 
 def keys_digest(keys: list[str]) -> str:
@@ -97,13 +104,47 @@ def keys_digest(keys: list[str]) -> str:
     return hashlib.sha256("".join(f"{key}\n" for key in sorted(keys)).encode()).hexdigest()
 
 
-def load_manifest(path: str | Path) -> Manifest:
+def key_hash(key: str) -> int:
+    """Return 64 bits of the BLAKE2b digest of a key."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def load_manifest(path: str | Path, *, cache: ShardCache | None = None) -> Manifest:
     """Return the manifest, after checking that index and shards are there with the sizes it says.
 
+    Args:
+        path: a file, or a URL of a kind that `downloads.fetch` takes.
+        cache: where a URL's files come to lie; its shards come later, when they are read.
+
     Raises:
-        ShardError: no manifest there; not one; an index or shard missing or of another size; no samples.
+        ShardError: no manifest there; not one; an index or shard missing or of another size; no samples; a URL and no
+            cache.
+        DownloadError: the URL can't be fetched.
     """
-    path = Path(path).expanduser()
+    if is_url(str(path)):
+        if cache is None:
+            raise ShardError(
+                f"{shown(str(path))} is a URL, and its shards need a place: set data.cache_dir to a folder on a disk "
+                "of each node"
+            )
+        url = str(path)
+        manifest = _parse(cache.fetch_manifest(url), {"url": url, "cache": cache})
+        cache.fetch_index(url, manifest.index, sha256=manifest.index_sha256)
+    else:
+        manifest = _parse(Path(path).expanduser(), {})
+        for number, shard in enumerate(manifest.shards):
+            file = manifest.path.with_name(shard.name)
+            size = file.stat().st_size if file.is_file() else None
+            if size != shard.size_bytes:
+                state = "is missing" if size is None else f"has {size:,} bytes, not {shard.size_bytes:,}"
+                where = manifest.shard_name(number)
+                raise ShardError(f"the shard {where} {state}; copy it again or make the shards again")
+    open_index(manifest)
+    return manifest
+
+
+def _parse(path: Path, origin: dict[str, Any]) -> Manifest:
+    """Return the manifest that a file holds, its numbers and names checked; `origin`: its `url` and `cache`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -117,20 +158,16 @@ def load_manifest(path: str | Path) -> Manifest:
     try:
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
         names, pixels = tuple(values.pop("class_names")), tuple(values.pop("class_pixels"))
-        manifest = Manifest(**values, class_names=names, class_pixels=pixels, shards=shards, path=path)
+        manifest = Manifest(**values, class_names=names, class_pixels=pixels, shards=shards, path=path, **origin)
     except (TypeError, KeyError) as error:
         raise ShardError(f"the manifest {path} is incomplete ({error}); make the shards again") from None
     if not isinstance(manifest.num_samples, int) or not isinstance(manifest.num_classes, int):
         raise ShardError(f"the manifest {path} holds a count that is no number; make the shards again")
     if manifest.num_samples < 1:
         raise ShardError(f"the set {path} is empty; make the shards again from a list that names images")
-    for shard in manifest.shards:
-        file = path.parent / shard.name
-        size = file.stat().st_size if file.is_file() else None
-        if size != shard.size_bytes:
-            state = "is missing" if size is None else f"has {size:,} bytes, not {shard.size_bytes:,}"
-            raise ShardError(f"the shard {file} {state}; copy it again or make the shards again")
-    _open_index(manifest)
+    for name in (manifest.index, *(shard.name for shard in manifest.shards)):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ShardError(f"the manifest {path} names {name!r}, which is no file beside it; make the shards again")
     return manifest
 
 
@@ -152,8 +189,13 @@ def require_fit(manifest: Manifest, *, num_classes: int, ignore_label: int) -> N
         )
 
 
-def _open_index(manifest: Manifest) -> np.ndarray:
-    path = manifest.path.parent / manifest.index
+def open_index(manifest: Manifest) -> np.ndarray:
+    """Return where each sample lies, INDEX_DTYPE [num_samples], mapped into memory.
+
+    Raises:
+        ShardError: missing, damaged, or of another set.
+    """
+    path = manifest.index_path
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -161,128 +203,3 @@ def _open_index(manifest: Manifest) -> np.ndarray:
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.num_samples,):
         raise ShardError(f"the index {path} does not belong to {manifest.path}; make the shards again")
     return index
-
-
-def _read_header(header: bytes) -> tuple[str, int]:
-    """Return name and size that a member's header blocks give, an extended header (PAX, GNU) included.
-
-    Raises:
-        tarfile.TarError: these are no header blocks.
-    """
-    last = tarfile.TarInfo.frombuf(header[-_TAR_BLOCK:], "utf-8", "surrogateescape")
-    if len(header) == _TAR_BLOCK:
-        return last.name, last.size
-    with tarfile.open(fileobj=io.BytesIO(header + bytes(_TAR_BLOCK)), mode="r:") as tar:
-        member = tar.next()
-    if member is None or member.offset_data != len(header):
-        raise tarfile.ReadError("no member")
-    return member.name, last.size
-
-
-class ShardReader:
-    """Random access to the samples of a manifest, by `os.pread`: no seek state, so forked workers may share it.
-
-    Pickles as the manifest alone (spawned workers open their own files). Keeps at most 64 shards open.
-    """
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self._index: np.ndarray | None = None
-        self._files: OrderedDict[int, int] = OrderedDict()
-
-    def __len__(self) -> int:
-        return self.manifest.num_samples
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"manifest": self.manifest, "_index": None, "_files": OrderedDict()}
-
-    def __del__(self) -> None:
-        for file in self._files.values():
-            os.close(file)
-
-    def read(self, index: int) -> Sample:
-        """Return the bytes of sample `index` (0 <= index < len).
-
-        Raises:
-            ShardError: the shard has vanished or is shorter than its index says.
-        """
-        row = self._row(index)
-        shard, image_offset = int(row["shard"]), int(row["image_offset"])
-        header_size = image_offset - int(row["header_offset"])
-        label_start, label_size = int(row["label_offset"]) - _TAR_BLOCK, int(row["label_size"])
-        image = self._pread(shard, int(row["header_offset"]), header_size + int(row["image_size"]), index)
-        label = self._pread(shard, label_start, _TAR_BLOCK + label_size, index)
-        try:
-            name, image_size = _read_header(image[:header_size])
-            if (image_size, _read_header(label[:_TAR_BLOCK])[1]) != (row["image_size"], label_size):
-                raise tarfile.ReadError("other sizes")
-        except tarfile.TarError:
-            raise self._mismatch(shard, index) from None
-        return Sample(name.rpartition(".")[0], image[header_size:], label[_TAR_BLOCK:])
-
-    def shard_path(self, index: int) -> Path:
-        """Return the shard that sample `index` is in, for messages."""
-        return self._path(int(_open_index(self.manifest)[index]["shard"]))
-
-    def key(self, index: int) -> str:
-        """Return the key of sample `index`, from its tar header alone."""
-        row = self._row(index)
-        start, shard = int(row["header_offset"]), int(row["shard"])
-        try:
-            name, size = _read_header(self._pread(shard, start, int(row["image_offset"]) - start, index))
-        except tarfile.TarError:
-            raise self._mismatch(shard, index) from None
-        if size != row["image_size"]:
-            raise self._mismatch(shard, index)
-        return name.rpartition(".")[0]
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        """Return height and width of sample `index` in pixels, from the first bytes of its label.
-
-        Raises:
-            ShardError: there is no PNG; the shard has vanished or is shorter than its index says.
-        """
-        row = self._row(index)
-        shard = int(row["shard"])
-        header = self._pread(shard, int(row["label_offset"]), _PNG_HEADER.size, index)
-        signature, width, height = _PNG_HEADER.unpack(header)
-        if signature != _PNG_SIGNATURE:
-            raise ShardError(f"the label of sample {index} in {self._path(shard)} is no PNG; make the shards again")
-        return height, width
-
-    def _row(self, index: int) -> np.void:
-        """Return the index's entry of a sample."""
-        if self._index is None:
-            self._index = _open_index(self.manifest)
-        row = self._index[index]
-        if not 0 <= row["shard"] < len(self.manifest.shards):
-            raise ShardError(f"sample {index} of {self.manifest.path} is in no shard of the set; make the shards again")
-        return row
-
-    def _mismatch(self, shard: int, index: int) -> ShardError:
-        where = f"sample {index} is not where the index says in {self._path(shard)}"
-        return ShardError(f"{where}; copy or make the shards again")
-
-    def _path(self, shard: int) -> Path:
-        return self.manifest.path.parent / self.manifest.shards[shard].name
-
-    def _pread(self, shard: int, offset: int, size: int, index: int) -> bytes:
-        data = os.pread(self._open(shard), size, offset) if size > 0 <= offset else b""
-        if len(data) != size:
-            raise self._mismatch(shard, index)
-        return data
-
-    def _open(self, shard: int) -> int:
-        file = self._files.get(shard)
-        if file is None:
-            path = self._path(shard)
-            try:
-                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise ShardError(f"cannot open the shard {path}: {error.strerror}") from None
-            self._files[shard] = file
-            if len(self._files) > _MAX_OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-        else:
-            self._files.move_to_end(shard)
-        return file

@@ -12,8 +12,11 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from dist_deeplab.data import shard_writer, voc
+from dist_deeplab.data import voc
+from dist_deeplab.data.labels import LabelSpace
+from dist_deeplab.data.shard_writer import write_shards
 from dist_deeplab.data.shards import Manifest, load_manifest
+from dist_deeplab.data.sources import read_voc_list
 
 # The same examples on every machine, however slow it is: a failure is a change of the code.
 settings.register_profile("unit", derandomize=True, deadline=None, database=None)
@@ -82,11 +85,11 @@ def voc_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shard_set(voc_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """The shards of `voc_root`'s 8 images: 3 + 3 + 2."""
-    manifest = shard_writer.write_shards(
-        shard_writer.read_voc_list(voc_root, "train"),
+    manifest = write_shards(
+        read_voc_list(voc_root, "train"),
         tmp_path_factory.mktemp("shards"),
         split="train",
-        labels=shard_writer.LabelSpace(voc.CLASS_NAMES, voc.IGNORE_LABEL),
+        labels=LabelSpace(voc.CLASS_NAMES, voc.IGNORE_LABEL),
         samples_per_shard=3,
     )
     return load_manifest(manifest.path)

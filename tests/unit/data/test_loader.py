@@ -17,7 +17,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from dist_deeplab.data import order, shard_writer
+from dist_deeplab.data import order
 from dist_deeplab.data.loader import (
     Batch,
     EvalDataset,
@@ -28,6 +28,7 @@ from dist_deeplab.data.loader import (
     eval_loader,
 )
 from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.data.shard_index import build_index
 from dist_deeplab.data.shards import FORMAT, Manifest, ShardError, load_manifest
 from dist_deeplab.data.transforms import Augmentation
 
@@ -246,11 +247,12 @@ def own_manifest(folder: Path, members: dict[str, tuple[bytes, bytes]]) -> Manif
     with webdataset.TarWriter(str(tar)) as writer:
         for key, (image, label) in members.items():
             writer.write({"__key__": key, "jpg": image, "png": label})
-    index, keys = shard_writer.build_index([tar])
+    index, keys = build_index([tar])
     np.save(folder / "mine.index.npy", index)
     shard = {"name": tar.name, "num_samples": len(keys), "size_bytes": tar.stat().st_size, "sha256": ""}
     values = {"format": FORMAT, "split": "mine", "num_samples": len(keys), "num_classes": 3, "ignore_label": 255}
     values |= {"class_names": ["a", "b", "c"], "class_pixels": [0] * 3, "keys_sha256": "", "index": "mine.index.npy"}
+    values["index_sha256"] = ""
     (folder / "mine.json").write_text(json.dumps(values | {"shards": [shard]}))
     return load_manifest(folder / "mine.json")
 

@@ -15,8 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_deeplab.data import shard_writer, voc
-from dist_deeplab.data.shards import Manifest, Sample, ShardError, ShardReader, keys_digest, load_manifest, require_fit
+from dist_deeplab.data import voc
+from dist_deeplab.data.labels import LabelSpace
+from dist_deeplab.data.shard_reader import Sample, ShardReader
+from dist_deeplab.data.shard_writer import write_shards
+from dist_deeplab.data.shards import Manifest, ShardError, keys_digest, load_manifest, require_fit
+from dist_deeplab.data.sources import read_voc_list
 from dist_deeplab.errors import UserError
 
 
@@ -116,7 +120,7 @@ def test_forked_processes_share_open_files_without_disturbing_each_other(shard_s
 
 
 def test_a_reader_keeps_few_shards_open_and_closes_them(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_deeplab.data.shards._MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("dist_deeplab.data.shard_reader._MAX_OPEN_SHARDS", 2)
     folder = shard_set.path.parent
     before = open_shards(folder)
     reader = ShardReader(shard_set)
@@ -217,12 +221,12 @@ def test_an_index_of_another_shape_or_kind_is_refused(what: str, own_set: Path) 
 
 def test_no_sample_is_read_by_the_index_of_another_set_of_as_many_samples(own_set: Path, voc_root: Path) -> None:
     """The first image of any shard begins at byte 512: its header is right even where everything else is wrong."""
-    samples = shard_writer.read_voc_list(voc_root, "train")
-    other = shard_writer.write_shards(
+    samples = read_voc_list(voc_root, "train")
+    other = write_shards(
         samples[1:] + samples[:1],
         own_set.parent / "other",
         split="train",
-        labels=shard_writer.LabelSpace(voc.CLASS_NAMES, voc.IGNORE_LABEL),
+        labels=LabelSpace(voc.CLASS_NAMES, voc.IGNORE_LABEL),
         samples_per_shard=3,
     )
     shutil.copy(other.path.with_name("train.index.npy"), own_set.with_name("train.index.npy"))

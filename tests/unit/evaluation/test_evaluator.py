@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dist_deeplab.data.labels import LabelSpace
 from dist_deeplab.data.loader import EvalDataset, eval_batches
-from dist_deeplab.data.shard_writer import LabelSpace, SourceSample, write_shards
+from dist_deeplab.data.shard_writer import write_shards
 from dist_deeplab.data.shards import Manifest, ShardError
+from dist_deeplab.data.sources import SourceSample
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.evaluation.boundaries import TRIMAP_WIDTHS
 from dist_deeplab.evaluation.evaluator import draw_panels, evaluate

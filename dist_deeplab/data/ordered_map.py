@@ -1,0 +1,62 @@
+"""A function over many items in several processes; the results come in the items' order, so that more processes change
+nothing but the time."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_context
+from typing import TypeVar
+
+from dist_deeplab.errors import UserError
+
+_CHUNK = 8  # items sent to a process at once
+_AHEAD = 4  # chunks per process that may be under way or wait to be taken: bounds the memory
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def ordered_map(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
+    """Yield `function(item)` of each item, in order, from so many processes (1: this one); an exception comes in its
+    turn.
+
+    `function` and the results must be picklable.
+
+    Raises:
+        UserError: a process was killed from outside, e.g. for its memory.
+    """
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    iterator = iter(items)
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+        waiting: deque[Future[list[R]]] = deque()
+        try:
+            while True:
+                while len(waiting) < workers * _AHEAD and (chunk := list(islice(iterator, _CHUNK))):
+                    waiting.append(pool.submit(_apply, function, chunk))
+                if not waiting:
+                    return
+                yield from waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("a process was killed, perhaps for its memory; try again with fewer --workers") from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _apply(function: Callable[[T], R], chunk: list[T]) -> list[R]:
+    return [function(item) for item in chunk]
+
+
+def useful_workers(workers: int, num_items: int) -> int:
+    """Return how many of `workers` are worth their start, which takes as long as some 100 samples."""
+    return max(1, min(workers, num_items // 100))
+
+
+def num_cores() -> int:
+    """Return the cores this process may use."""
+    return len(os.sched_getaffinity(0))
