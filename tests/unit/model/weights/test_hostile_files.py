@@ -1,5 +1,7 @@
 """Damaged, hostile and simply wrong files: one clear sentence, no other exception, no code run, no memory eaten."""
 
+import argparse
+import copy
 import io
 import os
 import pickle
@@ -203,6 +205,20 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
         load_weights(path)
 
 
+def test_members_that_share_their_bytes_are_not_read(tmp_path: Path) -> None:
+    whole = zipfile.ZipFile(_torch_file(tmp_path))
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w") as archive:
+        for name in whole.namelist():
+            archive.writestr(name, whole.read(name))
+        largest = max(archive.filelist, key=lambda member: member.file_size)
+        for number in range(100):
+            again = copy.copy(largest)
+            again.filename = f"a/data/{1000 + number}"
+            archive.filelist.append(again)
+    with pytest.raises(UserError, match="unpacks to more than its own"):
+        load_weights(tmp_path / "bomb.pth")
+
+
 def test_other_archives_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unpack it and give the file in it"):
         load_weights(_archive(tmp_path / "a.zip", {"train_iter_20000.caffemodel": b"12"}))
@@ -239,6 +255,13 @@ def _object_npy(content: Any) -> bytes:
     file = io.BytesIO()
     np.save(file, np.array(content, dtype=object), allow_pickle=True)
     return file.getvalue()
+
+
+def test_foreign_objects_in_a_checkpoint_are_named(tmp_path: Path) -> None:
+    state = TorchvisionResNet(BLOCKS, WIDTH, with_fc=False).state_dict()
+    torch.save({"state_dict": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"plain values \(argparse\.Namespace\).*save its state dict alone"):
+        load_weights(tmp_path / "a.pth")
 
 
 def test_code_in_an_npy_is_refused_and_not_run(tmp_path: Path) -> None:
