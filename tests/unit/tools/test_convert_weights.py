@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_deeplab import evaluate
 from dist_deeplab.data import voc
-from dist_deeplab.data.shards import Manifest
 from dist_deeplab.evaluation.inference import load_network
 from dist_deeplab.model.weights import load_weights
 from dist_deeplab.training.resume import read_checkpoint
@@ -95,9 +93,7 @@ def test_what_is_not_whole_or_there_already_is_refused(
     assert "of another depth or width than ours" in capsys.readouterr().err
 
 
-def test_published_weights_become_a_checkpoint_that_is_scored(
-    convert: Any, tmp_path: Path, shard_set: Manifest, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_published_weights_become_a_checkpoint_that_is_scored(convert: Any, tmp_path: Path) -> None:
     layers = CaffeNetBuilder(*TINY, 21, seed=0).layers
     (tmp_path / "train2_iter_20000.caffemodel").write_bytes(writers.caffemodel(layers))
     path = tmp_path / "c" / "published.pt"
@@ -107,9 +103,7 @@ def test_published_weights_become_a_checkpoint_that_is_scored(
     logits, expected = load_network(saved)(image), run_caffe(layers, image)["logits"]
     assert float((logits - expected).detach().abs().max()) < 1e-4 * float(expected.abs().max())
     assert saved["class_names"] == list(voc.CLASS_NAMES)
-    command = [str(path), "--data", str(shard_set.path), "data.num_workers=0", "--json", str(tmp_path / "s.json")]
-    assert evaluate.main([*command, "--out", str(tmp_path / "out")]) == 0
-    assert "trained on VOC 2012 val too" in (tmp_path / "s.json").read_text()
+    assert "trained on VOC 2012 val too" in saved["variant"]["note"]
 
 
 @pytest.mark.parametrize(
