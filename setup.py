@@ -40,7 +40,7 @@ setup(
         "pydantic>=2.7",
         "mlflow>=3.1",  # not mlflow-skinny: that cannot open the SQLite store
         "opencv-python-headless>=5",
-        "Pillow>=10",
+        "Pillow>=10.1",
         "numpy>=1.26",
         "rich>=13",
         "matplotlib>=3.8",
@@ -58,6 +58,7 @@ setup(
         "console_scripts": [
             "dist-deeplab-train = dist_deeplab.train:main",
             "dist-deeplab-evaluate = dist_deeplab.evaluate:main",
+            "dist-deeplab-predict = dist_deeplab.predict:main",
         ]
     },
     classifiers=[

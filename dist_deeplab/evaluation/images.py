@@ -1,0 +1,109 @@
+"""People's pictures: finding them, and reading whatever kind they are as 8-bit RGB."""
+
+import contextlib
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dist_deeplab.errors import UserError, first_line
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+"""What counts as a picture inside a folder; a file that is named itself may have any."""
+
+_ORIENTATION_TAG = 0x0112  # EXIF 2.3; 5 to 8 swap height and width
+_SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class ImageError(UserError):
+    """A file is no picture, damaged, or of a kind that has no obvious 8-bit RGB."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture to predict: its file, and the name of its results, a relative path without suffix."""
+
+    path: Path
+    name: str
+
+
+def find_images(inputs: Sequence[str], *, outside: Path) -> list[Source]:
+    """Return the pictures that files, folders (searched to any depth) and glob patterns name, sorted by name.
+
+    A folder's pictures keep their place below it in their names. What lies in the folder `outside`, that of the
+    results, is left out.
+
+    Raises:
+        UserError: an input that names nothing; two pictures whose results would have one name.
+    """
+    found: dict[str, Path] = {}
+    for text in inputs:
+        paths, root = _expand(text)
+        paths = [path for path in paths if not path.resolve().is_relative_to(outside.resolve())]
+        if not paths:
+            raise UserError(f"{text} names no picture; give image files, folders of them or a quoted pattern")
+        for path in paths:
+            name = (path.relative_to(root) if root else Path(path.name)).with_suffix("").as_posix()
+            other = found.setdefault(name, path)
+            if other.resolve() != path.resolve():
+                raise UserError(f"{other} and {path} would both become {name}.png; predict them into two folders")
+    return [Source(path, name) for name, path in sorted(found.items())]
+
+
+def _expand(text: str) -> tuple[list[Path], Path | None]:
+    """Return the files that an argument names, and the folder that their names are relative to, if there is one."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return [file for file in sorted(path.rglob("*")) if file.suffix.lower() in EXTENSIONS and file.is_file()], path
+    if path.exists() or not glob.has_magic(text):
+        return ([path] if path.is_file() else []), None
+    return [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()], None
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return height and width of the upright picture, from the file's first bytes.
+
+    Raises:
+        ImageError: no picture.
+    """
+    with _reading(path), Image.open(path) as image:
+        width, height = image.size
+        return (width, height) if image.getexif().get(_ORIENTATION_TAG, 1) >= 5 else (height, width)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Return a picture as uint8 [H, W, 3] RGB, upright: an EXIF orientation is applied.
+
+    Greyscale is repeated on the channels, 16 bits become their upper 8, transparent parts lie on white, CMYK and
+    palettes become RGB, of an animation the first frame is taken.
+
+    Raises:
+        ImageError: unreadable, damaged, or of floating-point values.
+    """
+    with _reading(path), Image.open(path) as file:
+        image: Image.Image = ImageOps.exif_transpose(file)
+        if image.mode == "F":
+            raise ImageError(f"{path} holds floating-point values; save it with 8 or 16 bits")
+        if image.mode in _SIXTEEN_BIT:
+            values = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
+            return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            upper = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", upper.size, "white"), upper)
+        return np.array(image.convert("RGB"))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what Pillow may raise into one sentence."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"{path} is no picture of a known kind") from None
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        raise ImageError(f"{path} can't be read ({first_line(error)})") from None

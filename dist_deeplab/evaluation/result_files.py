@@ -1,0 +1,73 @@
+"""The files of predictions: which there are, which exist already, and how they are written."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image
+
+from dist_deeplab.errors import UserError
+from dist_deeplab.evaluation import pictures
+from dist_deeplab.evaluation.images import Source
+from dist_deeplab.evaluation.prediction import Prediction
+
+EXTRAS = {"overlay": ".jpg", "side_by_side": ".jpg", "probabilities": ".npz"}
+"""What there can be beside the mask: the folder's name, and the files' suffix."""
+
+_JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class ResultFiles:
+    """Where results go: masks to `masks`/<name>.png, each kind of extra to `out`/<kind>/<name>.<suffix>."""
+
+    out: Path
+    masks: Path
+    extras: Sequence[str]
+    class_names: Sequence[str]
+
+    def of(self, source: Source) -> dict[str, Path]:
+        """Return {kind: file} of a picture's results."""
+        files = {"mask": self.masks / f"{source.name}.png"}
+        return files | {kind: self.out / kind / f"{source.name}{EXTRAS[kind]}" for kind in self.extras}
+
+    def wanted(self, sources: Sequence[Source], *, overwrite: bool, skip_existing: bool) -> list[Source]:
+        """Return the pictures to predict: all, or with `skip_existing` those that lack a result.
+
+        Raises:
+            UserError: results are there, and may neither be replaced nor left.
+        """
+        if overwrite:
+            return list(sources)
+        existing = [file for source in sources for file in self.of(source).values() if file.exists()]
+        if existing and not skip_existing:
+            raise UserError(
+                f"{len(existing)} of the results are there already, e.g. {existing[0]}; --overwrite replaces them, "
+                "--skip-existing does the missing ones"
+            )
+        return [source for source in sources if not all(file.exists() for file in self.of(source).values())]
+
+    def write(self, done: Prediction) -> None:
+        """Write the results of one picture, each file in one rename."""
+        pred = done.prob.argmax(0).astype(np.uint8)
+        for kind, file in self.of(done.source).items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".{file.name}.tmp")
+            with temporary.open("wb") as target:
+                self._fill(target, kind, done, pred)
+            os.replace(temporary, file)
+
+    def _fill(self, target: IO[bytes], kind: str, done: Prediction, pred: np.ndarray) -> None:
+        if kind == "mask":
+            pictures.palette_image(pred).save(target, format="PNG")
+        elif kind == "overlay":
+            shot = Image.fromarray(pictures.overlay(done.image, pred))
+            shot.save(target, format="JPEG", quality=_JPEG_QUALITY)
+        elif kind == "side_by_side":
+            shot = pictures.side_by_side(done.image, pred, self.class_names)
+            shot.save(target, format="JPEG", quality=_JPEG_QUALITY)
+        else:
+            np.savez_compressed(target, prob=done.prob.astype(np.float16), class_names=np.array(self.class_names))

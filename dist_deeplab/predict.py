@@ -1,0 +1,213 @@
+"""Predict pictures: class masks, and what helps to look at them.
+
+    python -m dist_deeplab.predict runs/voc_resnet101/checkpoints/best.pt photos/ --out predictions --side-by-side
+    torchrun --nproc_per_node 8 -m dist_deeplab.predict CHECKPOINT 'JPEGImages/2008_*.jpg' --out DIR eval.flip=true
+    ... --voc-submission comp5 --list VOCdevkit/VOC2012/ImageSets/Segmentation/test.txt      # for the PASCAL server
+
+Takes files, folders (searched to any depth) and quoted patterns of any kind of picture; EXIF orientation is applied.
+Writes OUT/<name>.png, class indices with VOC's palette, and on request OUT/overlay/<name>.jpg,
+OUT/side_by_side/<name>.jpg and OUT/probabilities/<name>.npz (`prob`, float16 [classes, height, width]). Files that
+can't be read are listed at the end. Exit codes: 0 done, 1 error or some files could not be read, 2 wrong arguments.
+"""
+
+import argparse
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from dist_deeplab.config import RunConfig
+from dist_deeplab.errors import UserError
+from dist_deeplab.evaluation import submission
+from dist_deeplab.evaluation.crf import CrfPool, open_crf, require_crf
+from dist_deeplab.evaluation.images import Source, find_images
+from dist_deeplab.evaluation.inference import Predictor, inference_settings, load_network
+from dist_deeplab.evaluation.prediction import Prediction, Windows, predict_images
+from dist_deeplab.evaluation.result_files import EXTRAS, ResultFiles
+from dist_deeplab.model.weights import Variant
+from dist_deeplab.runtime.distributed import (
+    DistEnv,
+    exit_with_crash,
+    exit_with_error,
+    gather_to_all,
+    leave,
+    process_group,
+    ranks_on_host,
+)
+from dist_deeplab.runtime.logs import setup_logging
+from dist_deeplab.runtime.parallel import place_model
+from dist_deeplab.training.resume import read_checkpoint
+
+_SHOWN = 50  # unreadable files listed in the terminal; unreadable.txt has all
+
+log = logging.getLogger("dist_deeplab.predict")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    env = DistEnv()
+    try:
+        env = DistEnv.from_environ()
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large pictures are expected here
+        saved = read_checkpoint(arguments.checkpoint)
+        settings = inference_settings(saved, arguments.overrides)
+        require_crf(settings.eval.crf)
+        if arguments.voc_submission:
+            submission.require_voc_classes(saved["class_names"])
+        sources = find_images(arguments.images, outside=arguments.out)
+        if arguments.list:
+            sources = listed(sources, arguments.list)
+        results = result_files(arguments, saved["class_names"])
+        with process_group(env):
+            wanted = results.wanted(sources, overwrite=arguments.overwrite, skip_existing=arguments.skip_existing)
+            sources = gather_to_all(wanted)[0]  # every rank has looked before one writes
+            problems = predict(env, saved, settings, sources, results, arguments)
+            env.on_main(report, problems, len(sources), arguments)
+        return 1 if problems else 0
+    except UserError as error:
+        return exit_with_error(env, error)
+    except Exception as error:
+        return exit_with_crash(env, error)
+
+
+def predict(
+    env: DistEnv,
+    saved: dict[str, Any],
+    settings: RunConfig,
+    sources: Sequence[Source],
+    results: ResultFiles,
+    arguments: argparse.Namespace,
+) -> list[str]:
+    """Predict this rank's share, write the results, and return what could not be read on any rank."""
+    setup_logging(is_main=env.is_main, rank=env.rank, folder=None)
+    variant = Variant.from_plain(saved["variant"])
+    net = place_model(load_network(saved), env.device)
+    own = sources[env.rank :: env.world_size]
+    log.info("%d pictures (%d on this rank) to %s", len(sources), len(own), arguments.out)
+    predictions = predict_images(
+        Predictor.build(net, variant.preprocessing, settings.eval),
+        own,
+        device=env.device,
+        batch_size=settings.eval.batch_size,
+        windows=Windows(arguments.window, arguments.overlap),
+        num_threads=settings.data.num_workers,
+    )
+    problems = []
+    with open_crf(settings.eval.crf, settings.crf, ranks_on_host=ranks_on_host()) as crf, ThreadPoolExecutor(2) as pool:
+        writing = None
+        for done in with_progress(refined(predictions, crf), len(own), visible=env.is_main):
+            if done.problem:
+                problems.append(done.problem)
+                continue
+            if writing is not None:
+                writing.result()  # at most one behind; a full disk is an error here
+            writing = pool.submit(results.write, done)
+        if writing is not None:
+            writing.result()
+    return sorted(problem for rank in gather_to_all(problems) for problem in rank)
+
+
+def result_files(arguments: argparse.Namespace, class_names: Sequence[str]) -> ResultFiles:
+    """Return the files that were asked for."""
+    out, competition = arguments.out, arguments.voc_submission
+    masks = submission.masks_folder(out, competition) if competition else out
+    kinds = [kind for kind in EXTRAS if getattr(arguments, kind)]
+    return ResultFiles(out, masks, kinds, class_names)
+
+
+def refined(predictions: Iterable[Prediction], crf: CrfPool | None) -> Iterator[Prediction]:
+    """Yield the predictions, refined by the CRF where there is one; what could not be read passes it by."""
+    if crf is None:
+        yield from predictions
+        return
+    problems: list[Prediction] = []
+
+    def readable() -> Iterator[tuple[Prediction, np.ndarray, np.ndarray]]:
+        for done in predictions:
+            if done.problem:
+                problems.append(done)
+            else:
+                yield done._replace(prob=done.prob[:0]), done.image, done.prob
+
+    for done, prob in crf.refine(readable()):
+        yield done._replace(prob=prob)
+    yield from problems
+
+
+def listed(sources: Sequence[Source], list_file: Path) -> list[Source]:
+    """Return the sources whose names are in a list, one a line.
+
+    Raises:
+        UserError: no such file, or a name in it that no picture has.
+    """
+    try:
+        names = {line.split()[0] for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the list {list_file}: {error}") from None
+    missing = sorted(names - {source.name for source in sources})
+    if missing:
+        raise UserError(f"{len(missing)} of the {len(names)} names in {list_file} have no picture, e.g. {missing[0]}")
+    return [source for source in sources if source.name in names]
+
+
+def with_progress(predictions: Iterable[Prediction], total: int, *, visible: bool) -> Iterator[Prediction]:
+    """Yield the predictions under a progress bar on stderr; silent where that is no terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (visible and console.is_terminal)) as progress:
+        yield from progress.track(predictions, total=total, description="predicting")
+
+
+def report(problems: Sequence[str], total: int, arguments: argparse.Namespace) -> None:
+    """Pack the submission, and say what was done and what could not be read."""
+    if arguments.voc_submission and not problems:
+        log.info("packed %s", submission.pack(arguments.out))
+    log.info("%d pictures predicted, results in %s", total - len(problems), arguments.out)
+    if problems:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "unreadable.txt").write_text("".join(f"{line}\n" for line in problems), encoding="utf-8")
+        log.error(
+            "%d of %d files could not be read (all in %s):\n  %s",
+            len(problems),
+            total,
+            arguments.out / "unreadable.txt",
+            "\n  ".join(problems[:_SHOWN]),
+        )
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dist_deeplab.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file with its .json beside it")
+    add("images", nargs="+", metavar="IMAGE|DIR|GLOB", help="pictures; section.key=value overrides eval.* and crf.*")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    add("--list", type=Path, metavar="FILE", help="predict only the names in this file, one a line")
+    add("--overlay", action="store_true", help="also the picture with the classes' colours over it")
+    add("--side-by-side", action="store_true", help="also picture, mask and overlay in a row, with a legend")
+    add("--probabilities", action="store_true", help="also all classes' probabilities (large files)")
+    add("--voc-submission", choices=("comp5", "comp6"), help="masks in the tree, and results.tar, that PASCAL takes")
+    add("--overwrite", action="store_true", help="replace results that are there already")
+    add("--skip-existing", action="store_true", help="leave pictures alone whose results are there already")
+    add("--window", type=int, default=2049, metavar="PIXELS", help="larger pictures go in windows (default: 2049)")
+    add("--overlap", type=int, default=256, metavar="PIXELS", help="by which windows overlap at least (default: 256)")
+    arguments = parser.parse_intermixed_args(argv)
+    is_override = [("=" in text and not Path(text).exists()) for text in arguments.images]
+    arguments.overrides = [text for text, override in zip(arguments.images, is_override) if override]
+    arguments.images = [text for text, override in zip(arguments.images, is_override) if not override]
+    if not arguments.images:
+        parser.error("no pictures: give image files, folders of them or quoted patterns")
+    if arguments.window < 33 or not 0 <= arguments.overlap < arguments.window:
+        parser.error("--window must be 33 or more, and --overlap smaller than it")
+    return arguments
+
+
+if __name__ == "__main__":
+    leave(main())
