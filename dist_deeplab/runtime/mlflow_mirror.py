@@ -1,6 +1,6 @@
 """Send a run's journal to MLflow: while the run is going on, or afterwards.
 
-    python -m dist_deeplab.runtime.mlflow_mirror RUN_DIR [--uri URI] [--follow PID]
+    python -m dist_deeplab.runtime.mlflow_mirror RUN_DIR [--uri URI] [--follow PID | --once]
 
 Reads RUN_DIR/metrics.jsonl from where it stopped last time (kept in RUN_DIR/mlflow.json) and sends points with the
 journal's own times, so that sending one twice changes nothing. With --follow it goes on until the journal ends the run
@@ -102,10 +102,10 @@ class Mirror:
         return bool(record["attempt"] == self.info["attempt"])
 
 
-def mirror_until_done(mirror: Mirror, *, is_running: Callable[[], bool], give_up_s: float | None = None) -> bool:
+def mirror_until_done(mirror: Mirror, *, is_running: Callable[[], bool], give_up_s: float = _GIVE_UP_S) -> bool:
     """Send until the journal ends the run, or the run's process is gone; return whether all was sent.
 
-    Once the run has ended, a store that takes nothing is given up after `give_up_s` (default: 10 minutes).
+    Once the run has ended, a store that takes nothing is given up after `give_up_s`.
     """
     failures = 0
     ended_at: float | None = None
@@ -130,7 +130,7 @@ def mirror_until_done(mirror: Mirror, *, is_running: Callable[[], bool], give_up
                 log.warning("MLflow does not take points (%s); trying again, nothing is lost", error)
             if not alive:
                 ended_at = ended_at or time.monotonic()
-                if time.monotonic() - ended_at >= (_GIVE_UP_S if give_up_s is None else give_up_s):
+                if time.monotonic() - ended_at >= give_up_s:
                     log.warning("giving up; tools/sync_mlflow.py %s sends the rest", mirror.run_dir)
                     return False
         time.sleep(_RETRY_S[min(failures, len(_RETRY_S)) - 1] if failures else _POLL_S)
@@ -172,6 +172,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dist_deeplab.runtime.mlflow_mirror", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--uri", default="", help="MLflow store, where not the one that the run was started with")
+    parser.add_argument("--once", action="store_true", help="do not wait: neither for the store nor for another mirror")
     parser.add_argument("--follow", type=int, metavar="PID", help="process that writes the journal")
     arguments = parser.parse_args()
     if not (arguments.run_dir / RUN_FILE).is_file():
@@ -188,13 +189,14 @@ def main() -> int:
     lock = FileLock(arguments.run_dir / "mlflow.lock")
     try:
         # The mirror of an attempt that was killed may still be sending; it ends as soon as it is done.
-        with lock.acquire(timeout=_GIVE_UP_S):
+        with lock.acquire(timeout=0 if arguments.once else _GIVE_UP_S):
             done = mirror_until_done(
                 Mirror(arguments.run_dir, uri=arguments.uri),
                 is_running=lambda: pid is not None and _process_exists(pid),
+                give_up_s=0.0 if arguments.once else _GIVE_UP_S,
             )
     except Timeout:
-        log.warning("another process is still mirroring %s", arguments.run_dir)
+        log.warning("another process is sending %s just now", arguments.run_dir)
         return 1
     return 0 if done else 1
 

@@ -1,5 +1,6 @@
 """One run in MLflow: all calls that describe it and fill it. Every one of them may be repeated after an outage."""
 
+import functools
 import getpass
 import json
 import logging
@@ -10,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from dist_deeplab.runtime.mlflow_images import ImageSeries
 from dist_deeplab.runtime.mlflow_store import full_uri, open_client, open_experiment
 from dist_deeplab.runtime.tracking import MLFLOW_FILE, RUN_FILE
 
@@ -17,7 +19,6 @@ log = logging.getLogger("mlflow_mirror")
 
 Record = dict[str, Any]
 _MAX_TEXT = 5000  # MLflow takes tags of 8000 characters and parameters of 6000
-_IMAGE_FOLDER = "images"  # where MlflowClient.log_image puts what the slider shows
 
 
 class MirrorState:
@@ -70,7 +71,11 @@ class MlflowRun:
     def __init__(self, run_dir: Path, info: Mapping[str, Any], state: MirrorState, uri: str) -> None:
         self.run_dir, self.info, self.state, self.uri = run_dir, info, state, uri
         self.client = open_client(full_uri(uri))
-        self._images: set[str] | None = None
+
+    @functools.cached_property
+    def images(self) -> ImageSeries:
+        """The pictures that MLflow's pages show with a slider."""
+        return ImageSeries(self.client, self.run_id)
 
     @property
     def run_id(self) -> str:
@@ -115,7 +120,7 @@ class MlflowRun:
         if "git_revision" in tags:
             tags["mlflow.source.git.commit"] = tags["git_revision"]
         if "command" in tags:
-            tags["mlflow.source.name"] = tags["command"]
+            tags["mlflow.source.name"] = "dist_deeplab.train"  # the page shows it, and `command` as it is
         if self.info.get("slurm_jobs"):
             tags |= {"slurm_jobs": " ".join(self.info["slurm_jobs"]), "mlflow.source.type": "JOB"}
         changed = self.info.get("changed", {})
@@ -188,29 +193,25 @@ class MlflowRun:
         return True
 
     def _send_file(self, record: Record) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._send_existing_file(record)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            log.warning("MLflow refuses the file of %s (%s); it stays in the run's folder", record, error)
+
+    def _send_existing_file(self, record: Record) -> None:
         name = Path(record["file"])
         path = self.run_dir / name
         if not path.exists():
             log.warning("%s is gone; MLflow does without it", path)
         elif "image" in record:
-            self._send_image(path, record)
+            self.images.send(path, record["image"], record["step"], round(record["time"] * 1000))
         else:
-            self.client.log_artifact(self.run_id, str(path), str(name.parent))
-
-    def _send_image(self, path: Path, record: Record) -> None:
-        """Send one picture of a series, once: MLflow gives each call's file a random name."""
-        from PIL import Image
-
-        time_ms = round(record["time"] * 1000)
-        if self._images is None:
-            self._images = {Path(item.path).name for item in self.client.list_artifacts(self.run_id, _IMAGE_FOLDER)}
-        stem = f"{record['image'].replace('/', '~')}+step+{record['step']}+timestamp+{time_ms}+"
-        if any(name.startswith(stem) and name.endswith(".webp") for name in self._images):
-            return  # .webp is what log_image writes last
-        with Image.open(path) as picture:
-            self.client.log_image(
-                self.run_id, picture.convert("RGB"), key=record["image"], step=record["step"], timestamp=time_ms
-            )
+            folder = None if name.parent == Path(".") else str(name.parent)
+            self.client.log_artifact(self.run_id, str(path), folder)
 
 
 def parent_run_id(run_dir: Path, info: Mapping[str, Any], uri: str) -> str:

@@ -89,7 +89,6 @@ def run_dir(store: Store, tmp_path: Path) -> Path:
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(mlflow_mirror, "_POLL_S", 0.0)
     monkeypatch.setattr(mlflow_mirror, "_RETRY_S", (0.0,))
-    monkeypatch.setattr(mlflow_mirror, "_GIVE_UP_S", 1.0)
     environ = dict(os.environ)
     yield
     os.environ.clear()
@@ -138,9 +137,9 @@ def append(folder: Path, *records: Record | bytes) -> None:
             journal.write(record if isinstance(record, bytes) else json.dumps(record).encode() + b"\n")
 
 
-def send(folder: Path) -> bool:
+def send(folder: Path, give_up_s: float = 1.0) -> bool:
     """Send everything, as for a run whose process is gone."""
-    return mirror_until_done(Mirror(folder), is_running=lambda: False)
+    return mirror_until_done(Mirror(folder), is_running=lambda: False, give_up_s=give_up_s)
 
 
 def in_ms(step: int) -> int:
@@ -232,11 +231,13 @@ def test_late_results_arrive_and_leave_end_and_status_as_they_are(store: Store, 
     assert store.history("eval/val/mIoU") == [(20, 0.75, in_ms(5000))]
 
 
-def test_pictures_of_a_series_arrive_with_their_steps_once(store: Store, run_dir: Path) -> None:
+def test_pictures_of_a_series_arrive_with_their_steps_once_and_readable(
+    store: Store, run_dir: Path, tmp_path: Path
+) -> None:
     for step in (10, 20):
         picture = run_dir / f"eval/step_{step:08d}/street.png"
         picture.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (64, 32), (step, 0, 0)).save(picture)
+        Image.new("RGB", (1000, 500), (10 * step, 0, 0)).save(picture)
         append(run_dir, file(str(picture.relative_to(run_dir))) | {"image": "panels/street", "step": step})
     append(run_dir, ending("FINISHED"))
     assert send(run_dir)
@@ -246,10 +247,25 @@ def test_pictures_of_a_series_arrive_with_their_steps_once(store: Store, run_dir
     names = sorted(Path(name).name for name in store.artifacts("images"))
     full = [name for name in names if name.endswith(".png")]
     assert [name.rpartition("+")[0] for name in full] == [
-        f"panels~street+step+{step}+timestamp+{in_ms(0)}" for step in (10, 20)
+        f"panels~street+step+{step}+timestamp+{in_ms(0)}" for step in (0, 10, 20)
     ]
-    assert len(names) == 4, "each also small, for the page"
+    assert len(names) == 6, "each also compressed, for the page"
     assert store.run().data.tags["mlflow.loggedImages"] == "True"
+    folder = tmp_path / "runs" / "mlartifacts" / store.run().info.run_id / "artifacts" / "images"
+    for name in names:
+        with Image.open(folder / name) as shown:
+            assert shown.size == (1000, 500), "the page shows this one: its letters must be readable"
+            red = shown.convert("RGB").getpixel((5, 5))[0]
+    assert abs(red - 200) < 5
+
+
+def test_a_file_at_the_top_of_the_folder_arrives_and_one_that_mlflow_refuses_holds_up_nothing(
+    store: Store, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_dir / "curves.png").write_bytes(b"a picture")
+    append(run_dir, file("curves.png"), *USUAL)
+    assert send(run_dir)
+    assert store.artifacts() == ["config.yaml", "curves.png", "eval/step_00000020/metrics.json"]
 
 
 def test_facts_that_become_known_later_are_tags(store: Store, run_dir: Path) -> None:
@@ -449,7 +465,6 @@ def test_while_the_run_goes_on_an_outage_is_waited_out(
     store: Store, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one that is longer than a mirror waits after the end of its run."""
-    monkeypatch.setattr(mlflow_mirror, "_GIVE_UP_S", 0.0)
     database = tmp_path / "runs" / "mlflow.db"
     database.rename(tmp_path / "away")
     database.mkdir()  # nothing can be opened or made here
@@ -463,14 +478,13 @@ def test_while_the_run_goes_on_an_outage_is_waited_out(
         return turn < 25
 
     append(run_dir, *USUAL)
-    assert mirror_until_done(Mirror(run_dir), is_running=is_running)
+    assert mirror_until_done(Mirror(run_dir), is_running=is_running, give_up_s=0.0)
     assert_usual(store)
 
 
 def test_an_outage_is_counted_and_told_to_the_run_while_it_lasts(
     store: Store, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_mirror, "_GIVE_UP_S", 0.0)
     monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
     database = tmp_path / "runs" / "mlflow.db"
     database.rename(tmp_path / "away")
@@ -482,7 +496,7 @@ def test_an_outage_is_counted_and_told_to_the_run_while_it_lasts(
         if works:
             database.rmdir()
             (tmp_path / "away").rename(database)
-        send(run_dir)
+        send(run_dir, give_up_s=0.0)
         with caplog_of(told):
             tracker.log(step, {"train/loss": 1.0})
     tracker.mirror.communicate(b"\n")
@@ -509,12 +523,11 @@ def caplog_of(lines: list[str]) -> Iterator[None]:
 def test_after_the_run_an_outage_is_waited_out_for_a_while_and_nothing_is_lost(
     store: Store, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_mirror, "_GIVE_UP_S", 0.0)
     database = tmp_path / "runs" / "mlflow.db"
     database.rename(tmp_path / "away")
     database.mkdir()
     append(run_dir, *USUAL)
-    assert not send(run_dir)
+    assert not send(run_dir, give_up_s=0.0)
     database.rmdir()
     (tmp_path / "away").rename(database)
     assert send(run_dir)

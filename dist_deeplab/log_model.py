@@ -1,0 +1,141 @@
+"""Log a run's best checkpoint as an MLflow model: image in, mask out, loadable and servable without this repository.
+
+    python -m dist_deeplab.log_model runs/voc_resnet101 [--register-as voc-deeplab] [--uri URI]
+
+The run must be in MLflow already (training sends it; tools/sync_mlflow.py sends it later). `tracking.log_model=true`
+does this at the end of a run. Then, anywhere:
+
+    mlflow.pyfunc.load_model("models:/voc-deeplab/1").predict(pandas.DataFrame({"image": [jpeg_bytes]}))
+    mlflow models serve -m models:/voc-deeplab/1 --env-manager local --port 8080
+
+Exit codes: 0 done, 1 error, 2 wrong arguments.
+"""
+
+import argparse
+import importlib.metadata
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dist_deeplab import serving
+from dist_deeplab.errors import UserError
+from dist_deeplab.runtime.mlflow_store import full_uri, take_credentials
+from dist_deeplab.runtime.provenance import redact
+from dist_deeplab.runtime.tracking import mlflow_run_id, read_mlflow_file
+from dist_deeplab.training.resume import read_checkpoint
+
+_LIBRARIES = ("torch", "numpy", "opencv-python-headless", "Pillow", "pydantic", "pyyaml", "pandas", "filelock", "rich")
+_NAME = "best"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dist_deeplab.log_model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", type=Path, help="folder of the run")
+    parser.add_argument("--register-as", default="", metavar="NAME", help="make it a new version of a registered model")
+    parser.add_argument("--uri", default="", help="MLflow store, where not the one that the run is in")
+    arguments = parser.parse_args(argv)
+    try:
+        uri = arguments.uri or str(read_mlflow_file(arguments.run_dir).get("uri", ""))
+        print(log_best(arguments.run_dir, uri=full_uri(uri), register_as=arguments.register_as))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
+    """Log the best checkpoint, without a validation set the newest, and return the model's address.
+
+    Raises:
+        UserError: the run is not in MLflow, or has no checkpoint.
+    """
+    run_id = mlflow_run_id(run_dir)
+    if not run_id:
+        raise UserError(f"{run_dir} is not in MLflow yet; send it with python tools/sync_mlflow.py {run_dir}")
+    saved = read_checkpoint(find_best(run_dir))
+    import mlflow
+
+    mlflow.set_tracking_uri(take_credentials(uri))
+    client = mlflow.MlflowClient()
+    before = client.get_run(run_id).info
+    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id):
+        torch.save({key: saved[key] for key in serving.NEEDED}, Path(folder) / serving.WEIGHTS)
+        info = mlflow.pyfunc.log_model(
+            name=_NAME,
+            loader_module=serving.__name__,
+            data_path=folder,
+            code_paths=[str(Path(serving.__file__).parent)],
+            signature=signature(),
+            input_example=input_example(),
+            pip_requirements=requirements(),
+            metadata=metadata(saved),
+            registered_model_name=register_as or None,
+        )
+    # start_run has made it a running one that ended now.
+    if before.status != "RUNNING":
+        client.set_terminated(run_id, status=before.status, end_time=before.end_time)
+    version = info.registered_model_version
+    return f"models:/{register_as}/{version}" if register_as else redact(str(info.model_uri))
+
+
+def find_best(run_dir: Path) -> Path:
+    """Return the best checkpoint, or the newest where nothing was scored.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = run_dir / "checkpoints"
+    found = [folder / "best.pt"] if (folder / "best.pt").exists() else sorted(folder.glob("step_*.pt"))
+    if not found:
+        raise UserError(f"no checkpoint in {folder}; train first")
+    return found[-1]
+
+
+def signature() -> Any:
+    """Return MLflow's description of what goes in and out."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    return ModelSignature(inputs=Schema([ColSpec("binary", "image")]), outputs=Schema([ColSpec("binary", "mask")]))
+
+
+def input_example() -> Any:
+    """Return a frame with a small drawn picture, for trying the model out."""
+    import pandas
+
+    rows, columns = np.mgrid[0:65, 0:97].astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(np.stack([rows, columns, rows + columns], axis=2)).save(buffer, "PNG")
+    return pandas.DataFrame({"image": [buffer.getvalue()]})
+
+
+def requirements() -> list[str]:
+    """Return the libraries that the model needs, with the versions installed here."""
+    return [f"{name}=={importlib.metadata.version(name)}" for name in _LIBRARIES]
+
+
+def metadata(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return what a user of the model must know: the classes that a mask's indices mean, and which weights it has."""
+    return {
+        "class_names": saved["class_names"],
+        "step": saved["step"],
+        "best_mIoU": saved["best_miou"],
+        "backbone": saved["config"]["model"]["backbone"],
+    }
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""A trained network as MLflow loads and serves it: encoded images in, masks out, the preprocessing inside.
+
+`dist_deeplab.log_model` writes the folder that this reads; MLflow calls `_load_pyfunc` on it, here or on a server that
+has nothing but the code in the model. The frame that goes in has a column `image`, each cell the bytes of a JPEG or PNG
+file; the one that comes out has a column `mask`, each cell a palette PNG of the image's own size, whose indices are
+classes (named in the model's metadata). Over HTTP both are base64.
+"""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dist_deeplab.config import config_from_dict
+from dist_deeplab.data.decode import decode_image
+from dist_deeplab.data.voc import PALETTE
+from dist_deeplab.evaluation.inference import Predictor, load_network
+from dist_deeplab.model.weights import Variant
+
+if TYPE_CHECKING:
+    import pandas
+
+WEIGHTS = "network.pt"
+NEEDED = ("model", "variant", "config", "class_names")  # of a checkpoint; no optimizer state
+
+
+class SegmentationModel:
+    """A network that takes encoded images; on a GPU where there is one."""
+
+    def __init__(self, saved: dict[str, Any]) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        settings = config_from_dict(saved["config"], where="the model").eval
+        preprocessing = Variant.from_plain(saved["variant"]).preprocessing
+        self.predictor = Predictor.build(load_network(saved).to(self.device), preprocessing, settings)
+
+    def predict(self, model_input: "pandas.DataFrame", params: dict[str, Any] | None = None) -> "pandas.DataFrame":
+        """Return a frame with a column `mask` for one with a column `image`.
+
+        Raises:
+            UserError: an image can't be decoded.
+        """
+        import pandas
+
+        masks = [encode_mask(self.segment(decode_image(bytes(data)))) for data in model_input["image"]]
+        return pandas.DataFrame({"mask": masks})
+
+    def segment(self, image: np.ndarray) -> np.ndarray:
+        """Return the classes, uint8 [H, W], of a uint8 RGB image [H, W, 3]."""
+        height, width = image.shape[:2]
+        padding = [(0, -(length - 1) % 8) for length in (height, width)]  # to 8k+1
+        padded = np.pad(image, [*padding, (0, 0)])
+        batch = torch.from_numpy(padded).permute(2, 0, 1)[None].contiguous().to(self.device)
+        logits = self.predictor.logits(batch, torch.tensor([[height, width]]))
+        return logits[0, :, :height, :width].argmax(0).to(torch.uint8).cpu().numpy()
+
+
+def encode_mask(mask: np.ndarray) -> bytes:
+    """Return class indices, uint8 [H, W], as a PNG that viewers show in VOC's colours and PIL reads as indices."""
+    picture = Image.fromarray(mask)
+    picture.putpalette(PALETTE.astype(np.uint8).tobytes())
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _load_pyfunc(path: str) -> SegmentationModel:
+    """Return the model in a folder; the name is MLflow's."""
+    folder = Path(path)
+    file = folder / WEIGHTS if folder.is_dir() else folder
+    return SegmentationModel(torch.load(file, map_location="cpu", weights_only=True))
