@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dist_deeplab import serving
+import dist_deeplab
 from dist_deeplab.errors import UserError
+from dist_deeplab.evaluation import serving
 from dist_deeplab.runtime.mlflow_store import full_uri, take_credentials
 from dist_deeplab.runtime.provenance import redact
 from dist_deeplab.runtime.tracking import mlflow_run_id, read_mlflow_file
@@ -76,7 +77,7 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
             name=_NAME,
             loader_module=serving.__name__,
             data_path=folder,
-            code_paths=[str(Path(serving.__file__).parent)],
+            code_paths=[str(Path(dist_deeplab.__file__).parent)],
             signature=signature(),
             input_example=input_example(),
             pip_requirements=requirements(),

@@ -84,7 +84,8 @@ class JournalTracker(Tracker):
             if known is not None and key.startswith(_COMPUTED):
                 self._divergence.compare(key, step, known, value)
         diverged, summary = self._divergence.pop_news()
-        self._append_points(step, {**self._cost.now(), **values, **diverged, **self._watch_mirror()})
+        cost = {key: value for key, value in self._cost.now().items() if key not in values}  # a sweep's is of its runs
+        self._append_points(step, {**values, **cost, **diverged, **self._watch_mirror()})
         if summary:
             self.log_tags({"diverged": summary})
 
