@@ -42,6 +42,7 @@ from dist_deeplab.runtime.profiling import profiled
 from dist_deeplab.runtime.rank_times import RankTimes
 from dist_deeplab.runtime.session import Session
 from dist_deeplab.runtime.tracking import Tracker
+from dist_deeplab.training.bad_samples import BadSamples
 from dist_deeplab.training.builders import (
     build_checkpoints,
     build_loss_window,
@@ -129,6 +130,7 @@ def train(
     # --- 3. Data, update, tracking ------------------------------------------------------------------------------------
     batches = build_train_loader(config, env, split, train_set, start=state.step)
     update = build_step(config, env, split, state, model, variant)
+    bad_samples = BadSamples.open(config.run_dir, config.data.max_bad_samples, env, start=state.step)
     rank_times = RankTimes(env, config.run_dir / "logs")
     tracker = build_tracker(config, env, run_info(config, env, split, train_set, val_set))
 
@@ -144,12 +146,13 @@ def train(
             result = update(micro_batches, stop=bool(stop))
             meter.waited(result.wait_s)
             state.advance(result, micro_batches)
+            bad_samples.take(state.step, micro_batches, result.num_bad)
             last = state.step == config.max_steps
             if last or is_due(state.step, config.tracking.log_every):
                 state.losses.reduce(state.step)  # a CPU-GPU synchronisation point
                 values = state.losses.pop_mean() | {f"lr/{group}": float(rate) for group, rate in rates.items()}
                 values |= meter.pop(images_per_step=split.global_size, device=env.device)
-                values |= rank_times.record(state.step, values)
+                values |= rank_times.record(state.step, values) | bad_samples.values()
                 tracker.log(state.step, values)
                 log_progress(state.step, config.max_steps, values)
             with meter.paused():
@@ -165,9 +168,7 @@ def train(
                 tracker.log(state.step, checkpoints.pop_values())
             if stopping:
                 status = "KILLED"
-                log.warning(
-                    "asked to stop (%s): saved step %d; the same command goes on from there", stop.reason, state.step
-                )
+                log.warning("stopped (%s), saved step %d; the same command goes on from there", stop.reason, state.step)
                 return STOPPED_EARLY
         status = "FINISHED"
         log.info("done: %d steps; the run is in %s", state.step, config.run_dir)

@@ -9,10 +9,11 @@ from dist_deeplab.config.loading import (
     load_config,
     recipe_differences,
 )
-from dist_deeplab.config.schema import CrfConfig, EvalConfig, OptimConfig, RunConfig, grid_size
+from dist_deeplab.config.schema import CrfConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, grid_size
 
 __all__ = [
     "CrfConfig",
+    "DataConfig",
     "EvalConfig",
     "OptimConfig",
     "RunConfig",

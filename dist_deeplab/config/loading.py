@@ -26,6 +26,8 @@ _FREE_TO_CHANGE = (
         "max_hours",
         "data.train",
         "data.val",
+        "data.cache_",
+        "data.max_bad_samples",
         "data.num_workers",
         "model.init",
         "model.restore_last",

@@ -58,6 +58,14 @@ class DataConfig(Section):
     """Side of the square training crop in pixels; 8k+1 keeps logits on the pixel grid."""
     num_workers: Annotated[int, Field(ge=0, le=256)] = 4
     """Loader processes per rank; 0 decodes in the training process."""
+    access: Literal["indexed", "stream"] = "indexed"
+    """indexed: exact order, any split, exact resume; stream: best effort, for sets that fit on no disk of a node."""
+    cache_dir: Text = ""
+    """Folder on a disk of each node for the shards of data.train and data.val that are URLs."""
+    cache_gib: Annotated[float, Field(gt=0)] = 200.0
+    """Largest size of that folder in GiB; shards unused for longest go first."""
+    max_bad_samples: NonNegative = 0
+    """Training samples that may be damaged: they are replaced, counted and listed; one more ends the run."""
 
     @field_validator("crop_size")
     @classmethod

@@ -5,40 +5,26 @@ checked and augmented, and is still uint8: normalisation happens on the device.
 """
 
 import atexit
+import itertools
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dist_deeplab.data import order
+from dist_deeplab.data.batch import BadSample, Batch, collate, to_batch
 from dist_deeplab.data.decode import DecodeError, decode_image, decode_label
+from dist_deeplab.data.prefetch import Plan, start_prefetch
 from dist_deeplab.data.shard_reader import Sample, ShardReader
 from dist_deeplab.data.shards import Manifest, ShardError
 from dist_deeplab.data.transforms import Augmentation, next_grid_size, pad_to
 from dist_deeplab.errors import UserError
 
-
-@dataclass
-class Batch:
-    """Some samples of one size.
-
-    image: uint8 [B, 3, H, W] RGB in channels-last memory; label: uint8 [B, H, W]; content: int64 [B, 2], height and
-    width of the part at the top left that shows the sample, the rest is padding; keys: names for error messages.
-    """
-
-    image: torch.Tensor
-    label: torch.Tensor
-    content: torch.Tensor
-    keys: list[str]
-
-    def pin_memory(self) -> "Batch":
-        """Called by the DataLoader where a GPU will take the batch."""
-        return Batch(self.image.pin_memory(), self.label.pin_memory(), self.content.pin_memory(), self.keys)
+_MAX_ATTEMPTS = 100  # at one position
 
 
 class DecodingDataset(Dataset["Batch | UserError"]):
@@ -70,40 +56,62 @@ class DecodingDataset(Dataset["Batch | UserError"]):
         Raises:
             ShardError: undecodable, sizes that differ, or a label out of range; shard and key are named.
         """
-        sample = self.reader.read(index)
+        return self.decode(self.reader.read(index), where=self.reader.shard_name(index))
+
+    def decode(self, sample: Sample, *, where: str) -> tuple[str, np.ndarray, np.ndarray]:
+        """Return what `load` returns of a sample whose bytes were read from `where`."""
+        name = f"sample {sample.key!r} in {where}"
         try:
             image, label = decode_image(sample.image), decode_label(sample.label)
         except DecodeError as error:
-            raise ShardError(f"{self._where(index, sample)}: {error}") from None
+            raise ShardError(f"{name}: {error}") from None
         if label.shape != image.shape[:2]:
-            raise ShardError(
-                f"{self._where(index, sample)}: image {image.shape[:2]} and label {label.shape} differ in size"
-            )
+            raise ShardError(f"{name}: image {image.shape[:2]} and label {label.shape} differ in size")
         if not self.allowed[label].all():
             value = label[~self.allowed[label]][0]
-            raise ShardError(
-                f"{self._where(index, sample)}: the label {value} is no class and not void; see data.num_classes"
-            )
+            raise ShardError(f"{name}: the label {value} is no class and not void; see data.num_classes")
         return sample.key, image, label
-
-    def _where(self, index: int, sample: Sample) -> str:
-        return f"sample {sample.key!r} in {self.reader.shard_name(index)}"
 
 
 class TrainDataset(DecodingDataset):
-    """Global position -> augmented sample, as a batch of one."""
+    """Global position -> augmented sample, as a batch of one.
 
-    def __init__(self, manifest: Manifest, *, num_classes: int, augmentation: Augmentation, seed: int) -> None:
+    Where a sample is bad, others are tried in its place until `max_bad_samples` different ones were bad. Which ones
+    depends on seed and position alone: the stream stays the same pixels for every split.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        num_classes: int,
+        augmentation: Augmentation,
+        seed: int,
+        max_bad_samples: int = 0,
+    ) -> None:
         super().__init__(manifest, num_classes=num_classes, ignore_label=augmentation.ignore_label)
         self.augmentation = augmentation
         self.seed = seed
+        self.max_bad_samples = max_bad_samples
 
     def fetch(self, number: int) -> Batch:
         """See the class."""
-        index = order.samples_at(np.array([number]), num_samples=len(self.reader), seed=self.seed)[0]
-        key, image, label = self.load(int(index))
+        num_samples = len(self.reader)
+        index = int(order.samples_at(np.array([number]), num_samples=num_samples, seed=self.seed)[0])
+        bad: dict[int, BadSample] = {}
+        for attempt in itertools.count(1):
+            try:
+                key, image, label = self.load(index)
+                break
+            except ShardError as error:
+                bad[index] = BadSample(f"{index} of {self.reader.shard_name(index)}", str(error))
+                if len(bad) > self.max_bad_samples or attempt == _MAX_ATTEMPTS:
+                    raise
+                index = order.replacement_at(number, attempt, num_samples=num_samples, seed=self.seed)
         draws = order.uniforms(self.seed, number, self.augmentation.num_draws)
-        return to_batch(key, *self.augmentation(image, label, draws))
+        batch = to_batch(key, *self.augmentation(image, label, draws))
+        batch.bad = list(bad.values())
+        return batch
 
 
 class EvalDataset(DecodingDataset):
@@ -141,12 +149,21 @@ class TrainLoader:
 
     def __init__(self, dataset: TrainDataset, sampler: StepSampler, *, num_workers: int, pin_memory: bool) -> None:
         self.sampler = sampler
+        self.plan = Plan(
+            dataset.reader.manifest, sampler.split, sampler.rank, dataset.seed, start=sampler.start, stop=sampler.stop
+        )
         self.batches = _data_loader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
-        batches = raise_errors(self.batches)
-        for step in range(self.sampler.start, self.sampler.stop):
-            yield step, [next(batches) for _ in range(self.sampler.split.accumulation)]
+        prefetch = start_prefetch(self.plan) if self.plan.manifest.cache else None
+        try:
+            batches = raise_errors(self.batches)
+            for step in range(self.sampler.start, self.sampler.stop):
+                yield step, [next(batches) for _ in range(self.sampler.split.accumulation)]
+        finally:
+            if prefetch is not None and prefetch.stdin is not None:
+                prefetch.stdin.close()
+                prefetch.wait()
 
 
 def eval_batches(dataset: EvalDataset, *, batch_size: int, padded: bool) -> list[list[int]]:
@@ -183,43 +200,21 @@ def raise_errors(batches: "Iterable[Batch | UserError]") -> Iterator[Batch]:
         yield batch
 
 
-def to_batch(key: str, image: np.ndarray, label: np.ndarray, content: tuple[int, int]) -> Batch:
-    """Return one sample, image [H, W, 3] and label [H, W], as a batch of one."""
-    return Batch(
-        image=torch.from_numpy(image)[None].permute(0, 3, 1, 2),
-        label=torch.from_numpy(label)[None],
-        content=torch.tensor([content], dtype=torch.int64),
-        keys=[key],
-    )
-
-
-def collate(items: "list[Batch | UserError]") -> "Batch | UserError":
-    """Return batches of one size as a single batch, or the first error among them."""
-    samples = []
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-        samples.append(item)
-    return Batch(
-        image=torch.cat([s.image for s in samples]),
-        label=torch.cat([s.label for s in samples]),
-        content=torch.cat([s.content for s in samples]),
-        keys=[key for s in samples for key in s.keys],
-    )
-
-
 def _data_loader(dataset, batch_sampler, *, num_workers: int, pin_memory: bool) -> "DataLoader[Batch | UserError]":  # type: ignore[no-untyped-def]
+    options = loader_options(num_workers=num_workers, pin_memory=pin_memory)
+    return DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate, **options)
+
+
+def loader_options(*, num_workers: int, pin_memory: bool) -> dict[str, Any]:
+    """Return what all our torch DataLoaders have in common."""
     if num_workers:
         atexit.unregister(_kill_workers)  # at most once
         atexit.register(_kill_workers)
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker if num_workers else None,
-    )
+    return {
+        "num_workers": num_workers,
+        "pin_memory": pin_memory,
+        "worker_init_fn": _start_worker if num_workers else None,
+    }
 
 
 def _kill_workers() -> None:

@@ -17,7 +17,7 @@ from dist_deeplab.errors import UserError
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
-_ORDER, _AUGMENTATION = 0, 1  # first part of each hash, so that the two streams share no number
+_ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 2  # first part of each hash, so that the streams share no number
 _FEISTEL_ROUNDS = 8  # 4 suffice for pseudo-randomness in theory (Luby-Rackoff); 8 also for the tiny domains of tests
 
 
@@ -68,6 +68,11 @@ def samples_at(positions: np.ndarray, *, num_samples: int, seed: int) -> np.ndar
     positions = np.asarray(positions, dtype=np.int64)
     epoch, index = np.divmod(positions, num_samples)
     return permute(index, size=num_samples, seed=seed, epoch=epoch)
+
+
+def replacement_at(position: int, attempt: int, *, num_samples: int, seed: int) -> int:
+    """Return the sample index shown at `position` where `attempt` samples (from 1 on) tried there before were bad."""
+    return int(hash_integers(_REPLACEMENT, seed, position, attempt)[0] % np.uint64(num_samples))
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,18 @@
 
 import logging
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dist_deeplab.config import RunConfig, config_to_dict, config_to_yaml
+from dist_deeplab.config import DataConfig, RunConfig, config_to_dict, config_to_yaml
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.data.shard_cache import ShardCache
 from dist_deeplab.data.shards import Manifest, load_manifest, require_fit
+from dist_deeplab.data.stream import Place, StreamDataset, StreamLoader
 from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
@@ -68,12 +71,21 @@ def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
             "no training data: make shards by `python tools/make_shards.py --voc-root VOCdevkit/VOC2012 --split train "
             "--out data/voc` and add data.train=data/voc/train.json, or try ./launch/quickstart.sh, which draws some"
         )
-    manifests = [load_manifest(path) for path in (config.data.train, config.data.val) if path]
+    cache = build_cache(config.data)
+    manifests = [load_manifest(path, cache=cache) for path in (config.data.train, config.data.val) if path]
     for manifest in manifests:
         require_fit(manifest, num_classes=config.data.num_classes, ignore_label=config.data.ignore_label)
     if manifests[-1].class_names != manifests[0].class_names:
         raise UserError(f"the class names of {config.data.train} and {config.data.val} differ; make both from one list")
+    fixed = manifests[1:] if config.data.access == "stream" else manifests
+    if cache:
+        cache.require_room(sum(manifest.size_bytes for manifest in fixed if manifest.cache))
     return manifests[0], manifests[1] if config.data.val else None
+
+
+def build_cache(data: DataConfig) -> ShardCache | None:
+    """Return where shards from URLs go, if anywhere."""
+    return ShardCache(Path(data.cache_dir).expanduser(), round(data.cache_gib * 2**30)) if data.cache_dir else None
 
 
 def starting_weights(config: RunConfig, saved: dict[str, Any] | None) -> Weights | None:
@@ -123,13 +135,21 @@ def build_model(config: RunConfig, env: DistEnv, net: DeepLabV2) -> nn.Module:
 
 def build_train_loader(
     config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifest, *, start: int
-) -> TrainLoader:
+) -> TrainLoader | StreamLoader:
     """Return the stream of this rank's micro-batches from step `start` on."""
     data = config.data
-    augmentation = Augmentation(data.crop_size, data.scale_range, data.mirror, data.ignore_label)
-    dataset = TrainDataset(train_set, num_classes=data.num_classes, augmentation=augmentation, seed=config.seed)
+    what: dict[str, Any] = {
+        "num_classes": data.num_classes,
+        "augmentation": Augmentation(data.crop_size, data.scale_range, data.mirror, data.ignore_label),
+        "max_bad_samples": data.max_bad_samples,
+    }
+    how: dict[str, Any] = {"num_workers": data.num_workers, "pin_memory": env.device.type == "cuda"}
+    if data.access == "stream":
+        place = Place(config.seed, start, env.rank, env.world_size)
+        stream = StreamDataset(train_set, place=place, micro_size=split.micro_size, **what)
+        return StreamLoader(stream, stop=config.max_steps, accumulation=split.accumulation, **how)
     sampler = StepSampler(start, config.max_steps, split=split, rank=env.rank)
-    return TrainLoader(dataset, sampler, num_workers=data.num_workers, pin_memory=env.device.type == "cuda")
+    return TrainLoader(TrainDataset(train_set, seed=config.seed, **what), sampler, **how)
 
 
 def images_per_s_at_peak(config: RunConfig, env: DistEnv, net: DeepLabV2) -> float | None:

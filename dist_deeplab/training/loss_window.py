@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dist_deeplab.data.loader import Batch
+from dist_deeplab.data.batch import Batch
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.runtime.distributed import all_reduce_sum, gather_to_all
 from dist_deeplab.training.nonfinite import Evidence

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dist_deeplab.data.loader import Batch
+from dist_deeplab.data.batch import Batch
 from dist_deeplab.errors import first_line
 
 _MAX_HELD = 4  # bad steps whose images are held at a time; of more only the keys are told

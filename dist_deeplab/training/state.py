@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from dist_deeplab.data.loader import Batch
+from dist_deeplab.data.batch import Batch
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.optim import load_optimizer

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from dist_deeplab.data.loader import Batch
+from dist_deeplab.data.batch import Batch
 from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.preprocessing import Preprocessing
 from dist_deeplab.runtime.distributed import all_reduce_sum, get_world_size
@@ -31,6 +31,7 @@ class StepResult:
     loss_scale: what fp16 multiplied the loss by; 1 else.
     skipped: bool; whether no update was made, because the gradient was not finite.
     stop: whether a rank was asked to stop.
+    num_bad: samples of the step, over all ranks, in whose place others had to be taken.
     wait_s: how long this rank waited for the last one to arrive at the step.
     """
 
@@ -40,6 +41,7 @@ class StepResult:
     loss_scale: torch.Tensor
     skipped: torch.Tensor
     stop: bool
+    num_bad: int = 0
     wait_s: float = 0.0
 
 
@@ -63,12 +65,14 @@ class TrainStep:
         `stop` is this rank's wish to stop. There is no host-device synchronisation.
         """
         # 1. Count valid pixels of all ranks before the first backward, on the CPU where the labels still are: one
-        #    small gloo all-reduce, which also carries the wishes to stop.
+        #    small gloo all-reduce, which also carries the wishes to stop and the number of bad samples.
         sizes = self._output_sizes(micro_batches[0])
         labels = [{name: sample_label(b.label, size) for name, size in sizes.items()} for b in micro_batches]
         counts = [sum(num_valid(label[name], self.ignore_label) for label in labels) for name in sizes]
+        num_bad = sum(len(batch.bad) for batch in micro_batches)
         arrived = time.perf_counter()
-        *counts, stops = all_reduce_sum(torch.tensor([*counts, int(stop)], dtype=torch.int64)).tolist()
+        totals = all_reduce_sum(torch.tensor([*counts, int(stop), num_bad], dtype=torch.int64)).tolist()
+        *counts, stops, num_bad = totals
         wait_s = time.perf_counter() - arrived
         # 2. DDP averages gradients over the ranks, so each rank's sum is multiplied by their number. All-void: 0.
         world_size = get_world_size()
@@ -92,7 +96,7 @@ class TrainStep:
         skipped, grad_norm = self.precision.step(self.optimizer, self.clip_norm)
         put_back(self.model, buffers, where=skipped)
         shares = {name: loss / world_size for name, loss in sums.items()}
-        return StepResult(shares, micro_losses, grad_norm, scale, skipped, stops > 0, wait_s)
+        return StepResult(shares, micro_losses, grad_norm, scale, skipped, stops > 0, num_bad, wait_s)
 
     def rehearse(self, *, micro_size: int, crop_size: int) -> None:
         """Run one forward and backward on blank images and undo all that it did; every rank must call it.

@@ -398,6 +398,10 @@ OTHER_VALUES: dict[str, Any] = {
     "data.mirror": False,
     "data.crop_size": 33,
     "data.num_workers": 1,
+    "data.access": "stream",
+    "data.cache_dir": "/tmp/shards",
+    "data.cache_gib": 1.5,
+    "data.max_bad_samples": 3,
     "model.backbone": "resnet50",
     "model.batch_norm": "frozen",
     "model.sync_bn": "torch",
@@ -450,6 +454,7 @@ OTHER_VALUES: dict[str, Any] = {
 }
 MAY_CHANGE = {
     *("name", "output_dir", "resume", "resume_anyway", "max_hours", "data.train", "data.val", "data.num_workers"),
+    *("data.cache_dir", "data.cache_gib", "data.max_bad_samples"),
     *("model.sync_bn", "model.init", "model.restore_last", "batch.micro_size", "eval.every", "eval.num_panels"),
     *("eval.batch_size", "eval.scales", "eval.fusion", "eval.flip", "eval.align_corners", "eval.crf"),
     *("crf.iterations", "crf.pos_w", "crf.pos_xy_std", "crf.bi_w", "crf.bi_xy_std", "crf.bi_rgb_std"),

@@ -1,0 +1,154 @@
+"""The stream deals all shards to all ranks and workers, never ends, and differs where it says so."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_deeplab.data import stream as stream_module
+from dist_deeplab.data.loader import EvalDataset
+from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.data.prefetch import Plan, start_prefetch
+from dist_deeplab.data.shard_cache import ShardCache
+from dist_deeplab.data.shards import Manifest, ShardError, load_manifest
+from dist_deeplab.data.stream import Place, StreamDataset, StreamLoader
+from dist_deeplab.data.transforms import Augmentation
+from tests.file_server import serve
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+WHOLE = Augmentation(81, (1.0, 1.0), False, 255)  # nothing is cut off
+
+
+def dataset(manifest: Manifest, place: Place, *, micro_size: int = 2, max_bad: int = 0) -> StreamDataset:
+    return StreamDataset(
+        manifest, num_classes=21, augmentation=WHOLE, place=place, micro_size=micro_size, max_bad_samples=max_bad
+    )
+
+
+def keys(
+    manifest: Manifest, *, rank: int = 0, world: int = 1, start: int = 0, steps: int = 12, workers: int = 0
+) -> list[str]:
+    place = Place(1, start, rank, world)
+    loader = StreamLoader(
+        dataset(manifest, place), stop=start + steps, accumulation=2, num_workers=workers, pin_memory=False
+    )
+    found = list(loader)
+    assert [step for step, _ in found] == list(range(start, start + steps))
+    assert {len(batches) for _, batches in found} == {2}
+    return [key for _, batches in found for batch in batches for key in batch.keys]
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "SHUFFLE_BUFFER", 4)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 0), (2, 1), (5, 0)])
+def test_every_rank_gets_its_fixed_number_of_steps_and_all_samples_come(
+    world: int, workers: int, shard_set: Manifest
+) -> None:
+    found = [keys(shard_set, rank=rank, world=world, workers=workers) for rank in range(world)]
+    assert {len(part) for part in found} == {48}
+    counts = Counter(key for part in found for key in part)
+    assert len(counts) == 8
+    assert max(counts.values()) < 3 * min(counts.values())
+    assert world == 1 or found[0] != found[1]
+
+
+def test_a_stream_is_the_same_again_and_another_one_after_a_resume(shard_set: Manifest) -> None:
+    first = keys(shard_set)
+    assert keys(shard_set) == first
+    assert keys(shard_set, start=6) != first[24:] + keys(shard_set)[:0]
+    assert keys(shard_set, start=6)[:24] != first[:24], "not the beginning once more"
+
+
+def test_each_pass_deals_each_shard_once_in_another_order(shard_set: Manifest) -> None:
+    numbers = dataset(shard_set, Place(1, 0, 0, 1))._shard_numbers(0, 1)
+    passes = [[next(numbers) for _ in range(3)] for _ in range(6)]
+    assert all(sorted(one) == [0, 1, 2] for one in passes)
+    assert len(set(map(tuple, passes))) > 1
+    dealt = [dataset(shard_set, Place(1, 0, 0, 1))._shard_numbers(c, 3) for c in range(3)]
+    assert sorted(next(one) for one in dealt) == [0, 1, 2], "nobody else has one's shard"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_decoding_and_checks_are_those_of_indexed_access(workers: int, shard_set: Manifest) -> None:
+    evaluation = EvalDataset(shard_set, num_classes=21, ignore_label=255)
+    images = {}
+    for index in range(8):
+        key, image, label = evaluation.load(index)
+        images[key] = image, label
+    loader = StreamLoader(
+        dataset(shard_set, Place(1, 0, 0, 1)), stop=4, accumulation=1, num_workers=workers, pin_memory=False
+    )
+    for _, (batch,) in loader:
+        for image, label, (height, width), key in zip(batch.image, batch.label, batch.content.tolist(), batch.keys):
+            np.testing.assert_array_equal(image.permute(1, 2, 0)[:height, :width].numpy(), images[key][0])
+            np.testing.assert_array_equal(label[:height, :width].numpy(), images[key][1])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_ends_the_stream_or_is_left_out_and_told(workers: int, own_set: Path) -> None:
+    tar = own_set.with_name("train-000001.tar")
+    content = tar.read_bytes()
+    start = content.index(b"\xff\xd8\xff")
+    tar.write_bytes(content[:start] + b"\0" * 100 + content[start + 100 :])
+    manifest = load_manifest(own_set)
+    for max_bad in (0, 1):
+        loader = StreamLoader(
+            dataset(manifest, Place(1, 0, 0, 1), max_bad=max_bad),
+            stop=8,
+            accumulation=1,
+            num_workers=workers,
+            pin_memory=False,
+        )
+        if max_bad:
+            batches = [batch for _, micro_batches in loader for batch in micro_batches]
+            assert all("2007_000003" not in batch.keys for batch in batches)
+            assert {bad.sample for batch in batches for bad in batch.bad} == {f"2007_000003 in {tar}"}
+        else:
+            with pytest.raises(ShardError, match=r"sample '2007_000003' in .*train-000001\.tar"):
+                list(loader)
+
+
+def test_a_stream_needs_room_for_few_shards_at_a_time(shard_set: Manifest, tmp_path: Path) -> None:
+    with serve(shard_set.path.parent) as server:
+        limit = sum(sorted(shard.size_bytes for shard in shard_set.shards)[1:])
+        manifest = load_manifest(f"{server.url}/train.json", cache=ShardCache(tmp_path / "cache", limit))
+        assert len(set(keys(manifest))) == 8
+        held = sum(path.stat().st_size for path in (tmp_path / "cache").glob("[!.]*.tar"))
+        assert 0 < held <= limit
+
+
+# --- fetching ahead ---------------------------------------------------------------------------------------------------
+
+
+def test_shards_are_fetched_ahead_in_the_order_of_their_first_use(shard_set: Manifest, tmp_path: Path) -> None:
+    with serve(shard_set.path.parent) as server:
+        manifest = load_manifest(f"{server.url}/train.json", cache=ShardCache(tmp_path / "cache", 2**30))
+        split = BatchSplit.derive(global_size=4, micro_size=1, world_size=2)
+        plan = Plan(manifest, split, rank=1, seed=5, start=3, stop=50)
+        process = start_prefetch(plan)
+        assert process.wait(60) == 0
+        assert [path for path, _ in server.requests if path.endswith(".tar")] == [
+            f"/train-00000{number}.tar" for number in plan.shards()
+        ]
+    from dist_deeplab.data import order
+    from dist_deeplab.data.shards import open_index
+
+    positions = np.concatenate([split.positions(step, 1).ravel() for step in range(3, 50)])
+    used = open_index(manifest)["shard"][order.samples_at(positions, num_samples=8, seed=5)].tolist()
+    assert plan.shards() == list(dict.fromkeys(used))
+
+
+def test_fetching_ahead_ends_with_the_run(shard_set: Manifest, tmp_path: Path) -> None:
+    with serve(shard_set.path.parent) as server:
+        manifest = load_manifest(f"{server.url}/train.json", cache=ShardCache(tmp_path / "cache", 2**30))
+        server.statuses = [503] * 10**6  # it would try for long
+        process = start_prefetch(Plan(manifest, BatchSplit(1, 1, 1), rank=0, seed=0, start=0, stop=50))
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(30) == 0
+        assert not any(path.name.endswith(".tar") for path in os.scandir(tmp_path / "cache"))
