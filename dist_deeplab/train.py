@@ -54,8 +54,10 @@ from dist_deeplab.training.builders import (
     images_per_s_at_peak,
     open_data,
     open_session,
+    split_batch,
     starting_weights,
 )
+from dist_deeplab.training.memory import explained_out_of_memory, settle_micro_size
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.resume import find_checkpoint, restore, save_checkpoint
@@ -79,9 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What can be wrong is found before any heavy work.
         train_set, val_set = open_data(config)
         require_crf(config.eval.crf)
-        split = BatchSplit.derive(
-            global_size=config.batch.global_size, micro_size=config.batch.micro_size, world_size=env.world_size
-        )
+        split = split_batch(config, env)
         set_determinism(config.deterministic)
         with open_session(config, env) as run:
             trace = config.run_dir / "profile" / f"rank_{env.rank}.json.gz" if arguments.profile else None
@@ -115,11 +115,12 @@ def train(
     variant = Variant.from_plain(saved["variant"]) if saved else weights.variant if weights else SCRATCH
 
     # --- 2. Network, optimizer, state ---------------------------------------------------------------------------------
+    split = settle_micro_size(config, env, split, variant, saved)
     net = build_network(config, split, variant, weights)
     model = build_model(config, env, net)
     optimizer = build_optimizer(net, config.optim)
     precision = Precision(config.precision.dtype, env.device)
-    state = TrainState(net, optimizer, precision, build_loss_window(config, env))
+    state = TrainState(net, optimizer, precision, build_loss_window(config, env), split.micro_size)
     if saved:
         restore(state, saved, val_set)
     describe(config, env, split, train_set, val_set, state, variant)
@@ -143,7 +144,8 @@ def train(
         meter.start(images_per_s_at_peak(config, env, net))
         for _, micro_batches in meter.timed(profiled(batches, trace)):
             rates = set_lr(optimizer, poly_lr(state.schedule_step, config.optim, max_steps=config.max_steps))
-            result = update(micro_batches, stop=bool(stop))
+            with explained_out_of_memory(config, split):
+                result = update(micro_batches, stop=bool(stop))
             meter.waited(result.wait_s)
             state.advance(result, micro_batches)
             bad_samples.take(state.step, micro_batches, result.num_bad)

@@ -100,8 +100,8 @@ class ModelConfig(Section):
 class BatchConfig(Section):
     global_size: Positive = 10
     """Images of one optimizer step, over all ranks and accumulation steps."""
-    micro_size: Positive | None = None
-    """Images a rank takes through the network at once; empty: its whole share, no accumulation."""
+    micro_size: Positive | Literal["auto"] | None = None
+    """Images a rank takes through the network at once; empty: its whole share; auto: as many as fit, by trying."""
 
 
 class OptimConfig(Section):

@@ -88,6 +88,17 @@ def build_cache(data: DataConfig) -> ShardCache | None:
     return ShardCache(Path(data.cache_dir).expanduser(), round(data.cache_gib * 2**30)) if data.cache_dir else None
 
 
+def split_batch(config: RunConfig, env: DistEnv) -> BatchSplit:
+    """Return how a step's images are shared out; with `batch.micro_size: auto` for now a rank's whole share at once.
+
+    Raises:
+        UserError: the sizes do not divide.
+    """
+    batch = config.batch
+    micro_size = None if batch.micro_size == "auto" else batch.micro_size
+    return BatchSplit.derive(global_size=batch.global_size, micro_size=micro_size, world_size=env.world_size)
+
+
 def starting_weights(config: RunConfig, saved: dict[str, Any] | None) -> Weights | None:
     """Return the weights of `model.init`, or None where a checkpoint was found or random weights are wanted.
 

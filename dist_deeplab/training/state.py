@@ -25,6 +25,7 @@ class TrainState:
     """The mutable state of a run.
 
     step: optimizer steps done, skipped ones too.
+    micro_size: images of a micro-batch, which a run that found it out keeps.
     num_skipped: those of them whose update was skipped, int64 [] on the device, or 0.
     """
 
@@ -32,6 +33,7 @@ class TrainState:
     optimizer: Optimizer
     precision: Precision
     losses: LossWindow
+    micro_size: int = 0
     step: int = 0
     num_skipped: torch.Tensor | int = 0
     best_miou: float = -1.0
@@ -61,6 +63,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.state_dict(),
             "losses": self.losses.state_dict(),
+            "micro_size": self.micro_size,
             "step": self.step,
             "num_skipped": int(self.num_skipped),
             "best_miou": self.best_miou,

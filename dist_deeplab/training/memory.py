@@ -1,0 +1,200 @@
+"""How much memory a step takes: told at the start, found out by a dry run, and explained where it was not enough."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_deeplab.config import RunConfig
+from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.errors import TrainingError
+from dist_deeplab.model.batch_norm import norm_factory
+from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale, output_name, scaled_length
+from dist_deeplab.model.resnet import Bottleneck
+from dist_deeplab.model.weights import Variant
+from dist_deeplab.runtime.distributed import DistEnv, gather_to_all, ranks_on_host
+from dist_deeplab.runtime.parallel import place_model
+from dist_deeplab.training.precision import Precision
+
+log = logging.getLogger(__name__)
+
+_CPU_SHARE = 0.5  # of the free memory that activations may take: the loader, the gradients and others need some too
+_GPU_SPARE = 0.05  # of the GPU's memory that a dry run must leave free
+
+
+def activation_bytes(config: RunConfig, variant: Variant) -> dict[str, int]:
+    """Return {output name: bytes kept for the backward pass of one image at that scale}.
+
+    Counted on tensors without data: nothing is computed. Weights, their gradients and momentum come on top, and what
+    exists for a moment only.
+    """
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    with torch.device("meta"):
+        net = _throwaway_network(config, variant).to(dtypes.get(config.precision.dtype, torch.float32))
+    result = {}
+    for scale in sorted(config.multi_scale.scales or (1.0,), reverse=True):
+        length = scaled_length(config.data.crop_size, scale)
+        image = torch.empty(1, 3, length, length, device="meta", dtype=next(net.parameters()).dtype)
+        result[output_name(scale)] = _saved_bytes(net, image)
+    return result
+
+
+def describe_activations(config: RunConfig, split: BatchSplit, variant: Variant) -> str:
+    """Return a sentence on the memory of a micro-batch's activations, scale by scale."""
+    size = split.micro_size
+    each = {name: count * size / 2**30 for name, count in activation_bytes(config, variant).items()}
+    parts = ", ".join(f"{name} {gib:.2f} GiB" for name, gib in each.items())
+    total = f" = {sum(each.values()):.2f} GiB" if len(each) > 1 else ""
+    images = "1 image" if size == 1 else f"{size} images"
+    return f"activations of a micro-batch of {images} of {config.data.crop_size}, kept for backward: {parts}{total}"
+
+
+def settle_micro_size(
+    config: RunConfig, env: DistEnv, split: BatchSplit, variant: Variant, saved: dict[str, Any] | None
+) -> BatchSplit:
+    """Return the split with `batch.micro_size: auto` found out, and say so; every rank calls it.
+
+    It is the largest size that divides a rank's share and fits into every rank's memory: on a GPU by trying with a
+    network that is thrown away, on the CPU (which has no such error, but starts to swap) by the count of activations
+    against half of the memory that is free. A run that goes on keeps the size it had.
+    """
+    if config.batch.micro_size != "auto":
+        return split
+    share = split.global_size // split.world_size
+    before = saved.get("micro_size", 0) if saved else 0
+    if before and share % before == 0:
+        log.info("batch.micro_size=auto: %d of the %d images of a rank at once, as before", before, share)
+        return BatchSplit(split.global_size, before, split.world_size)
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    if env.device.type == "cuda":
+        largest, how = largest_fitting(sizes, _gpu_trial(config, variant, env.device)), "by trying"
+    else:
+        needed = sum(activation_bytes(config, variant).values())
+        allowed = _CPU_SHARE * free_memory_bytes() / ranks_on_host()
+        largest, how = largest_fitting(sizes, lambda size: size * needed <= allowed), "by half of the free memory"
+    agreed = min(gather_to_all(largest))  # every rank's divides the share; so does the smallest
+    if not agreed:
+        raise TrainingError(
+            f"not even one image of {config.data.crop_size} fits into memory; {_remedies(config, smaller=0)}"
+        )
+    log.info("batch.micro_size=auto: %d of the %d images of a rank at once (%s)", agreed, share, how)
+    return BatchSplit(split.global_size, agreed, split.world_size)
+
+
+def largest_fitting(sizes: list[int], fits: Callable[[int], bool]) -> int:
+    """Return the first of `sizes` (largest first) that fits, or 0; running out of memory means that it does not."""
+    for size in sizes:
+        try:
+            if fits(size):
+                return size
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+    return 0
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(config: RunConfig, split: BatchSplit) -> Iterator[None]:
+    """Turn running out of memory inside this context into a sentence on what to set.
+
+    Raises:
+        TrainingError: instead of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        share = split.global_size // split.world_size
+        smaller = max((size for size in range(1, split.micro_size) if share % size == 0), default=0)
+        raise TrainingError(
+            f"out of memory with micro-batches of {split.micro_size} images of {config.data.crop_size}; "
+            f"{_remedies(config, smaller=smaller)}"
+        ) from None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error means that memory of GPU or CPU is used up."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _remedies(config: RunConfig, *, smaller: int) -> str:
+    remedies = [f"batch.micro_size={smaller} (or auto; the images of a step stay the same)"] if smaller else []
+    remedies += [] if config.speed.recompute else ["speed.recompute=true"]
+    remedies += ["precision.dtype=bf16"] if config.precision.dtype in ("fp32", "tf32") else []
+    remedies += ["fewer multi_scale.scales"] if config.multi_scale.scales else []
+    return f"set {', '.join(remedies)}, more GPUs, or a smaller data.crop_size"
+
+
+def free_memory_bytes() -> int:
+    """Return the memory that Linux would give away without swapping."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024  # the kernel counts in KiB
+    raise RuntimeError("/proc/meminfo has no line MemAvailable")
+
+
+def _throwaway_network(config: RunConfig, variant: Variant) -> DeepLabV2:
+    """Return a network of the run's size whose batch norm talks to nobody."""
+    stands_still = config.model.train_only == "head" or config.model.batch_norm == "frozen"
+    net = DeepLabV2(
+        config.model.backbone,
+        config.data.num_classes,
+        norm=norm_factory("frozen" if stands_still else "local"),
+        recompute=config.speed.recompute,
+        **variant.geometry,
+    )
+    net.backbone.requires_grad_(config.model.train_only == "all")
+    return net.train()
+
+
+def _saved_bytes(net: DeepLabV2, image: torch.Tensor) -> int:
+    """Return the bytes that autograd keeps after a forward pass, each storage once, without the weights."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that no other gets its address
+        return tensor
+
+    def keep_input(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        keep(inputs[0])
+
+    for block in (module for module in net.modules() if isinstance(module, Bottleneck) and net.backbone.recompute):
+        block.register_forward_pre_hook(keep_input)  # what recomputing starts from; else it is kept anyway
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
+        logits = net(image)
+    own = {tensor.untyped_storage()._cdata for tensor in net.state_dict().values()}
+    del logits
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+
+
+def _gpu_trial(config: RunConfig, variant: Variant, device: torch.device) -> Callable[[int], bool]:
+    """Return what tells whether a step with micro-batches of a size fits on the GPU; random numbers are untouched."""
+
+    def fits(size: int) -> bool:
+        crop = config.data.crop_size
+        try:
+            with torch.random.fork_rng([device]):
+                net = _throwaway_network(config, variant)
+                scales, channels_last = config.multi_scale.scales, config.speed.channels_last
+                model = place_model(MultiScale(net, scales), device, channels_last=channels_last)
+                precision = Precision(config.precision.dtype, device)
+                # Momentum, and the buckets in which gradients are added up over the ranks, are as large as the weights.
+                ballast = [torch.empty_like(p) for p in net.parameters() if p.requires_grad for _ in range(2)]
+                with precision.autocast():
+                    outputs = model(torch.zeros(size, 3, crop, crop, device=device))
+                precision.backward(torch.stack([logits.float().square().mean() for logits in outputs.values()]).sum())
+                del ballast
+            free, total = torch.cuda.mem_get_info(device)
+            return free >= _GPU_SPARE * total
+        finally:
+            net = model = outputs = None  # type: ignore[assignment]
+            torch.cuda.empty_cache()
+
+    return fits

@@ -1,0 +1,194 @@
+"""A step's memory is counted as torch keeps it; the largest micro-batch is found; running out of it is explained."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dist_deeplab.config import RunConfig, load_config
+from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.errors import TrainingError
+from dist_deeplab.model.batch_norm import norm_factory
+from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.model.weights import SCRATCH
+from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.training import memory
+from dist_deeplab.training.memory import (
+    activation_bytes,
+    describe_activations,
+    explained_out_of_memory,
+    free_memory_bytes,
+    largest_fitting,
+    settle_micro_size,
+)
+
+SMALL = ("model.backbone=resnet_tiny", "data.crop_size=65", "data.num_classes=5")
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def _config(*overrides: str) -> RunConfig:
+    return load_config(None, [*SMALL, *overrides])
+
+
+def _kept_by_a_real_forward_pass(dtype: torch.dtype) -> int:
+    net = DeepLabV2("resnet_tiny", 5, norm=norm_factory("local")).to(dtype)
+    storages: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in net.state_dict().values()}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = net(torch.randn(1, 3, 65, 65, dtype=dtype))
+    assert output.requires_grad
+    return sum(size for address, size in storages.items() if address not in weights)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_activations_are_what_torch_keeps_for_the_backward_pass(precision: str, dtype: torch.dtype) -> None:
+    counted = activation_bytes(_config(f"precision.dtype={precision}"), SCRATCH)
+    assert list(counted) == ["scale_1"]
+    assert counted["scale_1"] == pytest.approx(_kept_by_a_real_forward_pass(dtype), rel=0.02)
+
+
+def test_each_scale_has_its_own_and_recomputing_or_training_the_head_alone_takes_less() -> None:
+    whole = activation_bytes(_config("multi_scale.scales=[1.0,0.5]"), SCRATCH)
+    assert list(whole) == ["scale_1", "scale_0.5"]
+    assert whole["scale_0.5"] == pytest.approx(whole["scale_1"] * (33 / 65) ** 2, rel=0.25)
+    assert activation_bytes(_config("speed.recompute=true"), SCRATCH)["scale_1"] < 0.6 * whole["scale_1"]
+    assert activation_bytes(_config("model.train_only=head"), SCRATCH)["scale_1"] < 0.1 * whole["scale_1"]
+
+
+def test_counting_computes_nothing_and_draws_no_random_numbers() -> None:
+    state = torch.get_rng_state()
+    count = activation_bytes(load_config(None), SCRATCH)["scale_1"]  # ResNet-101
+    assert 0.5e9 < count < 1e9
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_sentence_names_each_scale_and_the_sum() -> None:
+    config = _config("multi_scale.scales=[1.0,0.5]")
+    text = describe_activations(config, BatchSplit(8, 4, 1), SCRATCH)
+    gib = [4 * count / 2**30 for count in activation_bytes(config, SCRATCH).values()]
+    assert f"4 images of 65, kept for backward: scale_1 {gib[0]:.2f} GiB, scale_0.5 {gib[1]:.2f} GiB = " in text
+
+
+# --- batch.micro_size: auto -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 5, 6, 7, 100])
+def test_the_largest_size_that_does_not_run_out_of_memory_is_found(limit: int) -> None:
+    def fits(size: int) -> bool:
+        if size > limit + 1:
+            raise OUT_OF_MEMORY
+        return size <= limit  # one more runs through, but leaves too little
+
+    assert largest_fitting([12, 6, 4, 3, 2, 1], fits) == max((s for s in (1, 2, 3, 4, 6, 12) if s <= limit), default=0)
+
+
+def test_another_error_of_the_dry_run_is_not_taken_for_a_full_memory() -> None:
+    def fits(size: int) -> bool:
+        raise RuntimeError("cuDNN error")
+
+    with pytest.raises(RuntimeError, match="cuDNN"):
+        largest_fitting([2, 1], fits)
+
+
+@pytest.mark.parametrize(("images", "expected"), [(100, 12), (12, 12), (11.9, 6), (4.5, 4), (1.01, 1)])
+def test_on_a_cpu_activations_take_at_most_half_of_the_free_memory(
+    images: float, expected: int, monkeypatch: Any
+) -> None:
+    config = _config("batch.micro_size=auto", "batch.global_size=12", "multi_scale.scales=[1.0,0.5]")
+    each = sum(activation_bytes(config, SCRATCH).values())
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2 * 3 * images * each)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    split = settle_micro_size(config, DistEnv(), BatchSplit(12, 12, 1), SCRATCH, None)
+    assert (split.global_size, split.micro_size, split.accumulation) == (12, expected, 12 // expected)
+
+
+def test_all_ranks_take_the_smallest_of_their_sizes(monkeypatch: Any) -> None:
+    monkeypatch.setattr(memory, "gather_to_all", lambda own: [own, 3, 6])
+    config = _config("batch.micro_size=auto", "batch.global_size=18")
+    assert settle_micro_size(config, DistEnv(0, 0, 3), BatchSplit(18, 6, 3), SCRATCH, None).micro_size == 3
+
+
+def test_a_run_that_goes_on_keeps_its_size_if_it_still_divides(monkeypatch: Any) -> None:
+    config = _config("batch.micro_size=auto", "batch.global_size=12")
+    for before, expected in ((2, 2), (5, 12)):
+        split = settle_micro_size(config, DistEnv(), BatchSplit(12, 12, 1), SCRATCH, {"micro_size": before})
+        assert split.micro_size == expected
+
+
+def test_a_size_that_was_given_is_kept() -> None:
+    split = BatchSplit(12, 3, 1)
+    assert settle_micro_size(_config("batch.micro_size=3"), DistEnv(), split, SCRATCH, None) is split
+
+
+def test_a_memory_too_small_for_one_image_is_said(monkeypatch: Any) -> None:
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 1000)
+    with pytest.raises(TrainingError, match=r"not even one image of 65 .* speed\.recompute=true.* data\.crop_size"):
+        settle_micro_size(_config("batch.micro_size=auto"), DistEnv(), BatchSplit(10, 10, 1), SCRATCH, None)
+
+
+def test_the_dry_run_on_a_gpu_is_what_decides_there(monkeypatch: Any) -> None:
+    tried = []
+
+    def trial(*_: object) -> Any:
+        def fits(size: int) -> bool:
+            tried.append(size)
+            if size > 2:
+                raise OUT_OF_MEMORY
+            return True
+
+        return fits
+
+    monkeypatch.setattr(memory, "_gpu_trial", trial)
+    env: Any = SimpleNamespace(device=torch.device("cuda"), world_size=1)
+    config = _config("batch.micro_size=auto", "batch.global_size=8")
+    assert settle_micro_size(config, env, BatchSplit(8, 8, 1), SCRATCH, None).micro_size == 2
+    assert tried == [8, 4, 2]
+
+
+def test_free_memory_is_some_part_of_the_machines() -> None:
+    assert 2**26 < free_memory_bytes() < 2**46
+
+
+# --- out of memory ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OUT_OF_MEMORY, RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory")],
+)
+def test_running_out_of_memory_says_what_to_set(error: RuntimeError) -> None:
+    config = _config("multi_scale.scales=[1.0,0.5]", "batch.global_size=24")
+    with pytest.raises(TrainingError) as caught, explained_out_of_memory(config, BatchSplit(24, 6, 2)):
+        raise error
+    message = str(caught.value)
+    assert "micro-batches of 6 images of 65" in message
+    for remedy in (
+        "batch.micro_size=4",
+        "auto",
+        "speed.recompute=true",
+        "precision.dtype=bf16",
+        "multi_scale",
+        "crop_size",
+    ):
+        assert remedy in message
+
+
+def test_what_is_set_already_is_not_proposed() -> None:
+    config = _config("speed.recompute=true", "precision.dtype=bf16")
+    with pytest.raises(TrainingError) as caught, explained_out_of_memory(config, BatchSplit(8, 1, 8)):
+        raise OUT_OF_MEMORY
+    assert not any(text in str(caught.value) for text in ("micro_size", "recompute", "bf16", "scales"))
+    assert "more GPUs" in str(caught.value)
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="something else"), explained_out_of_memory(_config(), BatchSplit(8, 8, 1)):
+        raise RuntimeError("something else")
