@@ -27,7 +27,6 @@ from dist_deeplab.evaluation.crf import open_crf, require_crf
 from dist_deeplab.evaluation.evaluator import EvaluationStopped, evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.weights import SCRATCH, Variant
-from dist_deeplab.runtime.determinism import set_determinism
 from dist_deeplab.runtime.distributed import (
     DistEnv,
     exit_with_crash,
@@ -82,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         train_set, val_set = open_data(config)
         require_crf(config.eval.crf)
         split = split_batch(config, env)
-        set_determinism(config.deterministic)
         with open_session(config, env) as run:
             trace = config.run_dir / "profile" / f"rank_{env.rank}.json.gz" if arguments.profile else None
             exit_code = train(config, env, split, train_set, val_set, run, trace=trace)

@@ -22,6 +22,7 @@ from dist_deeplab.model.flops import training_flops
 from dist_deeplab.model.weights import Variant, Weights, fit_weights, load_weights
 from dist_deeplab.runtime import tracking
 from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder, open_checkpoints
+from dist_deeplab.runtime.determinism import set_determinism
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.parallel import prepare_model
 from dist_deeplab.runtime.peak import peak_flops
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[Session]:
     """Return what holds while the run goes on: the ranks' connection, the folder's lock, watchdog and signals."""
+    set_determinism(config.deterministic)  # before any GPU is used
     limits = config.distributed
     return session(
         env,
