@@ -12,7 +12,6 @@ checkpoint. Exit codes: 0 done, 1 error, 2 wrong arguments or configuration, 75 
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,24 +20,18 @@ from dist_deeplab.config import RunConfig
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards import Manifest
 from dist_deeplab.errors import UserError
-from dist_deeplab.evaluation import report
-from dist_deeplab.evaluation.confusion import scores
-from dist_deeplab.evaluation.crf import open_crf, require_crf
-from dist_deeplab.evaluation.evaluator import EvaluationStopped, evaluate
-from dist_deeplab.evaluation.inference import Predictor
+from dist_deeplab.evaluation import validation
+from dist_deeplab.evaluation.crf import require_crf
 from dist_deeplab.model.weights import SCRATCH, Variant
 from dist_deeplab.runtime.distributed import (
     DistEnv,
     exit_with_crash,
     exit_with_error,
     leave,
-    ranks_on_host,
     refuse_restart,
 )
-from dist_deeplab.runtime.logs import format_duration, setup_logging
-from dist_deeplab.runtime.parallel import share_buffers
+from dist_deeplab.runtime.logs import setup_logging
 from dist_deeplab.runtime.profiling import profiled
-from dist_deeplab.runtime.rank_times import RankTimes
 from dist_deeplab.runtime.session import Session
 from dist_deeplab.runtime.tracking import Tracker
 from dist_deeplab.training.bad_samples import BadSamples
@@ -122,15 +115,16 @@ def train(
     if saved:
         restore(state, saved, val_set)
     describe(config, env, split, train_set, val_set, state, variant)
+    run.report("running", state.step)
     if state.step >= config.max_steps and not state.owes_evaluation:
         log.info("nothing to do: %s is done (step %d of %d)", config.run_dir, state.step, config.max_steps)
+        run.report("done", state.step)
         return 0
 
     # --- 3. Data, update, tracking ------------------------------------------------------------------------------------
     batches = build_train_loader(config, env, split, train_set, start=state.step)
     update = build_step(config, env, split, state, model, variant)
     bad_samples = BadSamples.open(config.run_dir, config.data.max_bad_samples, env, start=state.step)
-    rank_times = RankTimes(env, config.run_dir / "logs")
     tracker = build_tracker(config, env, run_info(config, env, split, train_set, val_set))
 
     # --- 4. The loop: one turn is one optimizer step ------------------------------------------------------------------
@@ -152,7 +146,7 @@ def train(
                 state.losses.reduce(state.step)  # a CPU-GPU synchronisation point
                 values = state.losses.pop_mean() | {f"lr/{group}": float(rate) for group, rate in rates.items()}
                 values |= meter.pop(images_per_step=split.global_size, device=env.device)
-                values |= rank_times.record(state.step, values) | bad_samples.values()
+                values |= run.rank_times.record(state.step, values) | bad_samples.values()
                 tracker.log(state.step, values)
                 log_progress(state.step, config.max_steps, values)
             with meter.paused():
@@ -168,9 +162,11 @@ def train(
                 tracker.log(state.step, checkpoints.pop_values())
             if stopping:
                 status = "KILLED"
+                run.report("stopped", state.step)
                 log.warning("stopped (%s), saved step %d; the same command goes on from there", stop.reason, state.step)
                 return STOPPED_EARLY
         status = "FINISHED"
+        run.report("done", state.step)
         log.info("done: %d steps; the run is in %s", state.step, config.run_dir)
         return 0
     finally:
@@ -200,42 +196,17 @@ def validate(
     tracker: Tracker,
     run: Session,
 ) -> bool:
-    """Evaluate on all of `val_set`, record and report the scores, and return whether they are the best so far.
+    """Score the network on `val_set` and return whether it is the best so far; every rank calls it.
 
-    Every rank calls it. Asked to stop meanwhile, it leaves off, and `state` owes an evaluation to the next start.
+    Asked to stop meanwhile, it leaves off, and `state` owes an evaluation to the next start.
     """
-    started = time.perf_counter()
-    if config.model.batch_norm == "local":
-        share_buffers(state.net)
-    predictor = Predictor.build(state.net, variant.preprocessing, config.eval)
-    try:
-        with open_crf(config.eval.crf, config.crf, ranks_on_host=ranks_on_host()) as crf:
-            evaluation = evaluate(
-                predictor,
-                val_set,
-                env,
-                num_workers=config.data.num_workers,
-                batch_size=config.eval.batch_size,
-                num_panels=config.eval.num_panels,
-                crf=crf,
-                should_stop=run.asks_to_stop,
-            )
-    except EvaluationStopped:
-        state.owes_evaluation = True
-        return False
-    state.owes_evaluation = False
-    result, names = scores(evaluation.confusion), val_set.class_names
-    seconds = time.perf_counter() - started
-    tracker.log(state.step, report.metric_values(result, names) | {"time/eval_s": seconds})
-    folder = config.run_dir / "eval" / f"step_{state.step:08d}"
-    tracker.log_files(state.step, lambda: report.write_report(evaluation, names, folder))
-    tracker.log_images(state.step, lambda: report.write_series(evaluation, names, folder))
-    table = report.render(report.iou_table(result, names))
-    log.info(
-        "evaluation at step %d: %d images in %s\n%s", state.step, evaluation.num_images, format_duration(seconds), table
+    miou = validation.score(
+        state.net, val_set, config, env, variant.preprocessing, tracker, step=state.step, should_stop=run.asks_to_stop
     )
-    is_best = state.take_score(result.miou)
-    tracker.log(state.step, {"val/best_mIoU": state.best_miou})
+    state.owes_evaluation = miou is None
+    is_best = miou is not None and state.take_score(miou)
+    if miou is not None:
+        tracker.log(state.step, {"val/best_mIoU": state.best_miou})
     return is_best
 
 

@@ -22,6 +22,11 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 
 # Without this torchrun's restarts read stale keys from the agent's store and hang (torch 2.13, pytorch#135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# torchrun dies of SIGUSR1, Slurm's warning, unless told to pass it on; and gives workers time to save.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-90}
+# After a crash of a process it starts all of them again, from the last checkpoint.
+export PET_MAX_RESTARTS=${PET_MAX_RESTARTS:-3}
 
 # --- messages ---------------------------------------------------------------------------------------------------------
 

@@ -8,62 +8,101 @@
 # sbatch's options come before the script: what your site asks for (partition, account, memory) goes there or into
 # SBATCH_PARTITION, SBATCH_ACCOUNT ... Everything after the script goes to dist_deeplab.train as it is.
 #
-# One task per node: a torchrun that starts one process per GPU of the node (launch/multi_node.sh, which runs there).
+# One task per node: a torchrun that starts one process per GPU of the node (launch/multi_node.sh, which runs there) and
+# starts them again after a crash. With `sbatch --ntasks-per-node 8` it is one task per process, without torchrun.
 #
-#     NPROC_PER_NODE=N  processes per node, if not one per GPU (on nodes without GPUs the default is 1)
 #     REPO=DIR          the repository, if it is not the folder where sbatch was called
+#     MAX_REQUEUES=20   how often the job may put itself back into the queue; 0: never
+#     NPROC_PER_NODE, CONTAINER_EXEC, SRUN_OPTIONS: see slurm/common.sh
+#
+# Two minutes before its time limit, when it is preempted, and when a process or node has failed, the run saves or has
+# saved and the job goes back into the queue, under the same number, to go on from there: as long as it gets further
+# each time. scancel ends it for good; so do errors in arguments or data.
 #
 # Set the environment up once before, on a node with the same Python: pip install -e . -c constraints.txt, or any
 # launcher. Used is the environment that was active at sbatch, else .venv in the repository.
 # The output is in dist_deeplab-JOBID.out, each line with the number of its node.
-#
-# Do not add --signal=USR1@...: torchrun ends at once on that signal, and training with it.
 
 #SBATCH --job-name=dist_deeplab
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
 
 set -euo pipefail
 
-fail() {
-    printf 'slurm/train.sh: %s\n' "$*" >&2
+[[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_JOB_NODELIST:-} ]] || {
+    echo "slurm/train.sh: this is a batch script: submit it, as in 'sbatch --nodes 2 slurm/train.sh --config FILE'." >&2
     exit 2
 }
-
-[[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_JOB_NODELIST:-} ]] ||
-    fail "this is a batch script: submit it, as in 'sbatch --nodes 2 slurm/train.sh --config FILE'."
-
 # Slurm runs a copy of this file from its own folder, so its path tells nothing about the repository's.
 repo=${REPO:-$SLURM_SUBMIT_DIR}
-[[ -x $repo/launch/multi_node.sh && -d $repo/dist_deeplab ]] ||
-    fail "$repo is not the repository (no launch/multi_node.sh, dist_deeplab/): call sbatch there or set REPO."
+[[ -x $repo/launch/multi_node.sh && -d $repo/dist_deeplab ]] || {
+    echo "slurm/train.sh: $repo is not the repository (no launch/multi_node.sh, dist_deeplab/): call sbatch there or" \
+        "set REPO." >&2
+    exit 2
+}
 cd "$repo"
+SCRIPT=train.sh
+# shellcheck source=slurm/common.sh
+source slurm/common.sh
+# shellcheck source=launch/common.sh
+source launch/common.sh
+use_environment
 
-# The nodes meet at the first one of the job. Not SLURM_LAUNCH_NODE_IPADDR: that may be the login node.
-read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST") ||
-    fail "scontrol does not know $SLURM_JOB_NODELIST."
-host=$first_node
-if ! getent hosts "$host" >/dev/null; then
-    # A name that the resolver does not know: the address at which Slurm itself reaches the node.
-    host=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-    [[ -n $host ]] || fail "no address found for the first node, $first_node."
+# --- requeueing -------------------------------------------------------------------------------------------------------
+
+# "STATUS FIRST_STEP LAST_STEP", written by the run: running, stopped (saved, and wants to go on), done or refused (would
+# fail again). torchrun's exit code tells none of that.
+export DIST_DEEPLAB_OUTCOME=$PWD/.dist_deeplab-$SLURM_JOB_ID.outcome
+before=$DIST_DEEPLAB_OUTCOME.before # the first step of the attempt before this one
+restarts=${SLURM_RESTART_COUNT:-0}
+
+# Whether this attempt got further than the one before. A run that fails at the same place again is left alone.
+has_progressed() {
+    local status first last
+    read -r status first last <"$DIST_DEEPLAB_OUTCOME" || return 1
+    ((last > first)) || [[ $status == running && ! -e $before ]] || { [[ -e $before ]] && ((first > $(<"$before"))); }
+}
+
+# A job that was cancelled is no longer RUNNING; it must not come back.
+is_running() { [[ $(scontrol show job "$SLURM_JOB_ID" 2>/dev/null) == *JobState=RUNNING* ]]; }
+
+requeue() {
+    local why=$1 first
+    if ((restarts >= ${MAX_REQUEUES:-20})); then
+        echo "job $SLURM_JOB_ID: $why; not requeued: MAX_REQUEUES=${MAX_REQUEUES:-20} is reached. Submit it again."
+    elif ! has_progressed; then
+        echo "job $SLURM_JOB_ID: $why; not requeued: it got no further than the attempt before."
+    elif ! is_running; then
+        echo "job $SLURM_JOB_ID: $why; not requeued: it was cancelled, or Slurm is ending it."
+    else
+        read -r _ first _ <"$DIST_DEEPLAB_OUTCOME"
+        printf '%s\n' "$first" >"$before"
+        echo "job $SLURM_JOB_ID: $why; back into the queue (restart $((restarts + 1)))"
+        scontrol requeue "$SLURM_JOB_ID" || fail "scontrol requeue failed: submit the same command again to go on."
+        exit 0 # Slurm ends this script
+    fi
+}
+
+if ((restarts > ${MAX_REQUEUES:-20})); then
+    fail "this is restart $restarts, MAX_REQUEUES is ${MAX_REQUEUES:-20}: submit the same command again to go on."
 fi
-# Below the ephemeral ports (32768 and up), so that no client's connection holds it; jobs sharing a node differ in it.
-port=$((20000 + SLURM_JOB_ID % 10000))
+rm -f "$DIST_DEEPLAB_OUTCOME"
 
-export NNODES=$SLURM_JOB_NUM_NODES
-export RDZV_ENDPOINT=$host:$port
-# A requeued job keeps its id: with the count, nodes never meet at what is left of an earlier attempt.
-export RDZV_ID=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# Since Slurm 22.05 srun no longer takes --cpus-per-task over from sbatch.
-if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
-    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-fi
+# --- the run ----------------------------------------------------------------------------------------------------------
 
-echo "job $SLURM_JOB_ID: $NNODES nodes ($SLURM_JOB_NODELIST) meet at $RDZV_ENDPOINT, in $repo"
+meeting_point
+echo "job $SLURM_JOB_ID: $NNODES nodes ($SLURM_JOB_NODELIST) meet at $RDZV_ENDPOINT, in $repo; restart $restarts"
+run_on_nodes dist_deeplab.train "$@"
+wait_for_step
 
-# One node's failure ends the others: at once after a bad exit, after a minute where a node has just gone quiet.
-exec srun --nodes "$NNODES" --ntasks "$NNODES" --ntasks-per-node 1 --kill-on-bad-exit=1 --wait=60 --label \
-    "$repo/launch/multi_node.sh" "$@"
+read -r status _ <"$DIST_DEEPLAB_OUTCOME" 2>/dev/null || status=
+case $status in
+    stopped) requeue "stopped and saved" ;;
+    running) requeue "a process or node failed" ;;
+esac
+rm -f "$DIST_DEEPLAB_OUTCOME" "$before"
+exit "$STEP_EXIT"

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from dist_deeplab.errors import UserError, first_line
+from dist_deeplab.runtime.outcome import tell_launcher
 from dist_deeplab.runtime.rendezvous import meet
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -217,6 +218,7 @@ def exit_with_error(env: DistEnv, error: UserError) -> int:
         time.sleep(_GRACE_S)
     where = "" if env.is_main else f" (rank {env.rank})"
     print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    tell_launcher("refused")
     refuse_restart()
     return error.exit_code
 

@@ -7,17 +7,28 @@ from pathlib import Path
 
 from dist_deeplab.runtime.distributed import DistEnv, launched_s_ago, process_group
 from dist_deeplab.runtime.meter import Meter
+from dist_deeplab.runtime.outcome import tell_launcher
 from dist_deeplab.runtime.preemption import StopRequest
+from dist_deeplab.runtime.rank_times import RankTimes
 from dist_deeplab.runtime.run_lock import lock_run
 from dist_deeplab.runtime.watchdog import watched
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
-    """What a running run tells the rest of the world (meter) and is told by it (stop)."""
+    """What a running run tells the rest of the world (meter, report) and is told by it (stop)."""
 
+    env: DistEnv
+    rank_times: RankTimes
+    first_step: int = 0
     meter: Meter = field(default_factory=Meter)
     stop: StopRequest = field(default_factory=StopRequest)
+
+    def report(self, status: str, step: int) -> None:
+        """Tell the script around torchrun that the run is "running" from a step on, "stopped" or "done"."""
+        self.first_step = step if status == "running" else self.first_step
+        if self.env.is_main:
+            tell_launcher(status, first_step=self.first_step, last_step=step)
 
     def asks_to_stop(self) -> bool:
         """Return whether a rank was asked to stop, from time to time inside something long: which goes on otherwise."""
@@ -41,7 +52,7 @@ def session(
     Raises:
         UserError: ranks did not come, or the folder is taken or can't be written.
     """
-    run = Session()
+    run = Session(env, RankTimes(env, run_dir / "logs"))
     with (
         process_group(env, startup_timeout_s=startup_timeout_s, hang_timeout_s=hang_timeout_s) as store,
         lock_run(env, run_dir),

@@ -25,12 +25,14 @@ import torch.distributed as dist
 FAILING_RANK = "--fail-on-rank-1"
 
 def main():
+    if "SLURM_NTASKS_PER_NODE" in os.environ and "RANK" not in os.environ:
+        os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"])
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     total = torch.tensor(float(rank + 1))
     dist.all_reduce(total)
     names = ("SLURM_NODEID", "SLURMD_NODENAME", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "SRUN_CPUS_PER_TASK",
-             "TORCHELASTIC_RUN_ID", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+             "TORCHELASTIC_RUN_ID", "INSIDE", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
     seen = {"rank": rank, "sum": total.item(), "arguments": sys.argv[1:], "cwd": os.getcwd()}
     seen.update({name: os.environ.get(name) for name in names})
     sys.stdout.write("SEEN " + json.dumps(seen) + "\\n")
@@ -98,7 +100,8 @@ def test_a_node_without_gpus_runs_one_process_and_cpus_per_task_reach_the_step(s
 
 
 def test_one_failing_process_ends_the_job_on_all_nodes(slurm, repo, environ):
-    state, output = slurm.run_job("--nodes=2", "slurm/train.sh", "--fail-on-rank-1", cwd=repo, **environ)
+    once = {"PET_MAX_RESTARTS": "0"}
+    state, output = slurm.run_job("--nodes=2", "slurm/train.sh", "--fail-on-rank-1", cwd=repo, **environ, **once)
 
     assert state == "FAILED", output
     assert len(seen(output)) == 2, output
@@ -113,3 +116,16 @@ def test_a_folder_that_is_no_repository_is_refused_in_one_sentence(slurm, tmp_pa
         f"slurm/train.sh: {tmp_path} is not the repository (no launch/multi_node.sh, dist_deeplab/): "
         "call sbatch there or set REPO."
     )
+
+
+def test_one_task_per_process_and_a_container_command_reach_the_step(slurm, repo, environ):
+    inside = {"CONTAINER_EXEC": "env INSIDE=yes", "SRUN_OPTIONS": "--unbuffered"}
+    state, output = slurm.run_job(
+        "--nodes=2", "--ntasks-per-node=2", "slurm/train.sh", "x", cwd=repo, **environ, **inside
+    )
+
+    assert state == "COMPLETED", output
+    processes = seen(output)
+    assert [process["rank"] for process in processes] == [0, 1, 2, 3], output
+    assert {process["INSIDE"] for process in processes} == {"yes"}
+    assert {process["TORCHELASTIC_RUN_ID"] for process in processes} == {None}, "torchrun takes part"

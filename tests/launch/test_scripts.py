@@ -103,7 +103,8 @@ def test_multi_node_names_a_missing_variable(repo: Path, name: str):
     [
         ("NNODES", "two"),
         ("NNODES", "0"),
-        ("NNODES", "1:2"),
+        ("NNODES", "1:x"),
+        ("NNODES", "2:1"),
         ("RDZV_ENDPOINT", "node1"),
         ("RDZV_ENDPOINT", "node1:"),
         ("RDZV_ENDPOINT", ":29400"),

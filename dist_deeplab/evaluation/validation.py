@@ -1,0 +1,65 @@
+"""Evaluation in the course of a training run: scores to the run's tracker, pictures to its folder, a table to the log."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from dist_deeplab.config import RunConfig
+from dist_deeplab.data.shards import Manifest
+from dist_deeplab.evaluation import report
+from dist_deeplab.evaluation.confusion import scores
+from dist_deeplab.evaluation.crf import open_crf
+from dist_deeplab.evaluation.evaluator import EvaluationStopped, evaluate
+from dist_deeplab.evaluation.inference import Predictor
+from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.model.preprocessing import Preprocessing
+from dist_deeplab.runtime.distributed import DistEnv, ranks_on_host
+from dist_deeplab.runtime.logs import format_duration
+from dist_deeplab.runtime.parallel import share_buffers
+from dist_deeplab.runtime.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+def score(
+    net: DeepLabV2,
+    val_set: Manifest,
+    config: RunConfig,
+    env: DistEnv,
+    preprocessing: Preprocessing,
+    tracker: Tracker,
+    *,
+    step: int,
+    should_stop: Callable[[], bool],
+) -> float | None:
+    """Evaluate on all of `val_set`, record and report the scores, and return the mIoU; every rank calls it.
+
+    None where a rank was asked to stop meanwhile: then nothing was recorded.
+    """
+    started = time.perf_counter()
+    if config.model.batch_norm == "local":
+        share_buffers(net)
+    predictor = Predictor.build(net, preprocessing, config.eval)
+    try:
+        with open_crf(config.eval.crf, config.crf, ranks_on_host=ranks_on_host()) as crf:
+            evaluation = evaluate(
+                predictor,
+                val_set,
+                env,
+                num_workers=config.data.num_workers,
+                batch_size=config.eval.batch_size,
+                num_panels=config.eval.num_panels,
+                crf=crf,
+                should_stop=should_stop,
+            )
+    except EvaluationStopped:
+        return None
+    result, names = scores(evaluation.confusion), val_set.class_names
+    seconds = time.perf_counter() - started
+    tracker.log(step, report.metric_values(result, names) | {"time/eval_s": seconds})
+    folder = config.run_dir / "eval" / f"step_{step:08d}"
+    tracker.log_files(step, lambda: report.write_report(evaluation, names, folder))
+    tracker.log_images(step, lambda: report.write_series(evaluation, names, folder))
+    table = report.render(report.iou_table(result, names))
+    log.info("evaluation at step %d: %d images in %s\n%s", step, evaluation.num_images, format_duration(seconds), table)
+    return result.miou

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+#
+# Score a checkpoint under Slurm, on any number of nodes, from the repository's folder:
+#
+#     sbatch --gpus-per-node 8 --cpus-per-task 64 slurm/evaluate.sh runs/NAME/checkpoints/best.pt --data data/voc/val.json
+#
+# Everything after the script goes to dist_deeplab.evaluate as it is. sbatch's options, the environment, containers and
+# the variables REPO, NPROC_PER_NODE, CONTAINER_EXEC and SRUN_OPTIONS are as in slurm/train.sh.
+# The table is in dist_deeplab-evaluate-JOBID.out.
+
+#SBATCH --job-name=dist_deeplab-evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --output=%x-%j.out
+
+set -euo pipefail
+
+[[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_JOB_NODELIST:-} ]] || {
+    echo "slurm/evaluate.sh: this is a batch script: submit it, as in 'sbatch slurm/evaluate.sh CHECKPOINT --data FILE'." >&2
+    exit 2
+}
+repo=${REPO:-$SLURM_SUBMIT_DIR}
+[[ -x $repo/launch/multi_node.sh && -d $repo/dist_deeplab ]] || {
+    echo "slurm/evaluate.sh: $repo is not the repository (no launch/multi_node.sh, dist_deeplab/): call sbatch there or" \
+        "set REPO." >&2
+    exit 2
+}
+cd "$repo"
+SCRIPT=evaluate.sh
+# shellcheck source=slurm/common.sh
+source slurm/common.sh
+# shellcheck source=launch/common.sh
+source launch/common.sh
+use_environment
+
+export PET_MAX_RESTARTS=${PET_MAX_RESTARTS:-0} # a score that failed is best looked at
+meeting_point
+run_on_nodes dist_deeplab.evaluate "$@"
+wait_for_step
+exit "$STEP_EXIT"

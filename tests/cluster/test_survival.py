@@ -1,0 +1,131 @@
+"""A job on a real Slurm that is warned, loses a process for good, is requeued by hand, and still ends as it should."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import wait_until
+from tests.conftest import REPO
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+MAX_STEPS = 60
+STEP_TIMEOUT_S = 180
+
+
+@pytest.fixture
+def environ() -> Mapping[str, str]:
+    return {"VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "REPO": str(REPO)}
+
+
+@pytest.fixture
+def arguments(sample_shards: Path, tmp_path: Path) -> list[str]:
+    data = [f"data.train={sample_shards}/train.json", "data.crop_size=65", "data.num_workers=0", "tracking.uri=none"]
+    small = ["model.backbone=resnet_tiny", "batch.global_size=4", "optim.lr=1e-3", f"max_steps={MAX_STEPS}"]
+    return [*data, *small, f"output_dir={tmp_path}", "name=run", "tracking.log_every=1", "checkpoint.every=5"]
+
+
+def last_step(run_dir: Path) -> int:
+    journal = run_dir / "metrics.jsonl"
+    lines = journal.read_text().splitlines()[:-1] if journal.exists() else []
+    return max((json.loads(line).get("step", 0) for line in lines), default=0)
+
+
+def processes_of_step(job: str) -> list[int]:
+    """The processes of a job's training step: the ranks, on both nodes."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environ = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"SLURM_JOB_ID={job}".encode() in environ and any(value.startswith(b"RANK=") for value in environ):
+            found.append(int(folder.name))
+    return found
+
+
+def slurmstepd_of(pid: int) -> int:
+    """The daemon that holds a process's step on its node."""
+    while "slurmstepd" not in Path(f"/proc/{pid}/comm").read_text():
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return pid
+
+
+def test_a_job_survives_a_warning_a_lost_node_and_a_requeue(slurm, environ, arguments, tmp_path):
+    patience = {"SRUN_OPTIONS": "--wait=5"}  # instead of a minute, until srun gives a silent node up
+    job = slurm.run(
+        "sbatch",
+        "--parsable",
+        "--nodes=2",
+        str(REPO / "slurm/train.sh"),
+        *arguments,
+        cwd=tmp_path,
+        **environ,
+        **patience,
+    ).strip()
+    run_dir = tmp_path / "run"
+    output = Path(slurm.job_field(job, "StdOut"))
+
+    def wait_for_step(step: int, restarts: int) -> None:
+        hurried = False
+
+        def there() -> bool:
+            nonlocal hurried
+            if slurm.job_field(job, "JobState") == "PENDING" and restarts and not hurried:
+                time.sleep(8)  # what is left of the attempt before must be gone: Slurm itself waits two minutes
+                slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+                hurried = True
+            assert not slurm.is_over(job), slurm.run("scontrol", "show", "job", job) + output.read_text()
+            return last_step(run_dir) >= step and int(slurm.job_field(job, "Restarts")) == restarts
+
+        wait_until(there, STEP_TIMEOUT_S)
+
+    wait_for_step(3, restarts=0)
+    slurm.run("scancel", "--signal=USR1", job)
+    wait_for_step(last_step(run_dir) + 3, restarts=1)
+    assert "stopped (SIGUSR1), saved step" in output.read_text()
+    assert "stopped and saved; back into the queue (restart 1)" in output.read_text()
+
+    wait_for_step(last_step(run_dir) + 6, restarts=1)
+    os.kill(slurmstepd_of(processes_of_step(job)[0]), signal.SIGKILL)
+    wait_for_step(last_step(run_dir) + 3, restarts=2)
+    assert "back into the queue (restart 2)" in output.read_text()
+
+    slurm.run("scontrol", "requeue", job)
+    wait_for_step(last_step(run_dir) + 3, restarts=3)
+
+    wait_until(lambda: slurm.is_over(job), STEP_TIMEOUT_S)
+    assert slurm.job_field(job, "JobState") == "COMPLETED", output.read_text()
+    points = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in points if r.get("key") == "train/loss"] == list(range(1, MAX_STEPS + 1))
+    starts = [int(step) for step in re.findall(r"from step (\d+) to", output.read_text())]
+    assert len(starts) == 4
+    assert starts == sorted(starts)
+    assert not list(REPO.glob(f".dist_deeplab-{job}.*"))
+
+
+def test_a_cancelled_job_saves_and_does_not_come_back(slurm, environ, arguments, tmp_path):
+    job = slurm.run(
+        "sbatch", "--parsable", "--nodes=1", str(REPO / "slurm/train.sh"), *arguments, cwd=tmp_path, **environ
+    ).strip()
+    wait_until(lambda: last_step(tmp_path / "run") >= 2, STEP_TIMEOUT_S)
+    slurm.run("scancel", job)
+    wait_until(lambda: slurm.is_over(job), STEP_TIMEOUT_S)
+    assert slurm.job_field(job, "JobState") == "CANCELLED"
+    assert slurm.job_field(job, "Restarts") == "0"
+
+
+def test_a_mistake_in_the_arguments_is_said_once_and_not_tried_again(slurm, environ, arguments, tmp_path):
+    state, output = slurm.run_job(
+        "--nodes=1", str(REPO / "slurm/train.sh"), *arguments, "optim.lr=-1", cwd=tmp_path, **environ
+    )
+    assert state == "FAILED", output
+    assert output.count("error: ") == 1, output
+    assert "requeue" not in output
