@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 
 from dist_deeplab import config as configuration
-from dist_deeplab.data.shards import ShardReader, load_manifest
+from dist_deeplab.data.shard_reader import ShardReader
+from dist_deeplab.data.shards import load_manifest
 from dist_deeplab.errors import UserError
 from dist_deeplab.runtime import checks
 from dist_deeplab.runtime.checks import Finding

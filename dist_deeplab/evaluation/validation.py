@@ -1,4 +1,4 @@
-"""Evaluation in the course of a training run: scores to the run's tracker, pictures to its folder, a table to the log."""
+"""Evaluation in the course of a run: scores to its tracker, pictures to its folder, a table to the log."""
 
 import logging
 import time
