@@ -45,6 +45,7 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "filelock",
+        "scipy",  # SBD's labels; MLflow needs it anyway
         "safetensors>=0.4",
         "fsspec",  # torch needs it anyway; the packages behind s3:// and the like are the extra `remote`
     ],

@@ -26,6 +26,8 @@ _MAX_FAILURES = 5  # in a row, without a byte in between
 _FIRST_PAUSE_S = 1.0  # doubled with each failure in a row
 _SPARE_BYTES = 2**24  # left free on the disk, for whoever else writes there
 
+_DIGEST_NAMES = {"sha256": "SHA-256", "md5": "MD5"}
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ def fetch(
     *,
     name: str | None = None,
     sha256: str | None = None,
+    md5: str | None = None,
     size: int | None = None,
     refresh: bool = False,
     progress: Progress | None = None,
@@ -57,7 +60,8 @@ def fetch(
         folder: made if missing; on a disk of this node, or one whose file system knows `flock`.
         name: file name in `folder`; default: the last part of the URL.
         sha256: hexadecimal digest that the file must have. A file that has it is taken, wherever it came from;
-            without it, a file that came from this URL.
+            without one, a file that came from this URL.
+        md5: the same, for files whose owners publish no better digest.
         size: bytes that the file must have.
         refresh: fetch it even if it is there: for small files that change under their name.
         progress: see `Progress`; called after each MiB.
@@ -69,7 +73,8 @@ def fetch(
     check_url(url)
     folder = Path(folder).expanduser()
     target = folder / (name or name_in(url))
-    download = _Download(url, target, sha256.lower() if sha256 else None, size, progress)
+    digests = {name: text.lower() for name, text in (("sha256", sha256), ("md5", md5)) if text}
+    download = _Download(url, target, digests, size, progress)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(target, url)
@@ -99,7 +104,7 @@ class _Record:
 
     url: str
     size: int
-    sha256: str
+    digests: dict[str, str]
     mtime_ns: int
 
 
@@ -109,7 +114,7 @@ class _Download:
 
     url: str
     target: Path
-    sha256: str | None
+    digests: dict[str, str]
     size: int | None
     progress: Progress | None
 
@@ -128,9 +133,10 @@ class _Download:
         record = _read_record(_beside(self.target, "json"), _Record)
         if record and (record.size, record.mtime_ns) != (found.st_size, found.st_mtime_ns):
             record = None
-        if self.sha256 is None:
+        if not self.digests:
             return record is not None and record.url == self.url
-        return self.sha256 == (record.sha256 if record else files.sha256(self.target))
+        known = record.digests if record else {}
+        return all((known.get(kind) or files.digest(self.target, kind)) == text for kind, text in self.digests.items())
 
     def run(self) -> None:
         """Fetch, verify and name the file.
@@ -140,30 +146,32 @@ class _Download:
             OSError: the disk.
         """
         resumed = self._fill()
-        problem, digest = self._examine()
+        problem, digests = self._examine()
         if problem and resumed:  # the first part was of another file, or was damaged here
             log.warning("%s, put together from two attempts, %s; fetching it anew", shown(self.url), problem)
             self.part.unlink()
             self._fill()
-            problem, digest = self._examine()
+            problem, digests = self._examine()
         if problem:
             self.part.unlink()
             raise DownloadError(f"{shown(self.url)} {problem}; it was thrown away, ask its owner or try another mirror")
         files.fsync(self.part)
         os.replace(self.part, self.target)
         found = self.target.stat()
-        _write_record(_beside(self.target, "json"), _Record(self.url, found.st_size, digest, found.st_mtime_ns))
+        _write_record(_beside(self.target, "json"), _Record(self.url, found.st_size, digests, found.st_mtime_ns))
         _beside(self.target, "part.json").unlink(missing_ok=True)
         files.fsync(self.target.parent)
 
-    def _examine(self) -> tuple[str, str]:
-        """Return what is wrong with the fetched bytes, empty if nothing, and their SHA-256."""
-        size, digest = self.part.stat().st_size, files.sha256(self.part)
+    def _examine(self) -> tuple[str, dict[str, str]]:
+        """Return what is wrong with the fetched bytes, empty if nothing, and their digests."""
+        size = self.part.stat().st_size
+        digests = {kind: files.digest(self.part, kind) for kind in {"sha256": "", **self.digests}}
         if self.size not in (None, size):
-            return f"has {size:,} bytes, not {self.size:,}", digest
-        if self.sha256 not in (None, digest):
-            return f"has the SHA-256 {digest}, not {self.sha256}", digest
-        return "", digest
+            return f"has {size:,} bytes, not {self.size:,}", digests
+        for kind, text in self.digests.items():
+            if digests[kind] != text:
+                return f"has the {_DIGEST_NAMES[kind]} {digests[kind]}, not {text}", digests
+        return "", digests
 
     def _fill(self) -> bool:
         """Gather the whole file, over as many connections as it takes; return whether these were several."""
@@ -191,7 +199,7 @@ class _Download:
         known = _read_record(_beside(self.target, "part.json"), Remote)
         if known and known.url == self.url and known.version:
             return self._size_of_part(), known.version
-        return (self._size_of_part() if self.sha256 else 0), ""
+        return (self._size_of_part() if self.digests else 0), ""
 
     def _size_of_part(self) -> int:
         return self.part.stat().st_size if self.part.exists() else 0

@@ -20,6 +20,7 @@ from tests.file_server import FileServer, serve
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 3 * 2**20 + 77, dtype=np.uint8).tobytes()
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
+MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 @pytest.fixture
@@ -49,7 +50,9 @@ def visible(folder: Path) -> list[str]:
 # --- what arrives -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("known", [{}, {"sha256": DIGEST}, {"sha256": DIGEST.upper(), "size": len(CONTENT)}])
+@pytest.mark.parametrize(
+    "known", [{}, {"sha256": DIGEST}, {"sha256": DIGEST.upper(), "size": len(CONTENT)}, {"md5": MD5}]
+)
 def test_a_file_is_fetched_once(url: str, server: FileServer, known: dict, tmp_path: Path) -> None:
     for _ in range(3):
         path = fetch(url, tmp_path / "new" / "folder", **known)
@@ -373,4 +376,4 @@ def test_a_missing_package_is_named_with_its_extra(
 def test_records_are_plain_json(url: str, tmp_path: Path) -> None:
     fetch(url, tmp_path)
     record = json.loads((tmp_path / ".data.tar.json").read_text())
-    assert (record["url"], record["size"], record["sha256"]) == (url, len(CONTENT), DIGEST)
+    assert (record["url"], record["size"], record["digests"]) == (url, len(CONTENT), {"sha256": DIGEST})
