@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report)
     for note in notes:
         print(f"note: {note}")
-    print(f"wrote {len(tensors)} tensors to {arguments.target} ({arguments.to})")
+    print(f"wrote {arguments.target} ({arguments.to})")
     return 0
 
 

@@ -45,7 +45,10 @@ def verify(path: Path) -> None:
         raise UserError(f"there is no checkpoint at {path}")
     expected = sidecar_digests(path)
     if not expected:
-        raise UserError(f"the checkpoint {path} has no readable sidecar {path.with_suffix('.json').name}")
+        raise UserError(
+            f"the checkpoint {path} has no readable sidecar {path.with_suffix('.json').name}; if it is no checkpoint "
+            "of ours, make one of it by tools/convert_weights.py IN OUT.pt --to checkpoint"
+        )
     if sha256(path) not in expected:
         raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is not the one in its sidecar")
 
