@@ -1,10 +1,12 @@
 """`load_weights`: from a path or URL to tensors under our names, whatever known family they are of."""
 
+import json
 import os
 import re
 from pathlib import Path
 
 from dist_deeplab.errors import UserError
+from dist_deeplab.files import sha256
 from dist_deeplab.model.weights.caffe_names import weights_of
 from dist_deeplab.model.weights.caffemodel import looks_like_caffemodel, read_caffemodel
 from dist_deeplab.model.weights.kaffe import MAGIC, read_kaffe
@@ -55,12 +57,28 @@ def _read(path: Path) -> Weights:
 def _read_torch(path: Path) -> Weights:
     content = load_file(path)
     if isinstance(content, dict) and str(content.get("format", "")).startswith(_CHECKPOINT):
+        _verify(path)
         try:
             variant = Variant.from_plain(content["variant"])
             return Weights(str(path), variant, named_tensors(content["model"], path).tensors)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"the checkpoint {path} is incomplete; use another one") from None
     return recognise(named_tensors(content, path), path)
+
+
+def _verify(path: Path) -> None:
+    """Hold a checkpoint against the digests in its sidecar, where it has one.
+
+    Raises:
+        UserError: it is damaged: torch does not notice a flipped byte.
+    """
+    try:
+        values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        expected = [values["sha256"], *values.get("replaces", [])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # copied without it
+    if sha256(path) not in expected:
+        raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is not the one in its sidecar")
 
 
 def _first_bytes(path: Path) -> bytes:

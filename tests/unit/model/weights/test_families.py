@@ -216,6 +216,16 @@ def test_kazuto(tmp_path: Path, image: torch.Tensor, prefix: str, old: bool) -> 
     assert first_difference(net, image, outputs_of(theirs, image), name_of) == ""
 
 
+def test_kazutos_coco_init_is_a_backbone_with_another_head(tmp_path: Path, image: torch.Tensor) -> None:
+    theirs = Kazuto(BLOCKS_101, WIDTH, CLASSES)  # deeplabv1_resnet101-coco.pth: no prefix, and one 1x1 `fc`
+    theirs.aspp = nn.Identity()
+    theirs.add_module("fc", nn.Conv2d(32 * WIDTH, 91, 1))
+    randomise(theirs, seed=15)
+    net, weights = load_into_ours(save(theirs.state_dict(), tmp_path))
+    assert weights.skipped.keys() == {"fc.weight", "fc.bias"}
+    assert first_difference(net, image, outputs_of(theirs, image), kazuto_layer("shortcut", "aspp.")) == ""
+
+
 # --- Caffe ------------------------------------------------------------------------------------------------------------
 
 

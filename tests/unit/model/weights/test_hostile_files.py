@@ -2,7 +2,9 @@
 
 import argparse
 import copy
+import hashlib
 import io
+import json
 import os
 import pickle
 import resource
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dist_deeplab.errors import UserError
-from dist_deeplab.model.weights import Weights, load_weights
+from dist_deeplab.model.weights import SCRATCH, Weights, load_weights
 from tests.unit.model.weights import writers
 from tests.unit.model.weights.networks import CaffeNetBuilder, Kazuto, TorchvisionResNet, drsleep_variables
 
@@ -147,6 +149,21 @@ def test_a_flipped_byte_in_tensorflows_data_is_noticed(tmp_path: Path) -> None:
     data.unlink()
     with pytest.raises(UserError, match=r"its data file a\.ckpt\.data-00000-of-00001 is not beside the index"):
         load_weights(index)
+
+
+def test_a_flipped_byte_in_a_checkpoint_with_its_sidecar_is_noticed(tmp_path: Path) -> None:
+    path, state = tmp_path / "best.pt", TorchvisionResNet(BLOCKS, WIDTH, with_fc=False).state_dict()
+    torch.save({"format": "dist_deeplab.checkpoint/1", "variant": SCRATCH.to_plain(), "model": state}, path)
+    content = bytearray(path.read_bytes())
+    sidecar = path.with_suffix(".json")
+    sidecar.write_text(json.dumps({"sha256": "of the one before", "replaces": [hashlib.sha256(content).hexdigest()]}))
+    assert load_weights(path).variant == SCRATCH
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"the checkpoint .*best\.pt is damaged"):
+        load_weights(path)
+    sidecar.unlink()
+    assert load_weights(path).variant == SCRATCH  # copied without it: nothing to hold it against
 
 
 @pytest.mark.parametrize(
