@@ -88,6 +88,20 @@ def test_the_nearest_family_is_named(save: Callable[..., Path]) -> None:
         load_weights(save({"features.0.weight": torch.zeros(3)}))
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"epoch": torch.tensor(3), "state_dict": state, "optimizer": {"state": {}}},
+        lambda state: {"model": {"module": state}, "best_acc": 0.7},
+        lambda state: {"net": {f"module.{name}": tensor.half() for name, tensor in state.items()}},
+    ],
+)
+def test_a_state_dict_is_found_where_scripts_put_it(save: Callable[..., Path], wrap: Callable[[Any], Any]) -> None:
+    report = fit_weights(_net(), load_weights(save(wrap(_state()))), restore_last=True)
+    assert report.family == "torchvision ResNet"
+    assert not [name for name in report.missing if name.startswith("backbone.")]
+
+
 def test_two_networks_in_one_file_are_refused(save: Callable[..., Path]) -> None:
     state = _state()
     both = {f"student.{k}": v for k, v in state.items()} | {f"teacher.{k}": v for k, v in state.items()}
