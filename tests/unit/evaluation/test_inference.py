@@ -66,8 +66,9 @@ def test_the_maximum_over_scales_is_the_one_that_is_trained(
     scales = (0.5, 0.75, 1.0)
     fused = MultiScale(net, scales)(CAFFE.normalize(image, content))["fused"]
     expected = F.interpolate(fused, (65, 97), mode="bilinear", align_corners=True)
-    assert torch.equal(Predictor(net, CAFFE, scales).logits(image, content), expected)
-    assert not torch.equal(expected, _plain(net, image, content))
+    # Training resizes by matrix products, which a GPU adds up in a fixed order: equal but for rounding.
+    torch.testing.assert_close(Predictor(net, CAFFE, scales).logits(image, content), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, _plain(net, image, content), rtol=1e-2)
 
 
 @torch.no_grad()

@@ -588,7 +588,8 @@ KILLED_RUN = textwrap.dedent(
     """
     import os, signal, sys
     from pathlib import Path
-    from dist_deeplab.runtime.tracking import JournalTracker, open_tracker
+    from dist_deeplab.runtime.distributed import DistEnv
+    from dist_deeplab.runtime.tracking import open_tracker
 
     info = {"name": "killed", "parameters": {}, "tags": {}}
     tracker = open_tracker(
