@@ -221,12 +221,13 @@ def conclude(sweep: Sweep) -> int:
     tracker.log_tags({"mlflow.note.content": report.markdown(records)})
     tracker.log_files(num_finished, lambda: report.write_report(records, sweep.folder))
     tracker.close("FINISHED" if everything_done else "KILLED")
-    print(f"figure: {sweep.folder / 'comparison.png'}\n{where_to_look(config, begun)}")
+    print(f"figure: {sweep.folder / 'comparison.png'}\n{where_to_look(sweep, begun)}")
     return 0 if everything_done else 1
 
 
-def where_to_look(config: RunConfig, folders: Sequence[Path]) -> str:
+def where_to_look(sweep: Sweep, folders: Sequence[Path]) -> str:
     """Return how to open MLflow's page that compares the runs: a command, and an address."""
+    config = sweep.children[0].config
     uri = redact(tracking.resolve_uri(config.tracking.uri, config.output_dir))
     copies = [tracking.read_mlflow_file(folder) for folder in folders]
     ids = [copy["run_id"] for copy in copies if copy.get("run_id")]
@@ -234,9 +235,15 @@ def where_to_look(config: RunConfig, folders: Sequence[Path]) -> str:
         return "in MLflow: nothing yet (tracking.uri=none, or the store is away: tools/sync_mlflow.py sends it later)"
     is_server = uri.startswith("http")
     server = re.sub(r"//[^/]*@", "//", uri).rstrip("/") if is_server else "http://127.0.0.1:5000"
-    runs, experiments = (json.dumps(values) for values in (ids, [copies[0]["experiment_id"]]))
-    page = f"{server}/#/compare-runs?runs={quote(runs)}&experiments={quote(experiments)}"
-    return f"in MLflow: {page}" if is_server else f"in MLflow: ./launch/mlflow_ui.sh, then {page}"
+    experiment, own = copies[0]["experiment_id"], tracking.mlflow_run_id(sweep.folder)
+    runs, experiments = (quote(json.dumps(values)) for values in (ids, [experiment]))
+    return "\n".join(
+        [
+            "in MLflow:" if is_server else "in MLflow: ./launch/mlflow_ui.sh, then",
+            f"    the sweep: {server}/#/experiments/{experiment}/runs/{own}",
+            f"    its runs side by side: {server}/#/compare-runs?runs={runs}&experiments={experiments}",
+        ]
+    )
 
 
 if __name__ == "__main__":

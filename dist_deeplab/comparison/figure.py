@@ -56,8 +56,11 @@ def _draw_classes(axes: Axes, shown: Sequence[RunRecord], names: Sequence[str], 
         axes.bar(places, values, width, color=colormaps["tab10"](index), label=names[index])
     if len(shown) > 1:
         for group, (value, index) in enumerate(best):
+            if value == 0:
+                continue
             place = group - 0.4 + (0.5 - index) * width
             axes.annotate("*", (place, value), ha="center", va="bottom", fontsize=12)
     axes.set_xticks(range(len(groups)), groups, rotation=35, ha="right")
     axes.set(title="IoU of each class at the best step (%), * best", xlim=(-0.6, len(groups) - 0.4))
+    axes.margins(y=0.1)  # room for the stars
     axes.grid(axis="y", alpha=0.3)

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from dist_deeplab.runtime.journal import JOURNAL, read_records
 from dist_deeplab.runtime.mlflow_run import MirrorState, MlflowRun
 from dist_deeplab.runtime.provenance import redact
+from dist_deeplab.runtime.system_metrics import FOLDER as SYSTEM_FOLDER
 from dist_deeplab.runtime.tracking import RUN_FILE
 
 log = logging.getLogger("mlflow_mirror")
@@ -60,6 +61,10 @@ class Mirror:
     def send_new(self) -> str | None:
         """Send what the journal holds beyond the last call; return the status once the journal ends the run."""
         run = self.connect()
+        for path in sorted((self.run_dir / SYSTEM_FOLDER).glob("*.jsonl")):
+            for batch, end in _batches(read_records(path, self.state["sent_system"].get(path.name, 0))):
+                run.send(batch)
+                self.state.save(sent_system={**self.state["sent_system"], path.name: end})
         for batch, end in _batches(read_records(self.run_dir / JOURNAL, self.state["sent_bytes"])):
             run.send(batch)
             self.state.save(sent_bytes=end)

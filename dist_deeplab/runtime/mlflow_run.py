@@ -24,7 +24,8 @@ _MAX_TEXT = 5000  # MLflow takes tags of 8000 characters and parameters of 6000
 class MirrorState:
     """What is known of a run's copy in a store, kept in its folder: `mlflow.json`.
 
-    run_id and experiment_id; sent_bytes of the journal; status; described: the attempt that was described;
+    run_id and experiment_id; sent_bytes of the journal, and sent_system of
+    each node's file of system metrics; status; described: the attempt that was described;
     failed_sends and error: how often the store refused, and the last refusal while it does; model: whether the model
     was logged.
     """
@@ -35,6 +36,7 @@ class MirrorState:
             "run_id": None,
             "experiment_id": None,
             "sent_bytes": 0,
+            "sent_system": {},
             "status": None,
             "described": -1,
             "failed_sends": 0,

@@ -20,7 +20,8 @@ from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.divergence import Divergence
 from dist_deeplab.runtime.journal import JOURNAL, Journal
 from dist_deeplab.runtime.meter import Cost
-from dist_deeplab.runtime.provenance import redact, redact_all, slurm_job
+from dist_deeplab.runtime.provenance import host_name, redact, redact_all, slurm_job
+from dist_deeplab.runtime.system_metrics import start_system_metrics
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +166,7 @@ def open_tracker(
     experiment: str,
     config_yaml: str,
     run_info: Mapping[str, Any],
+    system_metrics: bool = False,
 ) -> Tracker:
     """Return this rank's tracker, on the main rank with a running mirror.
 
@@ -175,7 +177,10 @@ def open_tracker(
         experiment: MLflow experiment.
         config_yaml: the resolved configuration, written to `config.yaml`.
         run_info: plain values for `run.json`: name, parameters, tags, and what else MlflowRun knows.
+        system_metrics: whether to record how busy each node is.
     """
+    if system_metrics and env.local_rank == 0:
+        start_system_metrics(run_dir, host_name())
     if not env.is_main:
         return Tracker()
     tracker = JournalTracker(run_dir, world_size=env.world_size)

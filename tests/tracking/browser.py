@@ -118,11 +118,16 @@ class Browser:
         """Open a page, wait until it shows all of `texts`, and return what it shows."""
         self.call("Page.navigate", url="about:blank")  # a change of the fragment alone would load nothing
         self.call("Page.navigate", url=url)
-        return self.wait_for(lambda: (text := self.text()) if all(t in self.text() for t in texts) else "", texts)
+        return self.wait_for_text(lambda text: all(each in text for each in texts), texts)
 
     def text(self) -> str:
         """Return the text that the page shows."""
         return str(self.evaluate("document.body ? document.body.innerText : ''"))
+
+    def wait_for_text(self, condition: Callable[[str], bool], what: object) -> str:
+        """Return what the page shows once it meets a condition."""
+        self.wait_for(lambda: condition(self.text()), what)
+        return self.text()
 
     def wait_for(self, condition: Callable[[], Any], what: object) -> Any:
         """Return the first true value of a condition."""
@@ -139,3 +144,15 @@ class Browser:
         data = self.call("Page.captureScreenshot", format="png")["data"]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(data))
+
+    def type_into(self, selector: str, text: str) -> None:
+        """Type into the input that a CSS selector finds, once it is there."""
+        self.wait_for(lambda: self.evaluate(f"document.querySelector({json.dumps(selector)}) !== null"), selector)
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).focus()")
+        self.call("Input.insertText", text=text)
+
+    def press(self, key: str) -> None:
+        """Press a key (a DOM name of one of the arrow keys) on what has the focus."""
+        codes = {"ArrowLeft": 37, "ArrowRight": 39}
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key])

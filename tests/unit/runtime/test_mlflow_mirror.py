@@ -268,6 +268,19 @@ def test_a_file_at_the_top_of_the_folder_arrives_and_one_that_mlflow_refuses_hol
     assert store.artifacts() == ["config.yaml", "curves.png", "eval/step_00000020/metrics.json"]
 
 
+def test_every_node_s_system_metrics_arrive_once(store: Store, run_dir: Path) -> None:
+    (run_dir / "system").mkdir()
+    for node in ("a", "b"):
+        with (run_dir / "system" / f"{node}.jsonl").open("w") as journal:
+            journal.writelines(json.dumps(point(step, 50.0, f"system/{node}/cpu")) + "\n" for step in (10, 20))
+    append(run_dir, *USUAL)
+    for _ in range(2):
+        assert send(run_dir)
+        for node in ("a", "b"):
+            assert [(step, value) for step, value, _ in store.history(f"system/{node}/cpu")] == [(10, 50.0), (20, 50.0)]
+    assert_usual(store)
+
+
 def test_facts_that_become_known_later_are_tags(store: Store, run_dir: Path) -> None:
     append(run_dir, {"time": TIME_S, "tags": {"diverged": "1 point"}}, *USUAL)
     assert send(run_dir)

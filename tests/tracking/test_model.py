@@ -1,0 +1,153 @@
+"""The best checkpoint as a registered model: loaded where this repository is not, and served over HTTP."""
+
+import base64
+import http.client
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dist_deeplab.config import config_from_dict
+from dist_deeplab.data.decode import decode_image
+from dist_deeplab.data.voc import CLASS_NAMES
+from dist_deeplab.evaluation.inference import Predictor, load_network
+from dist_deeplab.model.weights import Variant
+from dist_deeplab.training.resume import read_checkpoint
+from tests.conftest import command_environ
+from tests.tracking.conftest import Server, Sweep
+
+LOADS = """
+import base64, json, sys
+import mlflow, pandas
+model = mlflow.pyfunc.load_model(sys.argv[1])
+answer = model.predict(pandas.DataFrame({"image": [open(path, "rb").read() for path in sys.argv[2:]]}))
+code = sys.modules["dist_deeplab.evaluation.serving"].__file__
+masks = [base64.b64encode(mask).decode() for mask in answer["mask"]]
+print(json.dumps({"code": code, "masks": masks, "metadata": model.metadata.metadata}))
+"""
+
+
+@pytest.fixture(scope="module")
+def address(server: Server, sweep: Sweep) -> str:
+    """Log and register the first run's best checkpoint."""
+    command = [sys.executable, "-m", "dist_deeplab.log_model", str(sweep.runs[0]), "--register-as", "street-deeplab"]
+    done = subprocess.run(command, env=command_environ(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two pictures of sizes that are not 8k+1, a JPEG and a PNG."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows, columns = np.mgrid[0:90, 0:131]
+    colors = np.stack([2 * rows, columns, 255 - rows - columns], axis=2).clip(0, 255).astype(np.uint8)
+    Image.fromarray(colors).save(folder / "a.jpg", quality=90)
+    Image.fromarray(colors[:65, ::-1]).save(folder / "b.png")
+    return [folder / "a.jpg", folder / "b.png"]
+
+
+def expected_mask(run: Path, picture: Path) -> np.ndarray:
+    """Return what the checkpoint's network says of the picture, padded to the right and below by hand."""
+    saved = read_checkpoint(run / "checkpoints" / "best.pt")
+    image = torch.from_numpy(decode_image(picture.read_bytes())).permute(2, 0, 1)
+    _, height, width = image.shape
+    padded = torch.zeros(1, 3, height + (1 - height) % 8, width + (1 - width) % 8, dtype=torch.uint8)
+    padded[0, :, :height, :width] = image
+    settings = config_from_dict(saved["config"], where="test").eval
+    predictor = Predictor.build(load_network(saved), Variant.from_plain(saved["variant"]).preprocessing, settings)
+    logits = predictor.logits(padded, torch.tensor([[height, width]]))
+    return logits[0, :, :height, :width].argmax(0).numpy()
+
+
+def read_mask(encoded: str) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as png:
+        assert png.mode == "P"
+        return np.array(png)
+
+
+def test_the_model_is_a_version_of_the_registered_one_with_its_signature(server: Server, address: str) -> None:
+    import mlflow
+
+    assert address == "models:/street-deeplab/1"
+    assert server.client.get_model_version("street-deeplab", "1").status == "READY"
+    mlflow.set_tracking_uri(server.uri)
+    info = mlflow.models.get_model_info(address)
+    assert [(c.name, c.type.name) for c in info.signature.inputs.inputs] == [("image", "binary")]
+    assert [(c.name, c.type.name) for c in info.signature.outputs.inputs] == [("mask", "binary")]
+    run = server.run("pages", "poly-power_0.5")
+    assert info.run_id == run.info.run_id
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time - run.info.start_time < 3_600_000
+
+
+def test_it_loads_elsewhere_with_its_own_code_and_says_what_the_checkpoint_says(
+    server: Server, sweep: Sweep, address: str, pictures: list[Path], tmp_path: Path
+) -> None:
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"MLFLOW_TRACKING_URI": server.uri}
+    command = [sys.executable, "-c", LOADS, address, *map(str, pictures)]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert str(Path(__file__).parents[2]) not in answer["code"], "the code in the model, not this repository's"
+    assert tuple(answer["metadata"]["class_names"]) == CLASS_NAMES
+    for picture, mask in zip(pictures, answer["masks"], strict=True):
+        np.testing.assert_array_equal(read_mask(mask), expected_mask(sweep.runs[0], picture))
+
+
+@pytest.fixture
+def served(server: Server, address: str, tmp_path: Path) -> Iterator[int]:
+    """Return the port of `mlflow models serve`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", address, "--env-manager", "local"]
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "MLFLOW_TRACKING_URI": server.uri,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    with open(tmp_path / "serve.log", "wb") as log:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], cwd=tmp_path, env=environ, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while not is_up(port):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "serve.log").read_text()
+            time.sleep(0.2)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def is_up(port: int) -> bool:
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("GET", "/ping")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+
+
+def test_it_is_served_image_in_mask_out(served: int, sweep: Sweep, pictures: list[Path]) -> None:
+    rows = [[base64.b64encode(picture.read_bytes()).decode()] for picture in pictures]
+    body = json.dumps({"dataframe_split": {"columns": ["image"], "data": rows}})
+    connection = http.client.HTTPConnection("127.0.0.1", served, timeout=120)
+    connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    content = answer.read()
+    assert answer.status == 200, content
+    for picture, row in zip(pictures, json.loads(content)["predictions"], strict=True):
+        np.testing.assert_array_equal(read_mask(row["mask"]), expected_mask(sweep.runs[0], picture))

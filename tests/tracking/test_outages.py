@@ -1,0 +1,173 @@
+"""A real server that is slow, full, cut off, hanging, killed or behind a password: no point is lost, nothing waits."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_deeplab.runtime import mlflow_mirror, tracking
+from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.runtime.mlflow_mirror import Mirror, mirror_until_done
+from dist_deeplab.runtime.tracking import open_tracker
+from tests.conftest import REPO
+from tests.tracking.conftest import Proxy, Server
+
+STEPS = range(1, 41)
+VARIABLES = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Wait shortly, and leave the environment as it was: the mirror sets MLflow's variables for its own process."""
+    monkeypatch.setattr(mlflow_mirror, "_POLL_S", 0.05)
+    monkeypatch.setattr(mlflow_mirror, "_RETRY_S", (0.1,))
+    environ = dict(os.environ)
+    os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    yield
+    os.environ.clear()
+    os.environ.update(environ)
+
+
+def start_run(folder: Path, uri: str, *, with_mirror: bool = False, **tags: str) -> Any:
+    """Return the tracker of a run that has just begun."""
+    folder.mkdir()
+    info = {"name": folder.name, "parameters": {"seed": 1}, "tags": tags}
+    tracker = open_tracker(
+        folder, env=DistEnv(), uri="none", experiment="outages", config_yaml="seed: 1\n", run_info=info
+    )
+    tracking.write_run_file(folder, uri=uri, experiment="outages", attempt=0, run_info=info)
+    if with_mirror:
+        tracker.start_mirror()
+    return tracker
+
+
+def log_steps(tracker: Any, steps: range = STEPS) -> None:
+    for step in steps:
+        tracker.log(step, {"train/loss": 1.0 / step})
+
+
+def assert_complete(server: Server, name: str) -> None:
+    run = server.run("outages", name)
+    assert run.info.status == "FINISHED"
+    assert server.curve(run, "train/loss") == [(step, 1.0 / step) for step in STEPS]
+
+
+def test_errors_cut_connections_and_a_slow_server_cost_no_point(server: Server, proxy: Proxy, tmp_path: Path) -> None:
+    folder = tmp_path / "troubled"
+    tracker = start_run(folder, proxy.uri)
+    modes = iter(["500", "cut", "ok", "500", "slow", "cut", "500", "ok"])
+    asked = 0
+
+    def is_running() -> bool:
+        nonlocal asked
+        proxy.mode = next(modes, "ok")
+        log_steps(tracker, STEPS[5 * asked : 5 * (asked + 1)])
+        asked += 1
+        if asked == 8:
+            tracker.close("FINISHED")
+        return asked < 8
+
+    assert mirror_until_done(Mirror(folder), is_running=is_running)
+    assert_complete(server, "troubled")
+    state = json.loads((folder / "mlflow.json").read_text())
+    assert state["error"] == ""
+    assert 3 <= state["failed_sends"] <= 5
+
+
+def test_training_goes_on_while_the_server_hangs_and_says_so_once(
+    server: Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All points are in the journal before the server has answered a single request."""
+    monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
+    folder = tmp_path / "hanging"
+    proxy.mode = "hang"
+    tracker = start_run(folder, proxy.uri, with_mirror=True)
+    wait_for(lambda: proxy.num_requests > 0)
+    log_steps(tracker, STEPS[:30])
+    assert proxy.num_requests <= 2, "the server has answered nothing"
+    assert (folder / "metrics.jsonl").read_text().count('"train/loss"') == 30
+    wait_for(lambda: tracking.read_mlflow_file(folder).get("error"))
+    log_steps(tracker, STEPS[30:])
+    assert caplog.text.count("MLflow does not take points") == 1
+    proxy.mode = "ok"
+    tracker.close("FINISHED")
+    assert tracker.mirror.wait(60) == 0
+    assert_complete(server, "hanging")
+    assert server.curve(server.run("outages", "hanging"), "tracking/failed_sends")[-1][1] >= 1
+
+
+def test_what_was_not_sent_is_sent_by_hand_once_a_killed_server_is_back(server: Server, tmp_path: Path) -> None:
+    """SIGKILL of the server in the middle of a run; the run ends without it; tools/sync_mlflow.py sends the rest."""
+    folder = tmp_path / "killed_server"
+    tracker = start_run(folder, server.uri)
+    log_steps(tracker, STEPS[:10])
+    Mirror(folder).send_new()
+    server.kill()
+    log_steps(tracker, STEPS[10:])
+    tracker.close("FINISHED")
+    assert not mirror_until_done(Mirror(folder), is_running=lambda: False, give_up_s=0.0)
+    server.start()
+    sync = [sys.executable, str(REPO / "tools" / "sync_mlflow.py"), str(folder), str(tmp_path)]
+    done = subprocess.run(sync, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [f"{folder}: sent", "1 of 1 runs are in MLflow"], done.stderr
+    assert_complete(server, "killed_server")
+
+
+def test_a_password_opens_the_server_and_is_written_nowhere(
+    server: Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy.credentials = "me:s3cret/word"
+    folder = tmp_path / "secret"
+    log = logging.FileHandler(tmp_path / "mirror.log")
+    logging.getLogger("mlflow_mirror").addHandler(log)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong-s3cret")
+    tracker = start_run(folder, proxy.uri, command="train data.train=https://me:s3cret@host/t.json token=s3cret/word")
+    log_steps(tracker)
+    tracker.close("FINISHED")
+    assert not mirror_until_done(Mirror(folder), is_running=lambda: False, give_up_s=0.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cret/word")
+    tracking.write_run_file(  # as the next attempt does
+        folder,
+        uri=proxy.uri,
+        experiment="outages",
+        attempt=0,
+        run_info={"name": "secret", "parameters": {}, "tags": {"command": "train token=s3cret/word"}},
+    )
+    assert mirror_until_done(Mirror(folder), is_running=lambda: False)
+    logging.getLogger("mlflow_mirror").removeHandler(log)
+    assert_complete(server, "secret")
+    assert server.run("outages", "secret").data.tags["command"] == "train token=***"
+    for path in [*folder.rglob("*"), tmp_path / "mirror.log"]:
+        assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
+
+
+def test_a_password_in_the_address_of_the_environment_works_and_is_written_nowhere(
+    server: Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy.credentials = "me:s3cret/word"
+    address = proxy.uri.replace("//", "//me:s3cret%2Fword@")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    folder = tmp_path / "address"
+    tracker = start_run(folder, tracking.resolve_uri("", "runs"))
+    assert json.loads((folder / "run.json").read_text())["tracking"]["uri"] == address.replace("s3cret%2Fword", "***")
+    log_steps(tracker)
+    tracker.close("FINISHED")
+    assert mirror_until_done(Mirror(folder), is_running=lambda: False)
+    assert_complete(server, "address")
+    for path in folder.rglob("*"):
+        assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
+
+
+def wait_for(condition: Any, timeout_s: float = 90.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

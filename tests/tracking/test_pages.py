@@ -1,0 +1,131 @@
+"""MLflow's pages in a real browser: which setting won, for which class, at what cost. Pictures in build/."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from dist_deeplab import compare
+from dist_deeplab.comparison.record import RunRecord, read_folder
+from tests.conftest import REPO
+from tests.tracking.browser import Browser, find_chromium
+from tests.tracking.conftest import Server, Sweep
+
+PICTURES = REPO / "build" / "mlflow_pages"
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(find_chromium() is None, reason="no Chromium here: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def records(sweep: Sweep) -> list[RunRecord]:
+    return [read_folder(run) for run in sweep.runs]
+
+
+def address(server: Server, folder: Path, page: str = "") -> str:
+    about = json.loads((folder / "mlflow.json").read_text())
+    return f"{server.uri}/#/experiments/{about['experiment_id']}/runs/{about['run_id']}{page}"
+
+
+def test_the_run_s_page_shows_its_settings_scores_and_origin(
+    browser: Browser, server: Server, sweep: Sweep, records: list[RunRecord]
+) -> None:
+    text = browser.open(address(server, sweep.runs[0]), "poly-power_0.5", "Metrics (", "Parameters (", "not_default")
+    browser.screenshot(PICTURES / "run.png")
+    assert "Finished" in text
+    assert "poly-sweep" in text, "its parent"
+    assert re.search(r"shards/train \([0-9a-f]{13}", text), "its training set"
+    for tag in ("world_size", "hosts", "device", "git_revision", "version/torch", "command"):
+        assert tag in text
+    assert "Not as in the defaults" in text
+    browser.type_into("input[placeholder='Search metrics']", "mIoU")
+    miou = f"{records[0].last('val/mIoU')}"[:8]
+    text = browser.wait_for_text(lambda text: miou in text, f"val/mIoU {miou}")
+    assert "val/best_mIoU" in text
+
+
+def test_pictures_evolve_under_a_slider_and_are_large_enough_to_read(
+    browser: Browser, server: Server, sweep: Sweep
+) -> None:
+    browser.open(address(server, sweep.runs[0], "/model-metrics"), "poly-power_0.5", "panels")
+    browser.type_into("input[placeholder='Search metric charts']", "panels")
+    browser.wait_for(lambda: "panels/" in browser.text(), "the panels")
+    count = "document.querySelectorAll('[role=slider]').length"
+    browser.wait_for(lambda: browser.evaluate(count) >= 2, "a slider for each picture")
+    browser.wait_for(lambda: shown_step(browser, 0), "the cover: the page opens at step 0")
+    browser.evaluate("document.querySelector('[role=slider]').focus()")
+    for step in (2, 4):
+        browser.press("ArrowRight")
+        browser.wait_for(lambda step=step: shown_step(browser, step), f"the picture of step {step}")
+    width = f"[...document.images].find(i => {HAS_STEP % 4}).naturalWidth"
+    assert browser.evaluate(width) >= 1000
+    browser.evaluate("document.querySelector('[data-component-id=fullscreen_button_chartcard]').click()")
+    browser.wait_for(lambda: browser.evaluate("document.querySelector('[role=dialog]') !== null"), "the large view")
+    browser.wait_for(lambda: browser.evaluate(f"[...document.images].filter(i => {HAS_STEP % 4}).length > 1"), "it")
+    browser.screenshot(PICTURES / "panels.png")
+
+
+HAS_STEP = "decodeURIComponent(i.src).includes('panels~') && decodeURIComponent(i.src).includes('+step+%d+')"
+
+
+def shown_step(browser: Browser, step: int) -> bool:
+    """Return whether a panel of this step is loaded and shown."""
+    loaded = f"[...document.images].some(i => {HAS_STEP % step} && i.complete && i.naturalWidth > 0)"
+    return bool(browser.evaluate(loaded))
+
+
+def test_the_comparison_s_page_shows_the_settings_and_scores_side_by_side(
+    browser: Browser, server: Server, sweep: Sweep, records: list[RunRecord]
+) -> None:
+    """At the very address that the sweep printed."""
+    found = re.search(r"(http\S+compare-runs\S+)", sweep.output)
+    assert found is not None, sweep.output
+    text = browser.open(found[1], "Comparing 2 Runs from 1 Experiment", "poly-power_0.5", "poly-power_2.0", "Metrics")
+    browser.screenshot(PICTURES / "compare.png")
+    assert "optim.power" in text
+    browser.evaluate("document.querySelectorAll('[role=switch]').forEach(each => each.click())")  # what differs only
+    text = browser.wait_for_text(lambda text: "batch.global_size" not in text, "the difference alone")
+    rows = re.split(r"[\n\t]+", text)
+    for key in ("val/best_mIoU", "val/iou/background", "cost/device_hours"):
+        own = rows[rows.index(key) + 1 : rows.index(key) + 3]
+        expected = [record.last(key) or 0.0 for record in records]
+        assert [float(value) for value in own] == pytest.approx(expected, abs=6e-4), key
+
+
+def test_the_sweep_s_page_says_who_won(browser: Browser, server: Server, sweep: Sweep) -> None:
+    (winner,) = [line for line in sweep.output.splitlines() if line.startswith("winner: ")]
+    page = re.search(r"the sweep: (http\S+)", sweep.output)
+    assert page is not None
+    assert unquote(page[1]) == address(server, sweep.folder)
+    text = browser.open(page[1], "poly-sweep", "winner: ", "cost: ", "why: ")
+    browser.screenshot(PICTURES / "sweep.png")
+    assert winner in text
+    text = browser.open(address(server, sweep.folder, "/artifacts/comparison.png"), "comparison.png", "comparison.csv")
+    browser.wait_for(lambda: browser.evaluate("[...document.images].some(i => i.naturalWidth > 1000)"), "the figure")
+    browser.screenshot(PICTURES / "sweep_figure.png")
+
+
+def test_the_terminal_says_the_same_from_the_store_as_from_the_folders(
+    server: Server, sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = json.loads((sweep.folder / "mlflow.json").read_text())["run_id"]
+    out = ["--out", str(tmp_path / "c.png"), "--uri", server.uri]
+    printed = []
+    for names in ([str(sweep.folder)], ["pages"], [parent]):
+        assert compare.main([*names, *out]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2]
+    assert next(line for line in printed[0].splitlines() if line.startswith("winner: ")) in sweep.output
+    assert compare.main(["no such experiment", *out]) == 2
+    assert "experiments there: 'pages'" in re.sub("'Default', |, 'outages'|'outages', ", "", capsys.readouterr().err)
