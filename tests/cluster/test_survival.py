@@ -51,11 +51,20 @@ def processes_of_step(job: str) -> list[int]:
     return found
 
 
-def slurmstepd_of(pid: int) -> int:
-    """The daemon that holds a process's step on its node."""
-    while "slurmstepd" not in Path(f"/proc/{pid}/comm").read_text():
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return pid
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def lose_node(rank: int) -> None:
+    """Kill, as a power cut does, the daemon that holds a rank's step on its node and all that it started."""
+    while "slurmstepd" not in Path(f"/proc/{rank}/comm").read_text():
+        rank = parent_of(rank)
+    lost = [rank]
+    for pid in lost:
+        os.kill(pid, signal.SIGSTOP)  # nobody notices before all are listed
+        lost += [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    for pid in lost:
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_job_survives_a_warning_a_lost_node_and_a_requeue(slurm, environ, arguments, tmp_path):
@@ -94,7 +103,7 @@ def test_a_job_survives_a_warning_a_lost_node_and_a_requeue(slurm, environ, argu
     assert "stopped and saved; back into the queue (restart 1)" in output.read_text()
 
     wait_for_step(last_step(run_dir) + 6, restarts=1)
-    os.kill(slurmstepd_of(processes_of_step(job)[0]), signal.SIGKILL)
+    lose_node(processes_of_step(job)[0])
     wait_for_step(last_step(run_dir) + 3, restarts=2)
     assert "back into the queue (restart 2)" in output.read_text()
 
