@@ -40,6 +40,7 @@ from dist_deeplab.training.builders import (
     build_loss_window,
     build_model,
     build_network,
+    build_precision,
     build_step,
     build_tracker,
     build_train_loader,
@@ -51,7 +52,6 @@ from dist_deeplab.training.builders import (
 )
 from dist_deeplab.training.memory import explained_out_of_memory, settle_micro_size
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
-from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.resume import find_checkpoint, restore, save_checkpoint
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.summary import describe, log_progress, run_info
@@ -110,7 +110,7 @@ def train(
     net = build_network(config, split, variant, weights)
     model = build_model(config, env, net)
     optimizer = build_optimizer(net, config.optim)
-    precision = Precision(config.precision.dtype, env.device)
+    precision = build_precision(config, env, net, optimizer)
     state = TrainState(net, optimizer, precision, build_loss_window(config, env), split.micro_size)
     if saved:
         restore(state, saved, val_set)

@@ -117,6 +117,8 @@ class OptimConfig(Section):
     """Steps over which the rate rises linearly to the schedule; the paper has none."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """Largest L2 norm of the whole gradient; 0: no clipping."""
+    implementation: Literal["torch", "apex"] = "torch"
+    """Who makes the update, which is the same: torch's fused SGD, or FusedSGD of NVIDIA apex (on a GPU)."""
 
 
 class MultiScaleConfig(Section):
@@ -134,8 +136,16 @@ class MultiScaleConfig(Section):
 class PrecisionConfig(Section):
     dtype: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass; bf16 and fp16 by torch.amp, fp16 with a gradient scaler."""
+    backend: Literal["torch", "apex"] = "torch"
+    """Who mixes precisions: torch.amp, or apex.amp (fp16 on a GPU; in NVIDIA apex until May 2025)."""
     max_nonfinite_steps: Positive = 10
     """Steps in a row with a loss or gradient that is not finite before the run stops; their updates are skipped."""
+
+    @model_validator(mode="after")
+    def _apex_is_fp16(self) -> "PrecisionConfig":
+        if self.backend == "apex" and self.dtype != "fp16":
+            raise ValueError("precision.backend=apex mixes fp32 with fp16: set precision.dtype=fp16 too")
+        return self
 
 
 class SpeedConfig(Section):

@@ -133,8 +133,7 @@ class _SyncNormalize(torch.autograd.Function):
         # d loss / d input of (x - mean) * invstd, where mean and var depend on every x:
         #   weight * invstd * (grad - sum(grad) / n - xhat * sum(grad * xhat) / n)      (Ioffe and Szegedy 2015, sec. 3)
         # The first term is there; the other two are again a normalisation of x, with other weight and bias.
-        sums = torch.stack([grad_weight, grad_bias])
-        dist.all_reduce(sums)
+        sums = _all_reduce(torch.stack([grad_weight, grad_bias]))
         slope = weight * torch.rsqrt(var + ctx.eps) / count.to(sums.dtype)
         if input.numel():
             grad_input -= F.batch_norm(input, mean, var, slope * sums[0], slope * sums[1], False, 0.0, ctx.eps)
@@ -153,8 +152,7 @@ def _global_moments(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
     if input.numel():
         local[:channels], local[channels:-1] = torch.ops.aten.batch_norm_update_stats(wide, None, None, 0.0)
         local[-1] = input.numel() // channels
-    gathered = local.new_empty(dist.get_world_size() * local.numel())
-    _all_gather(gathered, local)
+    gathered = _gather(local)
     means, variances, counts = gathered.view(-1, local.numel()).double().split([channels, channels, 1], dim=1)
     count = counts.sum()
     if input.numel() <= channels and count < 2:  # only ranks with less than two values need to look (host waits)
@@ -162,3 +160,27 @@ def _global_moments(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
     mean = (means * counts).sum(0) / count
     var = ((variances + (means - mean).square()) * counts).sum(0) / count
     return mean.to(wide.dtype), var.to(wide.dtype), count
+
+
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a flat tensor's values of all ranks, one rank after the other."""
+    if torch.compiler.is_compiling():
+        return _functional().all_gather_tensor(tensor, 0, dist.group.WORLD)
+    gathered = tensor.new_empty(dist.get_world_size() * tensor.numel())
+    _all_gather(gathered, tensor)
+    return gathered
+
+
+def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum over all ranks."""
+    if torch.compiler.is_compiling():
+        return _functional().all_reduce(tensor, "sum", dist.group.WORLD)
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def _functional() -> Any:
+    """Return torch's collectives that can be compiled; the module's name says that it may move."""
+    import torch.distributed._functional_collectives as functional
+
+    return functional

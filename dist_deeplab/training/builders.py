@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from dist_deeplab.config import DataConfig, RunConfig, config_to_dict, config_to_yaml
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
@@ -27,8 +28,11 @@ from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.parallel import prepare_model
 from dist_deeplab.runtime.peak import peak_flops
 from dist_deeplab.runtime.session import Session, session
+from dist_deeplab.training.apex import INSTEAD_OF_AMP, INSTEAD_OF_SGD, require_apex
+from dist_deeplab.training.apex_precision import ApexPrecision
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.nonfinite import Evidence
+from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.step import TrainStep
 
@@ -38,6 +42,10 @@ log = logging.getLogger(__name__)
 def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[Session]:
     """Return what holds while the run goes on: the ranks' connection, the folder's lock, watchdog and signals."""
     set_determinism(config.deterministic)  # before any GPU is used
+    if config.optim.implementation == "apex":
+        require_apex("optim.implementation=apex", "optimizers", INSTEAD_OF_SGD)
+    if config.precision.backend == "apex":
+        require_apex("precision.backend=apex", "amp", INSTEAD_OF_AMP)
     limits = config.distributed
     return session(
         env,
@@ -175,6 +183,13 @@ def images_per_s_at_peak(config: RunConfig, env: DistEnv, net: DeepLabV2) -> flo
     crop = config.data.crop_size
     flops = training_flops(MultiScale(net, config.multi_scale.scales), (crop, crop))
     return env.world_size * peak / flops
+
+
+def build_precision(config: RunConfig, env: DistEnv, net: DeepLabV2, optimizer: Optimizer) -> Precision:
+    """Return the arithmetic of forward, backward and update."""
+    if config.precision.backend == "apex":
+        return ApexPrecision(env.device, net, optimizer)
+    return Precision(config.precision.dtype, env.device)
 
 
 def build_loss_window(config: RunConfig, env: DistEnv) -> LossWindow:

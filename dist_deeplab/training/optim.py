@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer
 
 from dist_deeplab.config import OptimConfig
+from dist_deeplab.training.apex import apex_sgd
 
 HEAD_WEIGHT_LR = 10.0  # lr_mult of fc1_voc12_c0..3 in the DeepLab-v2 prototxt; decay_mult 1
 HEAD_BIAS_LR = 20.0  # decay_mult 0
@@ -26,6 +27,7 @@ def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
 
     Raises:
         ValueError: a parameter that belongs to no group or to two.
+        UserError: `optim.implementation: apex` without an apex that has it.
     """
     groups = [
         {
@@ -38,6 +40,8 @@ def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
         for name, parameters in group_parameters(net).items()
         if parameters
     ]
+    if config.implementation == "apex":
+        return apex_sgd(groups, lr=config.lr, momentum=config.momentum)
     # Fused, because it takes rates and the wish to skip as tensors.
     return SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
 

@@ -30,13 +30,9 @@ class Precision:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     @record_function("backward")
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the (scaled) gradient of `loss` to the parameters'; that of a loss that is not finite is NaN.
-
-        So the sum over the ranks tells all of them about it, without a message of its own.
-        """
-        finite = torch.isfinite(loss.detach())
-        self.scaler.scale(loss * torch.where(finite, 1.0, torch.nan)).backward()
+    def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
+        """Add the (scaled) gradient of a micro-batch's loss to the parameters'; `last`: of a step's micro-batches."""
+        self.scaler.scale(poisoned(loss)).backward()
 
     @record_function("update")
     def step(self, optimizer: Optimizer, clip_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,3 +66,11 @@ class Precision:
         """Take back what `state_dict` returned; another precision's state is left alone."""
         if state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state)
+
+
+def poisoned(loss: torch.Tensor) -> torch.Tensor:
+    """Return the loss, made so that its gradient is NaN where it is not finite itself.
+
+    The sum over the ranks then tells all of them about it, without a message of its own.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)

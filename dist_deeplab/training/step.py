@@ -87,7 +87,7 @@ class TrainStep:
             with gradient_sync(self.model, enabled=i == last):
                 losses = self._forward(batch, label, weights)
                 total = torch.stack(list(losses.values())).sum()
-                self.precision.backward(total)
+                self.precision.backward(total, last=i == last)
             micro_losses.append(total.detach())
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.detach()

@@ -27,6 +27,11 @@ def test_sync_batch_norm_equals_batch_norm_on_the_whole_batch(run_ranks: Run, si
     assert result.returncode == 0, result.stderr
 
 
+def test_compiled_sync_batch_norm_is_one_graph_that_does_the_same(run_ranks: Run) -> None:
+    result = run_ranks(2, WORKERS / "compiled_batch_norm.py", "aot_eager")
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.fixture
 def train_split(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> Any:
     def train(ranks: int, micro_size: int, batch_norm: str, steps: int, *scales: str) -> dict[str, Any]:
