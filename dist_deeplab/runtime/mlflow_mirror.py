@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -191,6 +192,8 @@ def main() -> int:
         handler.addFilter(_without_secrets)
     os.nice(10)  # training goes first
     pid = arguments.follow
+    if pid is not None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm warns all processes of a step; this one outlives the run
     lock = FileLock(arguments.run_dir / "mlflow.lock")
     try:
         # The mirror of an attempt that was killed may still be sending; it ends as soon as it is done.

@@ -136,5 +136,5 @@ def test_a_mistake_in_the_arguments_is_said_once_and_not_tried_again(slurm, envi
         "--nodes=1", str(REPO / "slurm/train.sh"), *arguments, "optim.lr=-1", cwd=tmp_path, **environ
     )
     assert state == "FAILED", output
-    assert output.count("error: ") == 1, output
+    assert output.count("0: error: ") == 1, output
     assert "requeue" not in output

@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from dist_deeplab import train
 from dist_deeplab.runtime import run_lock
+from dist_deeplab.runtime.session import Session
 from tests.conftest import Run, command_environ, torchrun_command
 
 pytestmark = pytest.mark.distributed
@@ -161,6 +162,27 @@ def test_sigterm_to_torchrun_saves_too(run_ranks: Run, sample_shards: Path, tmp_
     resumed = run_ranks(2, "-m", "dist_deeplab.train", *arguments)
     assert resumed.returncode == 0, resumed.stderr
     assert sorted(curve(tmp_path / "run", "train/loss")) == [3, 6, 9, 12]
+
+
+def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(
+    undisturbed: Path, sample_shards: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def stop_now(run: Session) -> bool:
+        run.stop.hear("SIGTERM")
+        return True
+
+    shutil.copytree(undisturbed / "checkpoints", tmp_path / "run/checkpoints")
+    for path in [*(tmp_path / "run/checkpoints").glob("step_00000012.*"), *tmp_path.glob("run/checkpoints/best.*")]:
+        path.unlink()
+    arguments = [*run_arguments(sample_shards, tmp_path, "run"), "tracking.uri=none", "eval.every=10"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "asks_to_stop", stop_now)
+        assert train.main(arguments) == 75
+    assert not curve(tmp_path / "run", "val/mIoU")
+    assert (tmp_path / "run/checkpoints/step_00000010.pt").exists()
+    assert train.main(arguments) == 0
+    assert sorted(curve(tmp_path / "run", "val/mIoU")) == [10, 12]
+    assert (tmp_path / "run/checkpoints/best.pt").exists()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

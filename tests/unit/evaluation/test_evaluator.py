@@ -16,7 +16,7 @@ from dist_deeplab.data.shards import Manifest, ShardError
 from dist_deeplab.data.sources import SourceSample
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.evaluation.boundaries import TRIMAP_WIDTHS
-from dist_deeplab.evaluation.evaluator import draw_panels, evaluate
+from dist_deeplab.evaluation.evaluator import EvaluationStopped, draw_panels, evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
@@ -247,3 +247,15 @@ def test_a_sample_that_cannot_be_read_is_an_error(net: DeepLabV2, write_one: Cal
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(ShardError, match=shard.name):
         evaluate(Predictor(net, CAFFE), manifest, ALONE, num_workers=0)
+
+
+def test_asked_to_stop_it_leaves_off_without_a_result(net: torch.nn.Module, manifest: Manifest) -> None:
+    asked = []
+
+    def should_stop() -> bool:
+        asked.append(True)
+        return len(asked) == 2
+
+    with pytest.raises(EvaluationStopped):
+        evaluate(Predictor(net, CAFFE), manifest, ALONE, num_workers=1, should_stop=should_stop)
+    assert len(asked) == 2

@@ -223,3 +223,16 @@ def test_collate_is_the_inverse_of_cutting(make_batch: MakeBatch) -> None:
     assert torch.equal(again.label, batch.label)
     assert torch.equal(again.content, batch.content)
     assert again.keys == batch.keys
+
+
+def test_a_rehearsal_leaves_no_trace(make_net: Callable[..., DeepLabV2], make_step: Callable[..., TrainStep]) -> None:
+    net = make_net("local").train()
+    step = make_step(net)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    forwards = []
+    net.register_forward_hook(lambda *arguments: forwards.append(True))
+    step.rehearse(micro_size=2, crop_size=33)
+    assert forwards, "nothing was rehearsed"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert step.optimizer.state_dict()["state"] == {}
