@@ -5,8 +5,9 @@
         data.train=data/voc/train.json data.val=data/voc/val.json batch.global_size=16
 
 Without --config the defaults apply: the published recipe. `section.key=value` overrides any key; --print-config shows
-all of them. Everything goes to <output_dir>/<name>/; starting again with the same arguments goes on from the newest
-checkpoint. Exit codes: 0 done, 1 error, 2 wrong arguments or configuration, 75 stopped early but saved.
+all of them, --dry-run tells speed and memory beforehand. Everything goes to <output_dir>/<name>/; starting again with
+the same arguments goes on from the newest checkpoint.
+Exit codes: 0 done, 1 error, 2 wrong arguments or configuration, 75 stopped early but saved.
 """
 
 import argparse
@@ -52,6 +53,7 @@ from dist_deeplab.training.builders import (
 )
 from dist_deeplab.training.memory import explained_out_of_memory, settle_micro_size
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
+from dist_deeplab.training.rehearsal import rehearse
 from dist_deeplab.training.resume import find_checkpoint, restore, save_checkpoint
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.summary import describe, log_progress, run_info
@@ -70,20 +72,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.print_config:
             env.on_main(sys.stdout.write, configuration.config_to_yaml(config))
             return 0
-        # What can be wrong is found before any heavy work.
-        train_set, val_set = open_data(config)
-        require_crf(config.eval.crf)
-        split = split_batch(config, env)
-        with open_session(config, env) as run:
-            trace = config.run_dir / "profile" / f"rank_{env.rank}.json.gz" if arguments.profile else None
-            exit_code = train(config, env, split, train_set, val_set, run, trace=trace)
-        if exit_code == STOPPED_EARLY and run.stop.ends_launch:
-            refuse_restart()
-        return exit_code
+        if arguments.dry_run:
+            return rehearse(config, env, start)
+        return start(config, env, profile=arguments.profile)
     except UserError as error:
         return exit_with_error(env, error)
     except Exception as error:
         return exit_with_crash(env, error)
+
+
+def start(config: RunConfig, env: DistEnv, *, profile: bool = False) -> int:
+    """Check all that can be checked before any heavy work, then train; return the exit code. Every rank calls it."""
+    train_set, val_set = open_data(config)
+    require_crf(config.eval.crf)
+    split = split_batch(config, env)
+    with open_session(config, env) as run:
+        trace = config.run_dir / "profile" / f"rank_{env.rank}.json.gz" if profile else None
+        exit_code = train(config, env, split, train_set, val_set, run, trace=trace)
+    if exit_code == STOPPED_EARLY and run.stop.ends_launch:
+        refuse_restart()
+    return exit_code
 
 
 def train(
@@ -180,6 +188,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of keys that differ from the defaults")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="some real steps that leave nothing behind: speed, memory"
+    )
     parser.add_argument(
         "--profile", action="store_true", help="trace steps 8 to 11 to <run>/profile/ (open it at ui.perfetto.dev)"
     )
