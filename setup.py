@@ -52,6 +52,7 @@ setup(
     extras_require={
         "crf": ["pydensecrf2>=1.1"],  # PyPI's pydensecrf does not compile with Cython 3
         "remote": ["s3fs", "gcsfs", "huggingface_hub"],  # s3://, gs://, hf://
+        "export": ["onnx>=1.16", "onnxscript>=0.5", "onnxruntime>=1.18"],
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "types-PyYAML", "pre-commit"],
     },

@@ -97,16 +97,22 @@ class CrfPool:
 
     def refine(self, items: Iterable[tuple[T, np.ndarray, np.ndarray]]) -> Iterator[tuple[T, np.ndarray]]:
         """Yield (name, refined probabilities float32 [C, H, W]) for each (name, image, prob), in the same order."""
-        return self._map(_refine, items)
+        return self._map(_refine, ((*item, self.parameters) for item in items))
 
     def predict(self, items: Iterable[tuple[T, np.ndarray, np.ndarray]]) -> Iterator[tuple[T, np.ndarray]]:
         """Yield (name, classes uint8 [H, W]) for each (name, image, prob), in the same order."""
+        return self._map(_predict, ((*item, self.parameters) for item in items))
+
+    def search(
+        self, items: Iterable[tuple[T, np.ndarray, np.ndarray, dict[str, float]]]
+    ) -> Iterator[tuple[T, np.ndarray]]:
+        """Yield (name, classes uint8 [H, W]) for each (name, image, prob, parameters), in the same order."""
         return self._map(_predict, items)
 
     def _map(
         self,
         function: Callable[[np.ndarray, np.ndarray, dict[str, float]], np.ndarray],
-        items: Iterable[tuple[T, np.ndarray, np.ndarray]],
+        items: Iterable[tuple[T, np.ndarray, np.ndarray, dict[str, float]]],
     ) -> Iterator[tuple[T, np.ndarray]]:
         """Hand items out, at most two per process ahead of the oldest result: memory stays bounded.
 
@@ -115,8 +121,8 @@ class CrfPool:
         """
         waiting: deque[tuple[T, Future[np.ndarray]]] = deque()
         try:
-            for name, image, prob in items:
-                waiting.append((name, self.executor.submit(function, image, prob, self.parameters)))
+            for name, image, prob, parameters in items:
+                waiting.append((name, self.executor.submit(function, image, prob, parameters)))
                 while waiting and (waiting[0][1].done() or len(waiting) >= _QUEUED_PER_PROCESS * self.num_processes):
                     oldest, future = waiting.popleft()
                     yield oldest, future.result()

@@ -84,3 +84,24 @@ def test_batch_norm_shapes_are_those_in_the_network() -> None:
     assert len(shapes) == 104
     assert shapes[0] == (2, 64, 161, 161)
     assert shapes[-1] == (2, 2048, 41, 41)
+
+
+def test_evaluation_is_compared_with_the_plain_loop(tmp_path: Path) -> None:
+    file = tmp_path / "evaluate.json"
+    done = run_benchmark("evaluate", "--images", 5, "--shrink", 8, "--rounds", 1, "--json", file)
+    assert done.returncode == 0, done.stderr
+    rows = {row["evaluation"]: row for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == ["loop", "ours", "ours_3_scales", "ours_3_scales_flip"]
+    assert all(row["images_per_s"] > 0 for row in rows.values())
+    assert rows["loop"]["x_loop"] == 1
+
+
+def test_the_crf_is_measured_directly_and_through_its_pool(tmp_path: Path) -> None:
+    pytest.importorskip("pydensecrf", reason="pydensecrf2 (the extra crf) is not installed")
+    file = tmp_path / "crf.json"
+    sizes = ("--size", 20, 30, "--images", 1, "--processes", 1, "--rounds", 1)
+    done = run_benchmark("crf", *sizes, "--json", file)
+    assert done.returncode == 0, done.stderr
+    rows = {row["crf"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows.keys() == {"direct", "pool_1"}
+    assert all(row["images_per_s_and_core"] > 0 for row in rows.values())

@@ -1,0 +1,72 @@
+"""The grid is every combination; the search scores each point as a direct call would."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_deeplab.config import RunConfig, config_to_dict
+from dist_deeplab.data.loader import EvalDataset
+from dist_deeplab.data.shards import Manifest
+from dist_deeplab.errors import UserError
+from dist_deeplab.evaluation.confusion import count_pixels, scores
+from dist_deeplab.evaluation.crf import dense_crf
+from dist_deeplab.evaluation.evaluator import content_of
+from dist_deeplab.evaluation.inference import Predictor, load_network
+from dist_deeplab.evaluation.prediction import probabilities
+from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.model.preprocessing import CAFFE
+from dist_deeplab.model.weights import SCRATCH
+
+ROOT = Path(__file__).resolve().parents[3]
+_spec = importlib.util.spec_from_file_location("tune_crf", ROOT / "tools" / "tune_crf.py")
+assert _spec is not None
+assert _spec.loader is not None
+tool = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tool)
+
+
+def test_a_grid_is_every_combination_and_ranges_hold_their_end() -> None:
+    points = tool.parse_grid(["crf.bi_w=3,4.5", "crf.bi_xy_std=30:50:10", "crf.iterations=5"])
+    assert len(points) == 6
+    assert points[0] == {"bi_w": 3.0, "bi_xy_std": 30.0, "iterations": 5}
+    assert [point["bi_xy_std"] for point in points[:3]] == [30.0, 40.0, 50.0]
+
+
+@pytest.mark.parametrize("text", ["crf.bi_w=a", "crf.bi_w=1:2", "crf.bi_w=5:3:1", "crf.nothing=3", "crf.bi_xy_std=0"])
+def test_a_grid_that_cannot_be_is_refused(text: str) -> None:
+    with pytest.raises(UserError):
+        tool.parse_grid([text])
+
+
+def test_each_point_scores_as_a_direct_call(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pydensecrf", reason="pydensecrf2 (the extra crf) is not installed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    torch.manual_seed(0)
+    net = DeepLabV2("resnet_tiny", 21, norm=torch.nn.BatchNorm2d)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        net.train()(100 * torch.randn(4, 3, 65, 65))
+    settings = RunConfig.model_validate({"model": {"backbone": "resnet_tiny"}, "crf": {"num_workers": 1}})
+    saved = {"model": net.state_dict(), "variant": SCRATCH.to_plain(), "config": config_to_dict(settings)}
+    points: list[dict[str, Any]] = [tool.base_point(settings) | {"bi_w": weight} for weight in (0.0, 4.0)]
+    mious, without = tool.search(saved, settings, shard_set, points, num_images=3)
+
+    dataset = EvalDataset(shard_set, num_classes=21, ignore_label=255)
+    predictor = Predictor(load_network(saved), CAFFE)
+    expected = np.zeros((3, 21, 21), dtype=np.int64)
+    for index in (0, 4, 7):
+        image, label = content_of(dataset.fetch(index), 0)
+        prob = probabilities(predictor, [image], torch.device("cpu"))[0]
+        for number, refined in enumerate([*(dense_crf(image, prob, **point) for point in points), prob]):
+            pred = torch.from_numpy(refined.argmax(0).astype(np.uint8))[None]
+            expected[number] += count_pixels(torch.from_numpy(label)[None], pred, num_classes=21, ignore_label=255)[
+                0, 0
+            ].numpy()
+    assert [*mious, without] == pytest.approx([scores(confusion).miou for confusion in expected])
+    assert mious[0] != mious[1]

@@ -1,0 +1,105 @@
+"""Evaluation: images a second from shards to confusion matrix, ours against the loop that others write.
+
+loop: one image at a time, the prediction copied to the host and counted there by numpy's bincount. ours: batches of
+equal sizes, counted on the device (with the trimap's bands), at one scale, at the paper's three, and mirrored too.
+Decoding and the upload are in it, starting the loader's processes as well; drawing figures is not.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.harness import Report, Row, best_device, interleave, ratio_column, synchronizer
+from dist_deeplab.data import voc
+from dist_deeplab.data.loader import EvalDataset, eval_loader
+from dist_deeplab.data.shard_writer import LabelSpace, SourceSample, write_shards
+from dist_deeplab.data.shards import Manifest, load_manifest
+from dist_deeplab.evaluation.evaluator import evaluate
+from dist_deeplab.evaluation.inference import Predictor
+from dist_deeplab.model.batch_norm import norm_factory
+from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.model.preprocessing import CAFFE
+from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.runtime.parallel import place_model
+
+SUMMARY = "evaluation: images/s at one and several scales"
+_SHAPES = ((375, 500), (500, 375), (333, 500), (375, 500))  # VOC's usual sizes, the commonest twice
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--data", type=Path, metavar="MANIFEST", help="shards to use; default: drawn images")
+    parser.add_argument("--backbone", default="resnet101" if on_gpu else "resnet_tiny", help="default: %(default)s")
+    parser.add_argument("--images", type=int, default=200 if on_gpu else 16, help="drawn images; default: %(default)s")
+    parser.add_argument(
+        "--shrink", type=int, default=1 if on_gpu else 4, help="VOC's size by this; default: %(default)s"
+    )
+    parser.add_argument("--batch-size", type=int, default=4, help="eval.batch_size; default: %(default)s")
+    parser.add_argument(
+        "--workers", type=int, default=4 if on_gpu else 0, help="loader processes; default: %(default)s"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="timed evaluations of each; default: %(default)s")
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    device = best_device()
+    net = place_model(DeepLabV2(arguments.backbone, 21, norm=norm_factory("frozen")), device).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = load_manifest(arguments.data) if arguments.data else draw(Path(folder), arguments)
+        options = {"num_workers": arguments.workers, "batch_size": arguments.batch_size}
+        paper = (0.5, 0.75, 1.0)
+        predictors = {
+            "ours": Predictor(net, CAFFE),
+            "ours_3_scales": Predictor(net, CAFFE, paper),
+            "ours_3_scales_flip": Predictor(net, CAFFE, paper, flip=True),
+        }
+        competitors = {"loop": lambda: plain_loop(net, manifest, device, arguments.workers)} | {
+            name: lambda predictor=predictor: evaluate(predictor, manifest, DistEnv(), **options)
+            for name, predictor in predictors.items()
+        }
+        timings = interleave(competitors, rounds=arguments.rounds, synchronize=synchronizer(device))
+    rows: list[Row] = [
+        {"evaluation": name, "images_per_s": manifest.num_samples / timing.median, "spread": timing.spread}
+        for name, timing in timings.items()
+    ]
+    ratio_column(rows, of="images_per_s", to="loop", name="x_loop")
+    title = f"{manifest.num_samples} images, {arguments.backbone}, float32, batches of {arguments.batch_size}"
+    return Report(title, rows, ["loop: one image at a time, counted on the host; all others are this project's"])
+
+
+def draw(folder: Path, arguments: argparse.Namespace) -> Manifest:
+    """Return shards of images of VOC's sizes."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for number in range(arguments.images):
+        height, width = (side // arguments.shrink for side in _SHAPES[number % len(_SHAPES)])
+        image = cv2.resize(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8), (width, height))
+        label = cv2.resize(
+            rng.integers(0, 21, (5, 5), dtype=np.uint8), (width, height), interpolation=cv2.INTER_NEAREST
+        )
+        paths = folder / f"{number}.jpg", folder / f"{number}.png"
+        for path, array in zip(paths, (image, label)):
+            Image.fromarray(array).save(path)
+        samples.append(SourceSample(str(number), *paths))
+    labels = LabelSpace(voc.CLASS_NAMES, voc.IGNORE_LABEL)
+    return write_shards(samples, folder, split="val", labels=labels, samples_per_shard=500)
+
+
+@torch.inference_mode()
+def plain_loop(net: DeepLabV2, manifest: Manifest, device: torch.device, num_workers: int) -> np.ndarray:
+    """Return the confusion matrix as others compute it."""
+    dataset = EvalDataset(manifest, num_classes=21, ignore_label=manifest.ignore_label)
+    one_each = [[index] for index in range(manifest.num_samples)]
+    confusion = np.zeros((21, 21), dtype=np.int64)
+    for batch in eval_loader(dataset, one_each, num_workers=num_workers, pin_memory=device.type == "cuda"):
+        logits = net(CAFFE.normalize(batch.image.to(device), batch.content))
+        full = torch.nn.functional.interpolate(logits, batch.label.shape[1:], mode="bilinear", align_corners=True)
+        pred, label = full.argmax(1).cpu().numpy(), batch.label.numpy()
+        valid = label < 21
+        confusion += np.bincount(21 * label[valid].astype(np.int64) + pred[valid], minlength=441).reshape(21, 21)
+    return confusion
