@@ -191,8 +191,16 @@ def refuse_restart() -> None:
     left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
         os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     )
-    if left > 0:
+    if left > 0 and _is_torchrun(os.getppid()):
         os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _is_torchrun(pid: int) -> bool:
+    """Return whether a process is torchrun, and not one that merely has its variables from further up."""
+    try:
+        return b"torch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -276,4 +276,7 @@ def test_torchrun_is_ended_only_if_it_would_start_again(
     sent: list[tuple[int, int]] = []
     monkeypatch.setattr(distributed.os, "kill", lambda pid, number: sent.append((pid, number)))
     distributed.refuse_restart()
+    assert sent == [], "the parent of this process is no torchrun"
+    monkeypatch.setattr(distributed, "_is_torchrun", lambda pid: True)
+    distributed.refuse_restart()
     assert sent == [(distributed.os.getppid(), distributed.signal.SIGTERM)] * signals
