@@ -15,6 +15,9 @@
 
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
 
 set -euo pipefail
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from PIL import Image
 
 from dist_deeplab.config import config_from_dict
@@ -113,9 +114,10 @@ def served(server: Server, address: str, tmp_path: Path) -> Iterator[int]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", address, "--env-manager", "local"]
+    scripts = str(Path(uvicorn.__file__).parents[4] / "bin")  # of the environment that has it: MLflow calls it by name
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "MLFLOW_TRACKING_URI": server.uri,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([scripts, os.environ["PATH"]]),
     }
     with open(tmp_path / "serve.log", "wb") as log:
         process = subprocess.Popen(
