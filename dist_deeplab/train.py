@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_deeplab import config as configuration
+from dist_deeplab.comparison.record import read_folder
+from dist_deeplab.comparison.report import save_figure
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards import Manifest
@@ -175,6 +177,9 @@ def train(
                 return STOPPED_EARLY
         status = "FINISHED"
         run.report("done", state.step)
+        tracker.log_files(
+            state.step, lambda: [save_figure([read_folder(config.run_dir)], config.run_dir / "curves.png")]
+        )
         log.info("done: %d steps; the run is in %s", state.step, config.run_dir)
         return 0
     finally:

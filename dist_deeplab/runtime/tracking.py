@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_deeplab.errors import UserError
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.divergence import Divergence
 from dist_deeplab.runtime.journal import JOURNAL, Journal
@@ -133,7 +134,7 @@ class JournalTracker(Tracker):
         try:
             for path, facts in write():
                 self._append({"step": step, "file": str(path.relative_to(self.run_dir)), **facts})
-        except OSError as error:  # a picture is not worth a run
+        except (OSError, UserError) as error:  # a picture is not worth a run
             log.warning("no files of step %d for MLflow: %s", step, error)
 
     def _watch_mirror(self) -> dict[str, float]:

@@ -85,7 +85,8 @@ def test_mlflow_holds_the_run(undisturbed: Path) -> None:
     assert {"val/mIoU", "val/iou/background", "lr/backbone", "lr/head_bias", "images_per_s"} <= run.data.metrics.keys()
     artifacts = {a.path for a in client.list_artifacts(run.info.run_id, "eval/step_00000012")}
     assert {f"eval/step_00000012/{name}.png" for name in ("confusion", "iou", "panels")} <= artifacts
-    assert [a.path for a in client.list_artifacts(run.info.run_id) if not a.is_dir] == ["config.yaml"]
+    assert [a.path for a in client.list_artifacts(run.info.run_id) if not a.is_dir] == ["config.yaml", "curves.png"]
+    assert {dataset.tags[0].value for dataset in run.inputs.dataset_inputs} == {"training", "validation"}
 
 
 def test_a_finished_run_has_nothing_to_do(run_ranks: Run, undisturbed: Path, sample_shards: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_comparison_s_page_shows_the_settings_and_scores_side_by_side(
     switches = "document.querySelectorAll('[role=switch][aria-checked=false]')"
     browser.wait_for(lambda: browser.evaluate(f"{switches}.length") >= 2, "the switches")
     browser.evaluate(f"{switches}.forEach(each => each.click())")  # show what differs only
-    text = browser.wait_for_text(lambda text: "batch.global_size" not in text, "the difference alone")
+    text = browser.wait_for_text(lambda text: "checkpoint.keep_last" not in text, "the difference alone")
     # The page has the names first and then the values, row by row.
     _, _, after = text.partition("Metrics\nShow diff only\n")
     cells = re.split(r"[\n\t]+", after.partition("\nArtifacts")[0])
