@@ -4,6 +4,7 @@
     python tools/benchmark.py batch_norm --json bn.json
     python tools/benchmark.py scaling --check 2 4       # n ranks simulated, and real ones beside it
     python tools/benchmark.py evaluate                  # images/s of evaluation; crf: of the dense CRF
+    python tools/benchmark.py loader --data data/voc/train.json
     python tools/benchmark.py COMMAND --help
 
 Competitors take turns; figures are medians with their spread. --json also writes them, with device, versions and
@@ -15,13 +16,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import batch_norm, crf, evaluate, scaling, step
+from benchmarks import batch_norm, crf, evaluate, loader, scaling, step
 from benchmarks.harness import machine, show, write_json
 
 from dist_deeplab.errors import UserError
 from dist_deeplab.runtime.distributed import DistEnv
 
-COMMANDS = {"step": step, "batch_norm": batch_norm, "scaling": scaling, "evaluate": evaluate, "crf": crf}
+COMMANDS = {
+    "step": step,
+    "loader": loader,
+    "batch_norm": batch_norm,
+    "scaling": scaling,
+    "evaluate": evaluate,
+    "crf": crf,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,11 +25,10 @@ def decode_image(data: bytes) -> np.ndarray:
     Raises:
         DecodeError: not a decodable image.
     """
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = _decode(data, flags)
+    image = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
         raise DecodeError(f"the image ({len(data)} bytes) can't be decoded; it is damaged or not an image")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return image
 
 
 def decode_label(data: bytes) -> np.ndarray:

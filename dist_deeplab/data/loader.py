@@ -36,8 +36,8 @@ class DecodingDataset(Dataset["Batch | UserError"]):
 
     def __init__(self, manifest: Manifest, *, num_classes: int, ignore_label: int) -> None:
         self.reader = ShardReader(manifest)
-        self.allowed = np.zeros(256, dtype=bool)
-        self.allowed[:num_classes] = self.allowed[ignore_label] = True
+        self.strange = np.ones(256, dtype=np.uint8)  # 1 where a label is neither a class nor void
+        self.strange[:num_classes] = self.strange[ignore_label] = 0
         self.ignore_label = ignore_label
 
     def __getitem__(self, number: int) -> "Batch | UserError":
@@ -67,8 +67,8 @@ class DecodingDataset(Dataset["Batch | UserError"]):
             raise ShardError(f"{name}: {error}") from None
         if label.shape != image.shape[:2]:
             raise ShardError(f"{name}: image {image.shape[:2]} and label {label.shape} differ in size")
-        if not self.allowed[label].all():
-            value = label[~self.allowed[label]][0]
+        if cv2.countNonZero(cv2.LUT(label, self.strange)):  # a fifth of the time of numpy's indexing
+            value = label[self.strange[label] > 0][0]
             raise ShardError(f"{name}: the label {value} is no class and not void; see data.num_classes")
         return sample.key, image, label
 
@@ -97,7 +97,7 @@ class TrainDataset(DecodingDataset):
     def fetch(self, number: int) -> Batch:
         """See the class."""
         num_samples = len(self.reader)
-        index = int(order.samples_at(np.array([number]), num_samples=num_samples, seed=self.seed)[0])
+        index = order.sample_at(number, num_samples=num_samples, seed=self.seed)
         bad: dict[int, BadSample] = {}
         for attempt in itertools.count(1):
             try:

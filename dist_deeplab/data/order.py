@@ -14,10 +14,12 @@ import numpy as np
 
 from dist_deeplab.errors import UserError
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
+_GOLDEN_INT, _MIX_1_INT, _MIX_2_INT = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_GOLDEN = np.uint64(_GOLDEN_INT)
+_MIX_1 = np.uint64(_MIX_1_INT)
+_MIX_2 = np.uint64(_MIX_2_INT)
 _ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 2  # first part of each hash, so that the streams share no number
+_MASK = 2**64 - 1
 _FEISTEL_ROUNDS = 8  # 4 suffice for pseudo-randomness in theory (Luby-Rackoff); 8 also for the tiny domains of tests
 
 
@@ -26,6 +28,21 @@ def _mix(value: np.ndarray) -> np.ndarray:
     value = (value ^ (value >> np.uint64(30))) * _MIX_1
     value = (value ^ (value >> np.uint64(27))) * _MIX_2
     return value ^ (value >> np.uint64(31))
+
+
+def _mix_one(value: int) -> int:
+    """Return what `_mix` returns, of a single value below 2**64: on small arrays numpy is ten times as slow."""
+    value = (value ^ (value >> 30)) * _MIX_1_INT & _MASK
+    value = (value ^ (value >> 27)) * _MIX_2_INT & _MASK
+    return value ^ (value >> 31)
+
+
+def hash_one(*parts: int) -> int:
+    """Return what `hash_integers` returns, of a single tuple."""
+    state = 0
+    for part in parts:
+        state = _mix_one((state * _GOLDEN_INT + int(part) + _GOLDEN_INT) & _MASK)
+    return state
 
 
 def hash_integers(*parts: int | np.ndarray) -> np.ndarray:
@@ -38,8 +55,8 @@ def hash_integers(*parts: int | np.ndarray) -> np.ndarray:
 
 def uniforms(seed: int, position: int, count: int) -> np.ndarray:
     """Return `count` numbers in [0, 1), float64, that depend on `(seed, position)` alone: one sample's augmentation."""
-    bits = hash_integers(_AUGMENTATION, seed, position, np.arange(count)) >> np.uint64(11)
-    return bits.astype(np.float64) * 2.0**-53
+    bits = [hash_one(_AUGMENTATION, seed, position, number) >> 11 for number in range(count)]
+    return np.array(bits, dtype=np.float64) * 2.0**-53
 
 
 def permute(index: np.ndarray, *, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
@@ -70,9 +87,24 @@ def samples_at(positions: np.ndarray, *, num_samples: int, seed: int) -> np.ndar
     return permute(index, size=num_samples, seed=seed, epoch=epoch)
 
 
+def sample_at(position: int, *, num_samples: int, seed: int) -> int:
+    """Return what `samples_at` returns, of a single position."""
+    epoch, value = divmod(int(position), num_samples)
+    half = max(1, ((num_samples - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    keys = [hash_one(_ORDER, seed, epoch, round_) for round_ in range(_FEISTEL_ROUNDS)]
+    while True:
+        left, right = value >> half, value & mask
+        for key in keys:
+            left, right = right, left ^ (_mix_one((right * _GOLDEN_INT + key) & _MASK) & mask)
+        value = (left << half) | right
+        if value < num_samples:
+            return value
+
+
 def replacement_at(position: int, attempt: int, *, num_samples: int, seed: int) -> int:
     """Return the sample index shown at `position` where `attempt` samples (from 1 on) tried there before were bad."""
-    return int(hash_integers(_REPLACEMENT, seed, position, attempt)[0] % np.uint64(num_samples))
+    return hash_one(_REPLACEMENT, seed, position, attempt) % num_samples
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class ShardReader:
 
     def shard_name(self, index: int) -> str:
         """Return the shard that sample `index` is in, for messages."""
-        return self.manifest.shard_name(int(open_index(self.manifest)[index]["shard"]))
+        return self.manifest.shard_name(self._row(index)[0])
 
     def key(self, index: int) -> str:
         """Return the key of sample `index`, from its tar header alone."""

@@ -59,6 +59,7 @@ def interleave(
     rounds: int,
     warmup: int = 1,
     synchronize: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Run every competitor once a round, and return its times.
 
@@ -69,6 +70,7 @@ def interleave(
         rounds: timed runs of each.
         warmup: untimed rounds before them, in which libraries load and choose algorithms.
         synchronize: waits for the device, before and after each timed run.
+        clock: seconds; `time.process_time` for what one core computes by itself.
     """
     names = list(competitors)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -76,11 +78,11 @@ def interleave(
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             synchronize()
-            started = time.perf_counter()
+            started = clock()
             competitors[name]()
             synchronize()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
 

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_deeplab.data.order import BatchSplit, hash_integers, permute, samples_at, uniforms
+from dist_deeplab.data.order import (
+    BatchSplit,
+    hash_integers,
+    hash_one,
+    permute,
+    replacement_at,
+    sample_at,
+    samples_at,
+    uniforms,
+)
 from dist_deeplab.errors import UserError
 
 MASK = 2**64 - 1
@@ -64,7 +73,7 @@ def test_uniforms_lie_in_0_to_1_and_a_longer_draw_begins_with_the_shorter(seed: 
 
 
 def test_the_largest_hash_still_gives_a_number_below_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_deeplab.data.order.hash_integers", lambda *parts: np.array([MASK], dtype=np.uint64))
+    monkeypatch.setattr("dist_deeplab.data.order.hash_one", lambda *parts: MASK)
     assert uniforms(0, 0, 1)[0] == 1 - 2**-53
 
 
@@ -251,3 +260,21 @@ def test_a_split_says_its_arithmetic() -> None:
     assert str(BatchSplit.derive(global_size=12, micro_size=2, world_size=3)) == (
         "12 images a step = 3 ranks x 2 images x 2 accumulated micro-batches"
     )
+
+
+@given(
+    position=st.integers(0, 2**62), size=st.integers(1, 2**40), seed=st.integers(0, 2**63 - 1), count=st.integers(1, 6)
+)
+def test_one_position_at_a_time_is_what_many_at_once_are(position: int, size: int, seed: int, count: int) -> None:
+    """Loader workers take positions singly, in plain integers; everything else is vectorised."""
+    assert sample_at(position, num_samples=size, seed=seed) == samples_at([position], num_samples=size, seed=seed)[0]
+    assert hash_one(seed, position, size) == int(hash_integers(seed, position, size)[0])
+    bits = hash_integers(1, seed, position, np.arange(count)) >> np.uint64(11)
+    assert uniforms(seed, position, count).tolist() == (bits.astype(np.float64) * 2.0**-53).tolist()
+
+
+@given(position=st.integers(0, 2**62), size=st.integers(1, 50))
+def test_replacements_are_samples_and_differ_from_attempt_to_attempt(position: int, size: int) -> None:
+    found = [replacement_at(position, attempt, num_samples=size, seed=1) for attempt in range(1, 200)]
+    assert set(found) <= set(range(size))
+    assert len(set(found)) > size // 2

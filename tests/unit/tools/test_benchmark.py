@@ -9,6 +9,8 @@ import pytest
 from benchmarks.batch_norm import layer_shapes
 from benchmarks.harness import Row, Timing, interleave, ratio_column
 
+from dist_deeplab.data.shards import Manifest
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -105,3 +107,15 @@ def test_the_crf_is_measured_directly_and_through_its_pool(tmp_path: Path) -> No
     rows = {row["crf"]: row for row in json.loads(file.read_text())["rows"]}
     assert rows.keys() == {"direct", "pool_1"}
     assert all(row["images_per_s_and_core"] > 0 for row in rows.values())
+
+
+def test_loader_measures_ours_beside_all_others_on_the_same_images(shard_set: Manifest, tmp_path: Path) -> None:
+    file = tmp_path / "loader.json"
+    sizes = ("--crop", 33, "--images", 8, "--batch", 4, "--rounds", 2)
+    done = run_benchmark("loader", "--data", shard_set.path, *sizes, "--json", file)
+    assert done.returncode == 0, done.stderr
+    rows = {row["what"]: row for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == ["folder_pillow", "folder_opencv", "webdataset", "webdataset_ours", "ours", "decode"]
+    assert all(row["samples_per_core_s"] > 0 for row in rows.values())
+    assert all(rows[name]["first_batch_s"] > 0 and rows[name]["worker_mib"] > 0 for name in rows if name != "decode")
+    assert rows["decode"]["x_decode"] == 1
