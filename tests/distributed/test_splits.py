@@ -32,6 +32,25 @@ def test_compiled_sync_batch_norm_is_one_graph_that_does_the_same(run_ranks: Run
     assert result.returncode == 0, result.stderr
 
 
+def test_a_bad_sample_of_one_rank_skips_the_update_of_all_and_a_rank_that_differs_is_named(
+    run_ranks: Run, tmp_path: Path
+) -> None:
+    result = run_ranks(2, WORKERS / "nonfinite.py", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "nonfinite").glob("*.pt")) == ["step_00000001_rank_1.pt"]
+    saved = torch.load(tmp_path / "nonfinite" / "step_00000001_rank_1.pt", weights_only=True)
+    assert saved["keys"] == [["image_111_0", "image_111_1"]]
+    for rank in (0, 1):
+        warning = (tmp_path / f"rank_{rank}.log").read_text()
+        assert "step 1: loss nan" in warning
+        assert "image_111_0 (rank 1), image_111_1 (rank 1); update skipped" in warning
+        metrics = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+        assert metrics["train/num_skipped"] == metrics["train/num_nonfinite"] == 1
+        error = (tmp_path / f"error_{rank}").read_text()
+        assert "rank 1 of 2 holds other values than the rest in head.branches.2.bias at step 3" in error
+    assert (tmp_path / "error_0").read_text() == (tmp_path / "error_1").read_text()
+
+
 @pytest.fixture
 def train_split(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> Any:
     def train(ranks: int, micro_size: int, batch_norm: str, steps: int, *scales: str) -> dict[str, Any]:
