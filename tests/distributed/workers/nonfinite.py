@@ -1,7 +1,8 @@
 """Two ranks: a poisoned image on the second skips the update on both, names it and saves it there; then the second
 rank's network is changed, and saving a checkpoint is refused.
 
-Batch norm is local: synchronised statistics carry a NaN to the other rank's samples too. Argument: a folder for what is saved.
+Batch norm is local: synchronised statistics carry a NaN to the other rank's samples too.
+Argument: a folder for what is saved.
 """
 
 import dataclasses
