@@ -40,6 +40,7 @@ from dist_deeplab.runtime.distributed import (
 from dist_deeplab.runtime.late_results import add_to_run
 from dist_deeplab.runtime.logs import setup_logging
 from dist_deeplab.runtime.parallel import place_model
+from dist_deeplab.training.builders import build_cache
 from dist_deeplab.training.resume import read_checkpoint
 
 log = logging.getLogger("dist_deeplab.evaluate")
@@ -50,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = DistEnv()
     try:
         env = DistEnv.from_environ()
-        manifest = load_manifest(arguments.data)
         saved = read_checkpoint(arguments.checkpoint)
         settings = inference_settings(saved, arguments.overrides)
+        manifest = load_manifest(arguments.data, cache=build_cache(settings.data))
         require_crf(settings.eval.crf)
         check_classes(saved, manifest, arguments.checkpoint)
         prepare_output([report_folder(arguments, settings), *([arguments.json.parent] if arguments.json else [])])
@@ -120,7 +121,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file with its .json beside it")
     parser.add_argument(
-        "--data", required=True, type=Path, metavar="MANIFEST", help="manifest of the shards to score on"
+        "--data", required=True, metavar="MANIFEST", help="manifest of the shards to score on, or a URL of one"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to this file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report")
@@ -139,7 +140,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def report_folder(arguments: argparse.Namespace, settings: configuration.RunConfig) -> Path:
     """Return --out, or its default beside the checkpoints."""
     checkpoint: Path = arguments.checkpoint
-    name = f"{checkpoint.stem}_{arguments.data.stem}{inference_name(settings.eval)}"
+    name = f"{checkpoint.stem}_{Path(arguments.data).stem}{inference_name(settings.eval)}"
     return arguments.out or checkpoint.parent.parent / "eval" / name
 
 

@@ -29,6 +29,9 @@ def load_network(saved: dict[str, Any]) -> DeepLabV2:
     return net.eval()
 
 
+_MAY_CHANGE = ("data.num_workers=", "data.cache_dir=", "data.cache_gib=", "eval.", "crf.")
+
+
 def inference_settings(saved: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     """Return the configuration of a checkpoint's run, with overrides of what does not belong to its weights.
 
@@ -36,7 +39,9 @@ def inference_settings(saved: dict[str, Any], overrides: Sequence[str]) -> RunCo
         UserError: an override that would have no effect on what a finished network does.
     """
     for override in overrides:
-        if not override.startswith(("data.num_workers=", "eval.", "crf.")) or override.startswith("eval.every="):
+        if not override.startswith(("data.num_workers=", "data.cache_", "eval.", "crf.")) or override.startswith(
+            "eval.every="
+        ):
             raise UserError(
                 f"{override!r} has no meaning here: the checkpoint fixes all but data.num_workers, crf.* and eval.*"
             )

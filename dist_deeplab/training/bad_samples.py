@@ -49,7 +49,7 @@ class BadSamples:
             last = list(found.values())[-1]
             raise TrainingError(
                 f"{len(self.known)} samples are bad, data.max_bad_samples={self.limit}; the last: {last.problem} (all: "
-                f"{self.path}); copy or make the shards again"
+                f"{self.path})"
             )
 
     def values(self) -> dict[str, float]:

@@ -166,6 +166,8 @@ def build_train_loader(
     }
     how: dict[str, Any] = {"num_workers": data.num_workers, "pin_memory": env.device.type == "cuda"}
     if data.access == "stream":
+        if start:
+            log.warning("data.access=stream: from step %d on other samples come than without the interruption", start)
         place = Place(config.seed, start, env.rank, env.world_size)
         stream = StreamDataset(train_set, place=place, micro_size=split.micro_size, **what)
         return StreamLoader(stream, stop=config.max_steps, accumulation=split.accumulation, **how)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -334,3 +335,25 @@ def test_wrong_input_on_several_ranks_is_said_once_and_nobody_hangs(run_ranks: R
     assert "batch.global_size=10 can't be shared equally by 3 processes" in lines[0]
     assert "batch.global_size=9 or 12" in lines[0]
     assert "exitcode  : 2" in result.stderr
+
+
+def test_too_many_bad_samples_end_all_ranks_with_one_sentence(
+    run_ranks: Run, sample_shards: Path, tmp_path: Path
+) -> None:
+    """Two damaged samples, one is allowed; each rank loads only some of the stream."""
+    shards = shutil.copytree(sample_shards, tmp_path / "shards")
+    tar = shards / "train-000000.tar"
+    content = bytearray(tar.read_bytes())
+    with tarfile.open(tar) as opened:
+        for member in [member for member in opened if member.name.endswith(".jpg")][:2]:
+            content[member.offset_data + member.size // 2] ^= 8
+    tar.write_bytes(content)
+    arguments = [f"data.train={shards}/train.json", f"output_dir={tmp_path}", "name=bad", "max_steps=20"]
+    arguments += ["model.backbone=resnet_tiny", "data.crop_size=33", "batch.global_size=4", "data.num_workers=1"]
+    result = run_ranks(
+        2, "-m", "dist_deeplab.train", *arguments, "tracking.uri=none", "data.max_bad_samples=1", "eval.every=0"
+    )
+    assert result.returncode == 1
+    assert "2 samples are bad, data.max_bad_samples=1" in result.stderr
+    listed = (tmp_path / "bad" / "bad_samples.jsonl").read_text().splitlines()
+    assert len(listed) == 2
