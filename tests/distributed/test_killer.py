@@ -1,4 +1,4 @@
-"""A few rounds of the random killer; `python tests/distributed/killer.py --rounds 50` plays many."""
+"""A round of the random killer; `python tests/distributed/killer.py --rounds 50` plays many."""
 
 import random
 from pathlib import Path
@@ -17,7 +17,7 @@ def reference(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return undisturbed(sample_shards, tmp_path_factory.mktemp("runs"), ranks=RANKS)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [5])  # three faults: a rank, a warning, rank 0 during an evaluation
 def test_a_run_killed_at_random_ends_with_the_undisturbed_weights_and_curves(
     reference: Path, sample_shards: Path, tmp_path: Path, seed: int
 ) -> None:
