@@ -30,7 +30,7 @@ def logged_steps(run_dir: Path) -> list[int]:
     return [record["step"] for record in records if record.get("key") == "train/loss"]
 
 
-def test_sbatch_trains_on_two_nodes(slurm, environ, arguments, tmp_path):
+def test_sbatch_trains_and_evaluates_on_two_nodes(slurm, environ, arguments, sample_shards, tmp_path):
     state, output = slurm.run_job(
         "--nodes=2", str(REPO / "slurm/train.sh"), *arguments, cwd=tmp_path, REPO=str(REPO), **environ
     )
@@ -38,6 +38,17 @@ def test_sbatch_trains_on_two_nodes(slurm, environ, arguments, tmp_path):
     assert "2 x CPU (torchrun)" in output
     assert logged_steps(tmp_path / "run") == [2, 4]
     assert {f"rank_{rank}.log" for rank in (0, 1)} <= {path.name for path in (tmp_path / "run/logs").iterdir()}
+
+    score = [str(tmp_path / "run/checkpoints/best.pt"), "--data", f"{sample_shards}/val.json", "--no-mlflow"]
+    score += ["--json", str(tmp_path / "scores.json")]
+    state, output = slurm.run_job(
+        "--nodes=2", str(REPO / "slurm/evaluate.sh"), *score, cwd=tmp_path, REPO=str(REPO), **environ
+    )
+    assert state == "COMPLETED", output
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    trained = json.loads(next((tmp_path / "run/eval").glob("step_*/metrics.json")).read_text())
+    assert scores["num_images"] == 7
+    assert scores["mIoU"] == trained["mIoU"], "on the nodes of a job, the score that training saw"
 
 
 def test_one_srun_task_per_rank_trains_without_torchrun(slurm, environ, arguments, tmp_path):
