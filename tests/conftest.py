@@ -1,9 +1,10 @@
 """Fixtures that start real processes on real (drawn) data."""
 
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,20 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+for _name in [name for name in os.environ if name.startswith("PET_")]:
+    del os.environ[_name]  # what launch/test.sh would have torchrun do; a test says itself what it wants
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logging() -> Iterator[None]:
+    """Undo what a command run in this process did to the package's logger."""
+    yield
+    logger = logging.getLogger("dist_deeplab")
+    logger.propagate = True
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def command_environ() -> dict[str, str]:

@@ -107,7 +107,8 @@ def test_evaluate_gives_the_scores_of_the_training_run(run_ranks: Run, undisturb
     assert "aeroplane" in scored.stdout
     assert "mIoU" in scored.stdout
     during_training = json.loads((undisturbed / "eval/step_00000012/metrics.json").read_text())
-    assert json.loads((out / "metrics.json").read_text()) == during_training
+    scores = json.loads((out / "metrics.json").read_text())
+    assert {key: scores[key] for key in during_training} == during_training
 
 
 @pytest.mark.parametrize("victim", ["rank", "all"])
@@ -199,7 +200,7 @@ def test_a_damaged_sample_is_named_in_one_sentence(
     assert train.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: sample 'sample_0000")
-    assert ".tar: the label" in error
+    assert ".tar is damaged: its bytes do not have the checksum of the index" in error
     assert error.count("\n") == 1
 
 
