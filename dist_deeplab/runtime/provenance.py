@@ -1,5 +1,6 @@
 """Where a run comes from: code, libraries, hosts, jobs, as facts to record; and no secret among them."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -32,13 +33,16 @@ def git_revision() -> dict[str, str]:
 
 
 def library_versions() -> dict[str, str]:
-    """Return {"version/<library>": version} of Python and what results depend on, without importing it."""
-    found = {"version/python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[f"version/{name}"] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    """Return {"version/<library>": version} of Python and of all that a run uses."""
+    return {f"version/{name}": found for name, found in installed_versions(_LIBRARIES).items()}
+
+
+def installed_versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Return {library: version} of Python and those of `libraries` that are installed, without importing them."""
+    found = {"python": platform.python_version()}
+    for name in libraries:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # optional, or another build of the same
+            found[name] = importlib.metadata.version(name)
     return found
 
 

@@ -1,9 +1,6 @@
 """What a checkpoint of a run holds beside its state, and which one a run goes on from."""
 
-import contextlib
 import logging
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from dist_deeplab.model.weights import Variant
 from dist_deeplab.runtime.checkpoint import load_checkpoint
 from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
 from dist_deeplab.runtime.parallel import share_buffers
+from dist_deeplab.runtime.provenance import installed_versions
 from dist_deeplab.runtime.replicas import check_replicas
 from dist_deeplab.runtime.tracking import mlflow_run_id
 from dist_deeplab.training.state import TrainState
@@ -40,17 +38,8 @@ def checkpoint_content(
         "train_key_hashes": torch.from_numpy(train_set.key_hashes.view(np.int64)),  # for evaluation/overlap.py
         "val_keys_sha256": val_set.keys_sha256 if val_set else "",
         "mlflow_run_id": mlflow_run_id(config.run_dir),
-        "versions": library_versions(),
+        "versions": installed_versions(_LIBRARIES),
     }
-
-
-def library_versions() -> dict[str, str]:
-    """Return {library: version} of Python and what a run's numbers depend on."""
-    versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):  # another build of the same library
-            versions[name] = version(name)
-    return versions
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -112,7 +101,7 @@ def restore(state: TrainState, saved: dict[str, Any], val_set: Manifest | None) 
     if val_set and saved.get("val_keys_sha256", "") not in ("", val_set.keys_sha256):
         log.warning("the validation images are other ones than before: the best score so far no longer counts")
         state.best_miou = -1.0
-    versions = library_versions()
+    versions = installed_versions(_LIBRARIES)
     for name, old in saved.get("versions", {}).items():
         if versions.get(name) != old:
             log.warning("%s is %s now, it was %s: numbers may differ in the last digits", name, versions.get(name), old)
