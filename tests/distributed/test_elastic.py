@@ -28,10 +28,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)) == 0:
+                return
+        assert time.monotonic() < deadline, f"nobody listens at port {port}"
+        time.sleep(0.2)
+
+
 @pytest.fixture
 def start_agent(sample_shards: Path, tmp_path: Path) -> Iterator[Callable[[], "subprocess.Popen[bytes]"]]:
     """Return a function that starts a machine's torchrun; all of them meet at one port."""
-    endpoint = f"localhost:{free_port()}"
+    port = free_port()
+    endpoint = f"localhost:{port}"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1"]
     meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=x", "--local_addr=localhost"]
     quick = ["--rdzv_conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3", "--max_restarts=5"]
@@ -46,6 +57,7 @@ def start_agent(sample_shards: Path, tmp_path: Path) -> Iterator[Callable[[], "s
             environ = command_environ() | {"PET_MONITOR_INTERVAL": "1"}
             agent = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
             stack.callback(lambda: (kill(agent), agent.wait(30)))
+            wait_for_port(port)  # the first to bind it keeps the rendezvous: let that be the one started first
             return agent
 
         yield start
