@@ -1,8 +1,10 @@
-"""Bytes of a sample -> checked arrays. A label is indices all the way: a palette is never turned into colours."""
+"""Bytes of a sample -> checked arrays. A label is indices all the way: a palette is never turned into colours.
+
+OpenCV is imported where it is used, here and in what training imports: a command starts without it.
+"""
 
 import io
 
-import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
@@ -25,6 +27,8 @@ def decode_image(data: bytes) -> np.ndarray:
     Raises:
         DecodeError: not a decodable image.
     """
+    import cv2
+
     image = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
         raise DecodeError(f"the image ({len(data)} bytes) can't be decoded; it is damaged or not an image")
@@ -37,6 +41,8 @@ def decode_label(data: bytes) -> np.ndarray:
     Raises:
         DecodeError: not a PNG, damaged, or an RGB(A) or 16-bit picture, whose values are no class indices.
     """
+    import cv2
+
     if not data.startswith(_PNG_SIGNATURE) or len(data) <= _COLOR_TYPE:
         raise DecodeError(f"the label ({len(data)} bytes) is not a PNG; JPEG and others do not keep class indices")
     depth, color_type = data[_BIT_DEPTH], data[_COLOR_TYPE]
@@ -58,6 +64,8 @@ def decode_label(data: bytes) -> np.ndarray:
 
 
 def _decode(data: bytes, flags: int) -> "np.ndarray | None":
+    import cv2
+
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     except cv2.error:  # e.g. a header that claims more pixels than OpenCV takes
@@ -69,5 +77,7 @@ def encode_label(label: np.ndarray) -> bytes:
 
     Without filters: masks are flat areas, so the files are smaller and decode in three quarters of the time.
     """
+    import cv2
+
     options = [cv2.IMWRITE_PNG_COMPRESSION, 9, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
     return cv2.imencode(".png", label, options)[1].tobytes()

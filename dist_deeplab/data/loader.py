@@ -11,7 +11,6 @@ import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import cv2
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -60,6 +59,8 @@ class DecodingDataset(Dataset["Batch | UserError"]):
 
     def decode(self, sample: Sample, *, where: str) -> tuple[str, np.ndarray, np.ndarray]:
         """Return what `load` returns of a sample whose bytes were read from `where`."""
+        import cv2
+
         name = f"sample {sample.key!r} in {where}"
         try:
             image, label = decode_image(sample.image), decode_label(sample.label)
@@ -226,6 +227,8 @@ def _kill_workers() -> None:
 
 def _start_worker(worker: int) -> None:
     """One thread a worker, and deaf to the signals that ask the rank to stop: it ends its workers itself."""
+    import cv2
+
     cv2.setNumThreads(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

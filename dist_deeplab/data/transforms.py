@@ -8,7 +8,6 @@ most, and makes this a third of the time of a warp that may start between pixels
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 
@@ -38,6 +37,8 @@ class Augmentation:
             the part that shows the sample. Where the scaled sample is smaller than the crop it lies at the top left,
             the rest is 0 in the image (see `Preprocessing.normalize`, which makes it the mean) and void in the label.
         """
+        import cv2
+
         low, high = self.scale_range
         scale = low + (high - low) * draws[0]
         rows, columns = (self._window(n, scale, draw) for n, draw in zip(label.shape, draws[1:3], strict=True))

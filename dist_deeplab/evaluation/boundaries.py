@@ -5,7 +5,6 @@ over w. A pixel is on a border here if it touches (up, down, left, right) anothe
 distances are in king's moves. Void is never scored, whatever its distance.
 """
 
-import cv2
 import numpy as np
 
 TRIMAP_WIDTHS = (1, 2, 3, 5, 10, 20, 40)
@@ -21,6 +20,8 @@ def band_map(label: np.ndarray, ignore_label: int) -> np.ndarray:
 
     Band i has the distances up to TRIMAP_WIDTHS[i] and above the width before; the last one all that are farther.
     """
+    import cv2
+
     on_border = (cv2.dilate(label, _CROSS) != cv2.erode(label, _CROSS)) | (label == ignore_label)
     distance = cv2.distanceTransform((~on_border).view(np.uint8), cv2.DIST_C, 3)  # far above 255 where nothing is
     return cv2.LUT(np.minimum(distance + 1, 255).astype(np.uint8), _BAND_OF_DISTANCE)

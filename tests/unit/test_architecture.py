@@ -138,7 +138,7 @@ def test_importing_train_loads_nothing_that_a_run_may_not_need() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout))
     assert f"{NAME}.training.step" in loaded
-    assert loaded.isdisjoint({"mlflow", "matplotlib", "webdataset", "pandas", "apex"})
+    assert loaded.isdisjoint({"mlflow", "matplotlib", "cv2", "webdataset", "pandas", "apex"})
 
 
 def main_rank_knowledge(tree: ast.AST, *, may_pass_on: bool) -> list[str]:
