@@ -78,7 +78,7 @@ def score(
     variant, overlap = Variant.from_plain(saved["variant"]), find_overlap(saved, manifest)
     notes = [str(overlap)] if overlap and overlap.num_images else []
     if variant.note:
-        notes.append(f"NOTE on these weights: {getattr(variant, 'note', '')}")
+        notes.append(f"NOTE on these weights: {variant.note}")
     for note in notes:
         log.warning("%s", note)
     net = place_model(load_network(saved), env.device)

@@ -11,6 +11,7 @@
 #     NPROC_PER_NODE=N  processes per node, if not one per GPU (on nodes without GPUs the default is 1)
 #     CONTAINER_EXEC    a command that runs another one inside a container, with the repository and the data visible:
 #                       CONTAINER_EXEC="apptainer exec --nv --bind /data image.sif"
+#     PET_RDZV_CONF     torchrun's --rdzv_conf; join_timeout=300 unless set: how many seconds nodes wait for each other
 #     SRUN_OPTIONS      more options for srun; for pyxis: SRUN_OPTIONS="--container-image=image.sqsh --container-mounts=..."
 
 fail() {
@@ -35,6 +36,8 @@ meeting_point() {
     export RDZV_ENDPOINT=$host:$port
     # A requeued job keeps its id: with the count, nodes never meet at what is left of an earlier attempt.
     export RDZV_ID=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+    # Nobody comes in a lost node's place, so the others must not wait torchrun's ten minutes for it.
+    export PET_RDZV_CONF=${PET_RDZV_CONF:-join_timeout=300}
 }
 
 run_on_nodes() {

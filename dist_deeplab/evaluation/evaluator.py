@@ -98,50 +98,83 @@ def evaluate(
     """
     dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)
     batches = eval_batches(dataset, batch_size=batch_size, padded=predictor.align_corners)[env.rank :: env.world_size]
-    classes = manifest.num_classes
-    counts = torch.zeros(NUM_BANDS, classes, classes, dtype=torch.int64, device=env.device)
-    keys, mious = [], []
+    tally = _Tally(manifest, env.device)
     stopped = False
-    report_at = time.monotonic() + _REPORT_EVERY_S
     for batch, pred in _predictions(predictor, dataset, batches, env, num_workers=num_workers, crf=crf):
-        label = batch.label[:, : pred.shape[1], : pred.shape[2]]
-        bands = _band_maps(label, batch.content, manifest.ignore_label)
-        own = count_pixels(
-            label.to(env.device, non_blocking=True),
-            pred,
-            num_classes=classes,
-            ignore_label=manifest.ignore_label,
-            band=bands.to(env.device, non_blocking=True),
-            num_bands=NUM_BANDS,
-        )
-        counts += own.sum(0)
-        mious.append(image_mious(own.sum(1)))
-        keys += batch.keys
-        if time.monotonic() > report_at:
-            log.info("evaluated %d of this rank's %d images", len(keys), sum(map(len, batches)))
-            report_at = time.monotonic() + _REPORT_EVERY_S
+        tally.add(batch, pred)
+        tally.report_now_and_then(out_of=sum(map(len, batches)))
         stopped = should_stop()
         if stopped:
             break
     if all_reduce_sum(torch.tensor(int(stopped))).item():
         raise EvaluationStopped
-    own_scores = list(zip(keys, torch.cat(mious).tolist() if mious else [], strict=True))
-    order = [index for batch_indices in batches for index in batch_indices]
-    all_scores = sorted(item for own in gather_to_all(list(zip(order, own_scores))) for item in own)
-    if [index for index, _ in all_scores] != list(range(manifest.num_samples)):
-        raise TrainingError(
-            f"evaluation saw {len(all_scores)} images, but {manifest.path} has {manifest.num_samples}; the score would "
-            "be wrong"
-        )
-    total = all_reduce_sum(counts).cpu().numpy()
+    images = _in_the_sets_order(tally.scores(), [index for indices in batches for index in indices], manifest)
+    total = all_reduce_sum(tally.counts).cpu().numpy()
     return Evaluation(
         confusion=total.sum(0),
-        num_images=len(all_scores),
+        num_images=len(images),
         ignore_label=manifest.ignore_label,
         panels=draw_panels(predictor, manifest, env, range(min(num_panels, manifest.num_samples)), crf=crf),
         trimap=total.cumsum(0)[:-1],
-        images=tuple(ImageScore(key, miou) for _, (key, miou) in all_scores),
+        images=images,
     )
+
+
+class _Tally:
+    """What a rank has counted so far, on its device: the host reads nothing back before the end."""
+
+    def __init__(self, manifest: Manifest, device: torch.device) -> None:
+        classes = manifest.num_classes
+        self.counts = torch.zeros(NUM_BANDS, classes, classes, dtype=torch.int64, device=device)
+        """int64 [bands, classes, classes]: rows label, columns prediction."""
+        self._ignore_label, self._device = manifest.ignore_label, device
+        self._keys: list[str] = []
+        self._mious: list[torch.Tensor] = []
+        self._report_at = time.monotonic() + _REPORT_EVERY_S
+
+    def add(self, batch: Batch, pred: torch.Tensor) -> None:
+        """Count a batch and its prediction, uint8 [B, H, W] on the device; H and W without the grid's padding."""
+        label = batch.label[:, : pred.shape[1], : pred.shape[2]]
+        bands = _band_maps(label, batch.content, self._ignore_label)
+        own = count_pixels(
+            label.to(self._device, non_blocking=True),
+            pred,
+            num_classes=self.counts.shape[-1],
+            ignore_label=self._ignore_label,
+            band=bands.to(self._device, non_blocking=True),
+            num_bands=NUM_BANDS,
+        )
+        self.counts += own.sum(0)
+        self._mious.append(image_mious(own.sum(1)))
+        self._keys += batch.keys
+
+    def scores(self) -> list[ImageScore]:
+        """Return the score of each image, in the order they came."""
+        mious = torch.cat(self._mious).tolist() if self._mious else []
+        return [ImageScore(key, miou) for key, miou in zip(self._keys, mious, strict=True)]
+
+    def report_now_and_then(self, *, out_of: int) -> None:
+        """Log how far this rank is, twice a minute."""
+        if time.monotonic() > self._report_at:
+            log.info("evaluated %d of this rank's %d images", len(self._keys), out_of)
+            self._report_at = time.monotonic() + _REPORT_EVERY_S
+
+
+def _in_the_sets_order(own: list[ImageScore], indices: list[int], manifest: Manifest) -> tuple[ImageScore, ...]:
+    """Return the scores of all ranks, sorted by the images' indices in the set; `indices` are those of `own`.
+
+    Raises:
+        TrainingError: an image of the set is missing or was scored twice.
+    """
+    scored = sorted(
+        (pair for rank in gather_to_all(list(zip(indices, own))) for pair in rank), key=lambda pair: pair[0]
+    )
+    if [index for index, _ in scored] != list(range(manifest.num_samples)):
+        raise TrainingError(
+            f"evaluation saw {len(scored)} images, but {manifest.path} has {manifest.num_samples}; the score would "
+            "be wrong"
+        )
+    return tuple(score for _, score in scored)
 
 
 def draw_panels(

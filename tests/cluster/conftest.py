@@ -125,8 +125,16 @@ def why_not() -> str | None:
     return None
 
 
+@pytest.fixture
+def slurm(cluster: SlurmCluster) -> Iterator[SlurmCluster]:
+    """The cluster, with an empty queue also where the test before failed."""
+    yield cluster
+    cluster.run("scancel", "--full", "--user", "root")
+    wait_until(lambda: cluster.run("squeue", "--noheader") == "", JOB_TIMEOUT_S)
+
+
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[SlurmCluster]:
+def cluster() -> Iterator[SlurmCluster]:
     """The cluster, up and idle; every daemon that was started is gone afterwards."""
     reason = why_not()
     if reason:
@@ -138,7 +146,6 @@ def slurm() -> Iterator[SlurmCluster]:
         cluster = write_configuration(folder)
         start_daemons(cluster, daemons)
         yield cluster
-        subprocess.run(["scancel", "--full", "--user", "root"], env=cluster.environ, timeout=30, check=False)
     finally:
         stop_daemons(daemons)
         shutil.rmtree(folder, ignore_errors=True)

@@ -68,7 +68,8 @@ def lose_node(rank: int) -> None:
 
 
 def test_a_job_survives_a_warning_a_lost_node_and_a_requeue(slurm, environ, arguments, tmp_path):
-    patience = {"SRUN_OPTIONS": "--wait=5"}  # instead of a minute, until srun gives a silent node up
+    # until srun gives a silent node up; until torchrun on the other node does (where it kept the meeting point itself)
+    patience = {"SRUN_OPTIONS": "--wait=5", "PET_RDZV_CONF": "join_timeout=40"}
     job = slurm.run(
         "sbatch",
         "--parsable",
@@ -88,7 +89,9 @@ def test_a_job_survives_a_warning_a_lost_node_and_a_requeue(slurm, environ, argu
         def there() -> bool:
             nonlocal hurried
             if slurm.job_field(job, "JobState") == "PENDING" and restarts and not hurried:
-                time.sleep(8)  # what is left of the attempt before must be gone: Slurm itself waits two minutes
+                # What is left of the attempt before must be gone: Slurm itself waits two minutes.
+                wait_until(lambda: not processes_of_step(job), STEP_TIMEOUT_S)
+                time.sleep(8)  # slurmd's own records of it
                 slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
                 hurried = True
             assert not slurm.is_over(job), slurm.run("scontrol", "show", "job", job) + output.read_text()
