@@ -1,18 +1,19 @@
 """The sample data set is a VOCdevkit, the same bytes every time, and never half made or written over another."""
 
 import errno
-import importlib.util
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
+import make_sample_voc as tool
 import numpy as np
 import pytest
 from PIL import Image
 
 from dist_deeplab.data import voc
+from tests.commands import exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "make_sample_voc.py"
@@ -20,24 +21,7 @@ NUM_TRAIN, NUM_VAL = 21, 7
 ARGUMENTS = ("--num-train", str(NUM_TRAIN), "--num-val", str(NUM_VAL))
 
 
-def _load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_sample_voc", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load_tool()
-
-
-def run(*arguments: object) -> int:
-    """The exit code of the tool with these arguments, run in this process."""
-    try:
-        return int(tool.main([str(argument) for argument in arguments]))
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
+run = partial(exit_code, tool.main)
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:

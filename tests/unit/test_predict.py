@@ -13,11 +13,11 @@ from dist_deeplab import predict as command
 from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data.voc import CLASS_NAMES, PALETTE
 from dist_deeplab.evaluation.inference import Predictor
-from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.runtime.checkpoint import write_sidecar, write_tensors
+from tests.networks import discerning_network
 
 SIZES = {"a": (40, 57), "b": (33, 41), "sub/c": (40, 57), "d": (70, 90)}
 
@@ -29,14 +29,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def net() -> DeepLabV2:
-    torch.manual_seed(0)
-    net = DeepLabV2("resnet_tiny", 21, norm=norm_factory("local"))
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        net.train()(100 * torch.randn(4, 3, 65, 65))
-    return net.eval()
+    return discerning_network(21)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE, Preprocessing
 from dist_deeplab.runtime.distributed import DistEnv
+from tests.networks import discerning_network
 
 NUM_CLASSES, IGNORE = 4, 255
 RGB_WITH_STD = Preprocessing("rgb", mean=(120.5, 110.25, 100.75), std=(0.5, 0.8, 1.25))
@@ -73,15 +74,7 @@ def repeated(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest
 
 @pytest.fixture(scope="module")
 def net() -> DeepLabV2:
-    """A network that tells its classes apart: random weights with the statistics of random images."""
-    torch.manual_seed(0)
-    net = DeepLabV2("resnet_tiny", NUM_CLASSES, norm=norm_factory("local"))
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        net.train()(100 * torch.randn(4, 3, 65, 65))
-    return net.eval()
+    return discerning_network(NUM_CLASSES)
 
 
 @torch.no_grad()

@@ -13,24 +13,17 @@ from dist_deeplab.evaluation.inference import (
     load_network,
     nearest_grid_size,
 )
-from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale, scaled_length
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights import SCRATCH
+from tests.networks import discerning_network
 
 NUM_CLASSES = 5
 
 
 @pytest.fixture(scope="module")
 def net() -> DeepLabV2:
-    torch.manual_seed(0)
-    net = DeepLabV2("resnet_tiny", NUM_CLASSES, norm=norm_factory("local"))
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        net.train()(100 * torch.randn(4, 3, 65, 65))
-    return net.eval()
+    return discerning_network(NUM_CLASSES)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """What is exported computes what evaluation computes, at any size; formats and faults."""
 
-import importlib.util
 import json
 from pathlib import Path
 
+import export as tool
 import numpy as np
 import pytest
 import torch
@@ -13,31 +13,17 @@ from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.evaluation.exportable import Exportable
 from dist_deeplab.evaluation.inference import Predictor, load_network
-from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE, TORCHVISION, Preprocessing
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.runtime.checkpoint import write_sidecar, write_tensors
-
-ROOT = Path(__file__).resolve().parents[3]
-_spec = importlib.util.spec_from_file_location("export", ROOT / "tools" / "export.py")
-assert _spec is not None
-assert _spec.loader is not None
-tool = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tool)
+from tests.networks import discerning_network
 
 
 @pytest.fixture(scope="module")
 def saved() -> dict[str, object]:
     config = RunConfig.model_validate({"model": {"backbone": "resnet_tiny"}})
     plain = {"variant": SCRATCH.to_plain(), "config": config_to_dict(config), "class_names": list(CLASS_NAMES)}
-    torch.manual_seed(0)
-    net = DeepLabV2("resnet_tiny", 21, norm=torch.nn.BatchNorm2d)
-    with torch.no_grad():
-        for module in net.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = 1.0
-        net.train()(100 * torch.randn(4, 3, 65, 65))
-    return plain | {"model": net.state_dict(), "optimizer": {}, "step": 7, "train_keys_sha256": ""}
+    return plain | {"model": discerning_network(21).state_dict(), "optimizer": {}, "step": 7, "train_keys_sha256": ""}
 
 
 @pytest.fixture(scope="module")

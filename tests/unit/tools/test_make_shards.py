@@ -1,15 +1,15 @@
 """The command packs VOC folders and list files, and says in one sentence what is wrong with its arguments or data."""
 
 import errno
-import importlib.util
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
+import make_shards as tool
 import numpy as np
 import pytest
 from packing import look, pack
@@ -18,30 +18,13 @@ from PIL import Image
 from dist_deeplab.data import voc
 from dist_deeplab.data.shard_reader import ShardReader
 from dist_deeplab.data.shards import load_manifest
+from tests.commands import exit_code
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOL = ROOT / "tools" / "make_shards.py"
 
 
-def _load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_shards", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load_tool()
-
-
-def run(*arguments: object) -> int:
-    """The exit code of the tool with these arguments, run in this process."""
-    try:
-        return int(tool.main([str(argument) for argument in arguments]))
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
+run = partial(exit_code, tool.main)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:

@@ -1,13 +1,12 @@
 """One command from archives to shards: from a server, over breaks, damage and kills, as from files."""
 
 import hashlib
-import importlib.util
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
+import prepare_voc as tool
 import pytest
 from PIL import Image
 from scipy.io import savemat
@@ -19,23 +18,10 @@ from dist_deeplab.data.shards import ShardError, load_manifest
 from dist_deeplab.downloads import fetching
 from tests.file_server import FileServer, serve
 
-ROOT = Path(__file__).resolve().parents[3]
 TRAIN, VAL = ["2007_000001", "2007_000002"], ["2007_000003"]
 SBD_TRAIN, SBD_VAL = ["2008_000001", "2007_000003", "2007_000002"], ["2008_000002", "2007_000001"]
 TRAIN_AUG = ["2007_000001", "2007_000002", "2008_000001", "2008_000002"]
 SIZE = (24, 31)
-
-
-def _load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_voc", ROOT / "tools" / "prepare_voc.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load_tool()
 
 
 def label_of(key: str, kind: str) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The tool's numbers are those of plain numpy on the files, and files that cannot be scored are named."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -8,14 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import score_predictions as tool
 from PIL import Image
-
-ROOT = Path(__file__).resolve().parents[3]
-_spec = importlib.util.spec_from_file_location("score_predictions", ROOT / "tools" / "score_predictions.py")
-assert _spec is not None
-assert _spec.loader is not None
-tool = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tool)
 
 
 @pytest.fixture

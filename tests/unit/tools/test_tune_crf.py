@@ -1,12 +1,11 @@
 """The grid is every combination; the search scores each point as a direct call would."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import tune_crf as tool
 
 from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data.loader import EvalDataset
@@ -17,16 +16,9 @@ from dist_deeplab.evaluation.crf import dense_crf
 from dist_deeplab.evaluation.evaluator import content_of
 from dist_deeplab.evaluation.inference import Predictor, load_network
 from dist_deeplab.evaluation.prediction import probabilities
-from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights import SCRATCH
-
-ROOT = Path(__file__).resolve().parents[3]
-_spec = importlib.util.spec_from_file_location("tune_crf", ROOT / "tools" / "tune_crf.py")
-assert _spec is not None
-assert _spec.loader is not None
-tool = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tool)
+from tests.networks import discerning_network
 
 
 def test_a_grid_is_every_combination_and_ranges_hold_their_end() -> None:
@@ -45,13 +37,7 @@ def test_a_grid_that_cannot_be_is_refused(text: str) -> None:
 def test_each_point_scores_as_a_direct_call(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pydensecrf", reason="pydensecrf2 (the extra crf) is not installed")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    torch.manual_seed(0)
-    net = DeepLabV2("resnet_tiny", 21, norm=torch.nn.BatchNorm2d)
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        net.train()(100 * torch.randn(4, 3, 65, 65))
+    net = discerning_network(21)
     settings = RunConfig.model_validate({"model": {"backbone": "resnet_tiny"}, "crf": {"num_workers": 1}})
     saved = {"model": net.state_dict(), "variant": SCRATCH.to_plain(), "config": config_to_dict(settings)}
     points: list[dict[str, Any]] = [tool.base_point(settings) | {"bi_w": weight} for weight in (0.0, 4.0)]

@@ -13,6 +13,7 @@ from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep
+from tests.networks import discerning_network
 
 NUM_CLASSES, IGNORE, CROP = 5, 255, 33
 
@@ -28,14 +29,9 @@ def torchs_own_tf32() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def trained_state() -> dict[str, torch.Tensor]:
     """Random weights, and the statistics of random images in every batch norm."""
-    torch.manual_seed(0)
-    net = DeepLabV2("resnet_tiny", NUM_CLASSES, norm=norm_factory("local"))
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    images = torch.randint(0, 256, (8, 3, 65, 65), dtype=torch.uint8)
+    images = torch.randint(0, 256, (8, 3, 65, 65), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    net = discerning_network(NUM_CLASSES, CAFFE.normalize(images, torch.tensor([[65, 65]] * 8)))
     with torch.no_grad():
-        net.train()(CAFFE.normalize(images, torch.tensor([[65, 65]] * 8)))
         for branch in net.head.branches:
             branch.weight.mul_(10)  # far from the uniform prediction, so that losses and gradients differ much
     return net.state_dict()
