@@ -244,7 +244,16 @@ setup_environment() {
 # --- processes --------------------------------------------------------------------------------------------------------
 
 # num_processes WITHOUT_GPU: processes to start on this machine: one per GPU, WITHOUT_GPU where there is none.
-num_processes() { python -c 'import sys, torch; print(torch.cuda.device_count() or sys.argv[1])' "$1"; }
+num_processes() {
+    if has_accelerator; then
+        python -c 'import sys, torch; print(torch.cuda.device_count() or sys.argv[1])' "$1"
+    else
+        printf '%s\n' "$1" # torch takes two seconds to say the same
+    fi
+}
+
+# Whether there may be a GPU that torch can use: the driver of NVIDIA, Jetson, WSL or AMD.
+has_accelerator() { has_gpu || [[ -e /dev/nvidiactl || -e /dev/nvhost-gpu || -e /dev/dxg || -e /dev/kfd ]]; }
 
 # check_count NAME VALUE: refuse what is no positive whole number.
 check_count() {

@@ -39,12 +39,16 @@ voc=data/sample_voc/VOCdevkit/VOC2012
 shards=data/sample_voc/shards
 
 python tools/make_sample_voc.py --out data/sample_voc
+missing=()
 for split in train val; do
     # The manifest is written last: where it exists, the shards are complete.
     if [[ ! -e $shards/$split.json ]]; then
-        python tools/make_shards.py --voc-root "$voc" --split "$split" --out "$shards"
+        missing+=("$split")
     fi
 done
+if ((${#missing[@]})); then
+    python tools/make_shards.py --voc-root "$voc" --split "${missing[@]}" --out "$shards"
+fi
 
 processes=${NPROC_PER_NODE:-$(num_processes 2)}
 check_count NPROC_PER_NODE "$processes"

@@ -5,8 +5,8 @@
 
 The result is DIR/VOCdevkit/VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation, as in VOC 2012:
 palette masks, void (255) along every object's outline, images of several sizes, 1 in 12 JPEGs greyscale. Seven of
-the 20 classes occur (CLASSES below), each in every split of 7 images or more. 200 images take about 6 s on one core
-and 3 MB; their short side is 112 to 160 px, small on purpose, for training on a CPU.
+the 20 classes occur (CLASSES below), each in every split of 7 images or more. 200 images take about 6 s of a core (all
+cores share the work) and 3 MB; their short side is 112 to 160 px, small on purpose, for training on a CPU.
 
 The same arguments (and library versions) give the same bytes: image i depends on the seed, i and the class whose turn
 it is. DIR/VOCdevkit appears in one rename once complete; its sample.json names the arguments. Where it is there already
@@ -29,6 +29,7 @@ from numpy.random import Generator
 from PIL import Image
 
 from dist_deeplab.data import voc
+from dist_deeplab.data.ordered_map import num_cores, ordered_map, useful_workers
 
 VERSION = 1
 """Of the drawings: raise it with every change that changes a file's bytes."""
@@ -339,18 +340,37 @@ def draw_scene(seed: int, index: int, first: str) -> Patch:
     return np.clip(small, 0, 255).astype(np.uint8), np.where(outline, np.uint8(voc.IGNORE_LABEL), classes[instance])
 
 
+class Scene(NamedTuple):
+    """What to draw, and where to."""
+
+    seed: int
+    index: int
+    first: str
+    image_file: Path
+    label_file: Path
+
+
+def write_scene(scene: Scene) -> None:
+    """Draw a scene and write its image and mask."""
+    image, label = draw_scene(scene.seed, scene.index, scene.first)
+    grey = scene.index % GREY_EVERY == GREY_EVERY - 1
+    Image.fromarray(image).convert("L" if grey else "RGB").save(scene.image_file, quality=90)
+    voc.save_palette_png(label, scene.label_file)
+
+
 def write_voc2012(voc2012: Path, num_train: int, num_val: int, seed: int) -> None:
     """Write images, masks and lists to the new folder `voc2012`; in both splits the classes take turns."""
     lists, images, masks = (voc2012 / name for name in ("ImageSets/Segmentation", "JPEGImages", "SegmentationClass"))
     for folder in (lists, images, masks):
         folder.mkdir(parents=True)
     ids = [f"sample_{index:06d}" for index in range(num_train + num_val)]
-    for index, image_id in enumerate(ids):
-        turn = index if index < num_train else index - num_train
-        image, label = draw_scene(seed, index, list(CLASSES)[turn % len(CLASSES)])
-        grey = index % GREY_EVERY == GREY_EVERY - 1
-        Image.fromarray(image).convert("L" if grey else "RGB").save(images / f"{image_id}.jpg", quality=90)
-        voc.save_palette_png(label, masks / f"{image_id}.png")
+    turns = [index if index < num_train else index - num_train for index in range(len(ids))]
+    scenes = [
+        Scene(seed, index, list(CLASSES)[turn % len(CLASSES)], images / f"{image_id}.jpg", masks / f"{image_id}.png")
+        for index, (image_id, turn) in enumerate(zip(ids, turns, strict=True))
+    ]
+    for _ in ordered_map(write_scene, scenes, workers=useful_workers(num_cores(), len(scenes))):
+        pass
     for split, members in (("train", ids[:num_train]), ("val", ids[num_train:]), ("trainval", ids)):
         (lists / f"{split}.txt").write_text("".join(f"{image_id}\n" for image_id in members))
 

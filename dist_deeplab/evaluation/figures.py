@@ -20,6 +20,7 @@ DPI = 100
 _WRONG, _RIGHT, _VOID = (214, 40, 40), (225, 225, 225), (255, 255, 255)
 _WIDTH_IN = 12.0  # of a row of four pictures
 _LEGEND_COLUMNS, _LEGEND_ROWS = 8, 3
+_TITLE_IN, _GAP_IN, _LEGEND_ROW_IN = 0.35, 0.03, 0.28
 
 
 def panel_pictures(evaluation: Evaluation, class_names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -56,7 +57,8 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
     for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
         share = shares[row, column]
         color = "white" if share > 0.5 else "black"
-        axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
+        text = axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
+        text.set_in_layout(False)  # hundreds of them; the layout would measure each, several times
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
 
@@ -100,24 +102,32 @@ def trimap_figure(bands: Mapping[int, Scores], result: Scores) -> Figure:
 
 def panels_figure(panels: Sequence[Panel], class_names: Sequence[str], *, ignore_label: int) -> Figure:
     """Draw a row image | label | prediction | errors for each panel, with a legend of the classes shown."""
-    heights = [_WIDTH_IN / 4 * panel.label.shape[0] / panel.label.shape[1] + 0.35 for panel in panels]
     num_rows = min(_LEGEND_ROWS, math.ceil((len(class_names) + 3) / _LEGEND_COLUMNS))  # whatever is predicted
     entries = _legend_entries(panels, class_names, ignore_label, _LEGEND_COLUMNS * num_rows)
-    figure = _figure(_WIDTH_IN, sum(heights) + 0.32 * num_rows)
-    grid = figure.subplots(len(panels), 4, squeeze=False, height_ratios=heights)
-    for axes, panel in zip(grid, panels, strict=True):
+    width = _WIDTH_IN / 4
+    heights = [(width - 2 * _GAP_IN) * panel.label.shape[0] / panel.label.shape[1] + _TITLE_IN for panel in panels]
+    height = sum(heights) + _LEGEND_ROW_IN * num_rows + 4 * _GAP_IN
+    figure = Figure(figsize=(_WIDTH_IN, height))
+    # All in one Axes whose units are inches: one for each picture, laid out by matplotlib, takes ten times as long.
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    top = 0.0
+    for panel, own_height in zip(panels, heights, strict=True):
         pictures = (panel.image, PALETTE[panel.label], PALETTE[panel.pred], _error_map(panel, ignore_label))
         name = panel.key if len(panel.key) <= 28 else f"...{panel.key[-25:]}"
         score = "" if math.isnan(panel.iou) else f" (IoU {100 * panel.iou:.1f})"
-        for ax, shot, title in zip(axes, pictures, (name, "label", f"prediction{score}", "errors"), strict=True):
-            ax.imshow(shot, interpolation="nearest")
-            ax.set_title(title, fontsize=12)
-            ax.set_axis_off()
+        for column, (shot, title) in enumerate(zip(pictures, (name, "label", f"prediction{score}", "errors"))):
+            left = column * width + _GAP_IN
+            extent = (left, left + width - 2 * _GAP_IN, top + own_height, top + _TITLE_IN)
+            axes.imshow(shot, extent=extent, interpolation="nearest", aspect="auto")
+            axes.text((column + 0.5) * width, top + 0.6 * _TITLE_IN, title, ha="center", va="center", fontsize=12)
+        top += own_height
+    axes.set(xlim=(0, _WIDTH_IN), ylim=(height, 0))
+    axes.set_axis_off()
     handles = [
         Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="black", label=name)
         for name, (red, green, blue) in entries
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize=11)
+    figure.legend(handles=handles, loc="lower center", ncols=_LEGEND_COLUMNS, fontsize=11, borderaxespad=0.2)
     return figure
 
 
