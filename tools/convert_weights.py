@@ -65,9 +65,9 @@ def write_checkpoint(net: DeepLabV2, weights: Weights, path: Path, class_names: 
     Raises:
         UserError: no last layer, no name for each class, or a file that cannot be written.
     """
-    num_classes = net.head.branches[0].weight.shape[0]
     if "head.branches.0.weight" not in weights.tensors:
         raise UserError(f"{weights.path} has no last layer, so there is nothing to score; train it by model.init")
+    num_classes = len(weights.tensors["head.branches.0.weight"])
     if path.suffix != ".pt":
         raise UserError(f"a checkpoint's name must end in .pt, not {path.name}")
     names = list(voc.CLASS_NAMES)

@@ -344,7 +344,7 @@ class Scene(NamedTuple):
     """What to draw, and where to."""
 
     seed: int
-    index: int
+    number: int
     first: str
     image_file: Path
     label_file: Path
@@ -352,8 +352,8 @@ class Scene(NamedTuple):
 
 def write_scene(scene: Scene) -> None:
     """Draw a scene and write its image and mask."""
-    image, label = draw_scene(scene.seed, scene.index, scene.first)
-    grey = scene.index % GREY_EVERY == GREY_EVERY - 1
+    image, label = draw_scene(scene.seed, scene.number, scene.first)
+    grey = scene.number % GREY_EVERY == GREY_EVERY - 1
     Image.fromarray(image).convert("L" if grey else "RGB").save(scene.image_file, quality=90)
     voc.save_palette_png(label, scene.label_file)
 

@@ -136,9 +136,13 @@ def search(
     confusions = np.zeros((len(points) + 1, manifest.num_classes, manifest.num_classes), dtype=np.int64)
 
     def add(number: int, label: np.ndarray, pred: np.ndarray) -> None:
-        tensors = torch.from_numpy(label)[None], torch.from_numpy(pred)[None]
-        options = {"num_classes": manifest.num_classes, "ignore_label": manifest.ignore_label}
-        confusions[number] += count_pixels(*tensors, **options)[0, 0].numpy()
+        counts = count_pixels(
+            torch.from_numpy(label)[None],
+            torch.from_numpy(pred)[None],
+            num_classes=manifest.num_classes,
+            ignore_label=manifest.ignore_label,
+        )
+        confusions[number] += counts[0, 0].numpy()
 
     def cases() -> Iterator[tuple[tuple[int, np.ndarray], np.ndarray, np.ndarray, Point]]:
         for index in indices:

@@ -1,8 +1,6 @@
 """Score a network on a validation set: each image once at its own size, whatever the number of ranks."""
 
-import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,15 +10,11 @@ import torch
 from dist_deeplab.data.loader import Batch, EvalDataset, eval_batches, eval_loader
 from dist_deeplab.data.shards import Manifest
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.evaluation.boundaries import NUM_BANDS, band_map
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious
 from dist_deeplab.evaluation.crf import CrfPool
 from dist_deeplab.evaluation.inference import Predictor
+from dist_deeplab.evaluation.tally import ImageScore, Tally
 from dist_deeplab.runtime.distributed import DistEnv, all_reduce_sum, gather_to_all
-
-_REPORT_EVERY_S = 30.0
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,14 +26,6 @@ class Panel:
     label: np.ndarray
     pred: np.ndarray
     iou: float = math.nan
-
-
-@dataclass(frozen=True)
-class ImageScore:
-    """An image's mean IoU over the classes in its label or prediction; NaN where all of it is void."""
-
-    key: str
-    miou: float
 
 
 @dataclass(frozen=True)
@@ -98,7 +84,7 @@ def evaluate(
     """
     dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)
     batches = eval_batches(dataset, batch_size=batch_size, padded=predictor.align_corners)[env.rank :: env.world_size]
-    tally = _Tally(manifest, env.device)
+    tally = Tally(manifest, env.device)
     stopped = False
     for batch, pred in _predictions(predictor, dataset, batches, env, num_workers=num_workers, crf=crf):
         tally.add(batch, pred)
@@ -118,46 +104,6 @@ def evaluate(
         trimap=total.cumsum(0)[:-1],
         images=images,
     )
-
-
-class _Tally:
-    """What a rank has counted so far, on its device: the host reads nothing back before the end."""
-
-    def __init__(self, manifest: Manifest, device: torch.device) -> None:
-        classes = manifest.num_classes
-        self.counts = torch.zeros(NUM_BANDS, classes, classes, dtype=torch.int64, device=device)
-        """int64 [bands, classes, classes]: rows label, columns prediction."""
-        self._ignore_label, self._device = manifest.ignore_label, device
-        self._keys: list[str] = []
-        self._mious: list[torch.Tensor] = []
-        self._report_at = time.monotonic() + _REPORT_EVERY_S
-
-    def add(self, batch: Batch, pred: torch.Tensor) -> None:
-        """Count a batch and its prediction, uint8 [B, H, W] on the device; H and W without the grid's padding."""
-        label = batch.label[:, : pred.shape[1], : pred.shape[2]]
-        bands = _band_maps(label, batch.content, self._ignore_label)
-        own = count_pixels(
-            label.to(self._device, non_blocking=True),
-            pred,
-            num_classes=self.counts.shape[-1],
-            ignore_label=self._ignore_label,
-            band=bands.to(self._device, non_blocking=True),
-            num_bands=NUM_BANDS,
-        )
-        self.counts += own.sum(0)
-        self._mious.append(image_mious(own.sum(1)))
-        self._keys += batch.keys
-
-    def scores(self) -> list[ImageScore]:
-        """Return the score of each image, in the order they came."""
-        mious = torch.cat(self._mious).tolist() if self._mious else []
-        return [ImageScore(key, miou) for key, miou in zip(self._keys, mious, strict=True)]
-
-    def report_now_and_then(self, *, out_of: int) -> None:
-        """Log how far this rank is, twice a minute."""
-        if time.monotonic() > self._report_at:
-            log.info("evaluated %d of this rank's %d images", len(self._keys), out_of)
-            self._report_at = time.monotonic() + _REPORT_EVERY_S
 
 
 def _in_the_sets_order(own: list[ImageScore], indices: list[int], manifest: Manifest) -> tuple[ImageScore, ...]:
@@ -204,14 +150,6 @@ def content_of(batch: Batch, number: int) -> tuple[np.ndarray, np.ndarray]:
     height, width = batch.content[number].tolist()
     image = batch.image[number, :, :height, :width].permute(1, 2, 0)
     return np.ascontiguousarray(image.numpy()), np.ascontiguousarray(batch.label[number, :height, :width].numpy())
-
-
-def _band_maps(label: torch.Tensor, content: torch.Tensor, ignore_label: int) -> torch.Tensor:
-    """Return uint8 [B, H, W]: how near to a border pixels are. Padding is no border: it is not looked at."""
-    bands = torch.zeros_like(label)
-    for own, one, (height, width) in zip(bands, label, content.tolist(), strict=True):
-        own[:height, :width] = torch.from_numpy(band_map(one[:height, :width].numpy(), ignore_label))
-    return bands
 
 
 def _predictions(
