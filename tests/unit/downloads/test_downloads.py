@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -235,9 +236,8 @@ def test_a_damaged_record_is_not_believed(record: bytes, url: str, server: FileS
 
 
 def test_processes_that_ask_at_once_wait_for_one_download(url: str, server: FileServer, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    with context.Pool(4) as pool:
-        paths = pool.starmap(fetch, [(url, tmp_path / "here")] * 4)
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        paths = list(pool.map(fetch, [url] * 4, [tmp_path / "here"] * 4))
     assert {path.read_bytes() for path in paths} == {CONTENT}
     assert len(server.requests) == 1
 
