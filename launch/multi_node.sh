@@ -15,8 +15,9 @@
 #
 # NNODES=2:4 trains on whatever machines are there: it begins with two or more, goes on with those that are left when
 # one is lost, and takes up one that comes (or comes back) by this same command. A step has the same images all the
-# time: set batch.micro_size to what a GPU can hold (or to auto), and fewer GPUs accumulate more of them. All numbers of
-# processes that can come about must divide batch.global_size. The machine of RDZV_ENDPOINT must stay.
+# time: set batch.micro_size to what a GPU can hold (or to auto), and fewer GPUs accumulate more of them. Any number of
+# processes will do, up to batch.global_size; where it does not divide that, some wait for others in each step. The
+# machine of RDZV_ENDPOINT must stay.
 #
 # Nothing is installed here, since machines that share a disk would do it all at once. Once, on one of them (on each,
 # if they share none): pip install -e . -c constraints.txt, or any other launcher. The environment is the active one,

@@ -99,9 +99,9 @@ class ModelConfig(Section):
 
 class BatchConfig(Section):
     global_size: Positive = 10
-    """Images of one optimizer step, over all ranks and accumulation steps."""
+    """Images of one optimizer step, over all ranks and accumulation steps; any number from that of the ranks on."""
     micro_size: Positive | Literal["auto"] | None = None
-    """Images a rank takes through the network at once; empty: its whole share; auto: as many as fit, by trying."""
+    """The most images a rank takes through the network at once; empty: its share; auto: what fits, by trying."""
 
 
 class OptimConfig(Section):

@@ -46,6 +46,16 @@ def to_batch(key: str, image: np.ndarray, label: np.ndarray, content: tuple[int,
     )
 
 
+def blank_batch(num_images: int, size: int) -> Batch:
+    """Return so many black images of `size` x `size`, labelled 0; none at all is a batch too."""
+    return Batch(
+        image=torch.zeros(num_images, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
+        label=torch.zeros(num_images, size, size, dtype=torch.uint8),
+        content=torch.full((num_images, 2), size, dtype=torch.int64),
+        keys=["blank"] * num_images,
+    )
+
+
 def collate(items: "list[Batch | UserError]") -> "Batch | UserError":
     """Return batches of one size as a single batch, or the first error among them."""
     samples = []

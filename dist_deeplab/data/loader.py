@@ -5,17 +5,18 @@ checked and augmented, and is still uint8: normalisation happens on the device.
 """
 
 import atexit
+import functools
 import itertools
 import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dist_deeplab.data import order
-from dist_deeplab.data.batch import BadSample, Batch, collate, to_batch
+from dist_deeplab.data.batch import BadSample, Batch, blank_batch, collate, to_batch
 from dist_deeplab.data.decode import DecodeError, decode_image, decode_label
 from dist_deeplab.data.prefetch import Plan, start_prefetch
 from dist_deeplab.data.shard_reader import Sample, ShardReader
@@ -139,7 +140,8 @@ class StepSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start, self.stop):
-            yield from self.split.positions(step, self.rank).tolist()
+            for positions in self.split.positions(step, self.rank):
+                yield positions.tolist()
 
 
 class TrainLoader:
@@ -153,7 +155,8 @@ class TrainLoader:
         self.plan = Plan(
             dataset.reader.manifest, sampler.split, sampler.rank, dataset.seed, start=sampler.start, stop=sampler.stop
         )
-        self.batches = _data_loader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)
+        collate_some = functools.partial(_collate_or_blank, size=dataset.augmentation.crop_size)
+        self.batches = _data_loader(dataset, sampler, collate_some, num_workers=num_workers, pin_memory=pin_memory)
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
         prefetch = start_prefetch(self.plan) if self.plan.manifest.cache else None
@@ -190,7 +193,7 @@ def eval_loader(
 ) -> Iterator[Batch]:
     """Return an iterator over these batches of sample indices, each of images of one (padded) size."""
     workers = min(num_workers, len(batches))
-    return raise_errors(_data_loader(dataset, batches, num_workers=workers, pin_memory=pin_memory))
+    return raise_errors(_data_loader(dataset, batches, collate, num_workers=workers, pin_memory=pin_memory))
 
 
 def raise_errors(batches: "Iterable[Batch | UserError]") -> Iterator[Batch]:
@@ -201,9 +204,15 @@ def raise_errors(batches: "Iterable[Batch | UserError]") -> Iterator[Batch]:
         yield batch
 
 
-def _data_loader(dataset, batch_sampler, *, num_workers: int, pin_memory: bool) -> "DataLoader[Batch | UserError]":  # type: ignore[no-untyped-def]
+def _data_loader(  # type: ignore[no-untyped-def]
+    dataset, batch_sampler, collate_fn: Callable[..., Any], *, num_workers: int, pin_memory: bool
+) -> "DataLoader[Batch | UserError]":
     options = loader_options(num_workers=num_workers, pin_memory=pin_memory)
-    return DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate, **options)
+    return DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate_fn, **options)
+
+
+def _collate_or_blank(items: "list[Batch | UserError]", *, size: int) -> "Batch | UserError":
+    return collate(items) if items else blank_batch(0, size)
 
 
 def loader_options(*, num_workers: int, pin_memory: bool) -> dict[str, Any]:

@@ -109,7 +109,14 @@ def replacement_at(position: int, attempt: int, *, num_samples: int, seed: int) 
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How a step's global batch is cut: `global_size = world_size * micro_size * accumulation`, always exactly."""
+    """How a step's global batch is cut: into `accumulation * world_size` consecutive parts, as equal as can be.
+
+    Part `a * world_size + r` is micro-batch `a` of rank `r`. The first parts hold one image more than the rest where
+    the sizes do not divide; so ranks too differ by one image at most, and all make the same number of passes.
+
+    global_size: images of a step.
+    micro_size: the most images that a rank takes at once.
+    """
 
     global_size: int
     micro_size: int
@@ -120,40 +127,63 @@ class BatchSplit:
         """Return the split; without `micro_size` a rank takes its whole share at once.
 
         Raises:
-            UserError: the sizes do not divide; the message names sizes that do.
+            UserError: there are fewer images than ranks.
         """
-        share, rest = divmod(global_size, world_size)
-        if rest or not share:
-            below, above = share * world_size, (share + 1) * world_size
-            sizes = f"{below} or {above}" if below else f"{above}"
+        if global_size < world_size:
             raise UserError(
-                f"batch.global_size={global_size} can't be shared equally by {world_size} processes; use "
-                f"batch.global_size={sizes}, or a number of processes that divides {global_size}"
+                f"batch.global_size={global_size} is too few images for {world_size} processes; use "
+                f"batch.global_size={world_size} or more, or at most {global_size} processes"
             )
-        if micro_size is not None and share % micro_size:
-            fitting = [size for size in range(1, share + 1) if share % size == 0]
-            raise UserError(
-                f"batch.micro_size={micro_size} does not divide a rank's share of {share} images (batch.global_size="
-                f"{global_size} over {world_size} processes); use one of {', '.join(map(str, fitting))}"
-            )
-        return cls(global_size, micro_size or share, world_size)
+        return cls(global_size, micro_size or -(-global_size // world_size), world_size)
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches that each rank adds up to one optimizer step."""
-        return self.global_size // (self.micro_size * self.world_size)
+        """Micro-batches that each rank adds up to one optimizer step: as few as `micro_size` lets it be."""
+        return -(-self.global_size // (self.micro_size * self.world_size))
 
-    def positions(self, step: int, rank: int) -> np.ndarray:
-        """Return a rank's global positions of a step, int64 [accumulation, micro_size].
+    @property
+    def num_parts(self) -> int:
+        """Micro-batches of all ranks in a step."""
+        return self.accumulation * self.world_size
 
-        Micro-batch-major: position `step*G + a*(W*b) + r*b + j` is image `j` of micro-batch `a` on rank `r`.
-        """
-        width = self.world_size * self.micro_size
-        starts = step * self.global_size + rank * self.micro_size + width * np.arange(self.accumulation, dtype=np.int64)
-        return starts[:, None] + np.arange(self.micro_size, dtype=np.int64)[None, :]
+    @property
+    def largest(self) -> int:
+        """Images of the largest part; it may be less than `micro_size`."""
+        return -(-self.global_size // self.num_parts)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all parts are of one size."""
+        return self.global_size % self.num_parts == 0
+
+    @property
+    def has_empty_parts(self) -> bool:
+        """Whether some ranks have nothing in their last micro-batch; possible with a `micro_size` of 1 only."""
+        return self.global_size < self.num_parts
+
+    @property
+    def micro_sizes(self) -> list[int]:
+        """The values of `micro_size` that make a difference for this many images and ranks, largest first."""
+        share = -(-self.global_size // self.world_size)
+        return sorted({-(-share // accumulation) for accumulation in range(1, share + 1)}, reverse=True)
+
+    def sizes(self, rank: int) -> list[int]:
+        """Return how many images each of a rank's micro-batches holds: the same in every step."""
+        size, rest = divmod(self.global_size, self.num_parts)
+        return [size + (part < rest) for part in range(rank, self.num_parts, self.world_size)]
+
+    def positions(self, step: int, rank: int) -> list[np.ndarray]:
+        """Return the global positions of each of a rank's micro-batches in a step, int64."""
+        size, rest = divmod(self.global_size, self.num_parts)
+        parts = range(rank, self.num_parts, self.world_size)
+        starts = [step * self.global_size + part * size + min(part, rest) for part in parts]
+        return [np.arange(start, start + size) for start, size in zip(starts, self.sizes(rank), strict=True)]
 
     def __str__(self) -> str:
-        return (
-            f"{self.global_size} images a step = {self.world_size} ranks x {self.micro_size} images x "
+        up_to = "" if self.is_even else "up to "
+        text = (
+            f"{self.global_size} images a step = {self.world_size} ranks x {up_to}{self.largest} images x "
             f"{self.accumulation} accumulated micro-batches"
         )
+        waiting = 1 - self.global_size / (self.num_parts * self.largest)
+        return text if self.is_even else f"{text} (uneven: ranks wait for others, some {waiting:.0%} of the time)"

@@ -39,7 +39,7 @@ class Plan:
         wanted: dict[int, None] = {}
         for first in range(self.start, self.stop, _STEPS_AT_ONCE):
             steps = range(first, min(first + _STEPS_AT_ONCE, self.stop))
-            positions = np.concatenate([self.split.positions(step, self.rank).ravel() for step in steps])
+            positions = np.concatenate([part for step in steps for part in self.split.positions(step, self.rank)])
             samples = order.samples_at(positions, num_samples=self.manifest.num_samples, seed=self.seed)
             wanted.update(dict.fromkeys(index["shard"][samples].tolist()))
             if len(wanted) == len(self.manifest.shards):

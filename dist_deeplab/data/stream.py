@@ -7,9 +7,10 @@ with the next ones. Decoding, checks and augmentation are those of indexed acces
 rank ever waits for another one that has run out.
 """
 
+import itertools
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dist_deeplab.data import order
-from dist_deeplab.data.batch import BadSample, Batch, collate, to_batch
+from dist_deeplab.data.batch import BadSample, Batch, blank_batch, collate, to_batch
 from dist_deeplab.data.loader import DecodingDataset, loader_options, raise_errors
 from dist_deeplab.data.shard_index import IMAGE_MEMBERS, LABEL_MEMBERS
 from dist_deeplab.data.shard_reader import Sample, open_shard
@@ -38,7 +39,7 @@ class Place(NamedTuple):
 
 
 class StreamDataset(IterableDataset["Batch | UserError"]):
-    """Endless micro-batches for one rank's loader workers."""
+    """Endless micro-batches for one rank's loader workers; `sizes`: images of each of the rank's in a step."""
 
     def __init__(
         self,
@@ -47,14 +48,14 @@ class StreamDataset(IterableDataset["Batch | UserError"]):
         num_classes: int,
         augmentation: Augmentation,
         place: Place,
-        micro_size: int,
+        sizes: Sequence[int],
         max_bad_samples: int = 0,
     ) -> None:
         self.checks = DecodingDataset(manifest, num_classes=num_classes, ignore_label=augmentation.ignore_label)
         self.manifest = manifest
         self.augmentation = augmentation
         self.place = place
-        self.micro_size = micro_size
+        self.sizes = sizes
         self.max_bad_samples = max_bad_samples
 
     def __iter__(self) -> "Iterator[Batch | UserError]":
@@ -63,8 +64,10 @@ class StreamDataset(IterableDataset["Batch | UserError"]):
         consumer, consumers = self.place.rank * count + number, self.place.world_size * count
         samples = self._augmented(consumer, consumers)
         try:
-            while True:
-                yield collate([next(samples) for _ in range(self.micro_size)])
+            for batch in itertools.count(number, count):  # the workers' batches are taken in turns
+                size = self.sizes[batch % len(self.sizes)]
+                crop = self.augmentation.crop_size
+                yield collate([next(samples) for _ in range(size)]) if size else blank_batch(0, crop)
         except UserError as error:  # raised in a worker it would arrive as a traceback in a string
             yield error
 
@@ -129,10 +132,8 @@ class StreamDataset(IterableDataset["Batch | UserError"]):
 class StreamLoader:
     """Iterates over `(step, micro-batches of that step)` from `start` to `stop`, as `TrainLoader` does."""
 
-    def __init__(
-        self, dataset: StreamDataset, *, stop: int, accumulation: int, num_workers: int, pin_memory: bool
-    ) -> None:
-        self.start, self.stop, self.accumulation = dataset.place.start, stop, accumulation
+    def __init__(self, dataset: StreamDataset, *, stop: int, num_workers: int, pin_memory: bool) -> None:
+        self.start, self.stop, self.accumulation = dataset.place.start, stop, len(dataset.sizes)
         options = loader_options(num_workers=num_workers, pin_memory=pin_memory)
         self.batches: DataLoader[Batch | UserError] = DataLoader(
             dataset, batch_size=None, collate_fn=_unchanged, **options

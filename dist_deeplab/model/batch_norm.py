@@ -44,7 +44,7 @@ def norm_factory(
     if mode == "frozen":
         return partial(FrozenBatchNorm, eps=EPS)
     if mode == "local":
-        return partial(nn.BatchNorm2d, eps=EPS, momentum=momentum)
+        return partial(LocalBatchNorm, eps=EPS, momentum=momentum)
     if mode != "sync" or sync_bn not in ("own", "torch"):
         raise ValueError(f"unknown batch norm {mode!r} ({sync_bn!r}); known: sync (own, torch), frozen, local")
     if sync_bn == "torch":
@@ -69,6 +69,16 @@ class FrozenBatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return float [B, C, H, W] normalised by the stored statistics."""
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class LocalBatchNorm(nn.BatchNorm2d):
+    """Normalises by this rank's batch while training; one of no images passes and moves no statistics."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return float [B, C, H, W] of the input's dtype."""
+        if len(input) or not self.training:
+            return super().forward(input)
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 

@@ -40,7 +40,9 @@ def prepare_model(
     """
     model = place_model(model, env.device, channels_last=channels_last)
     if compile:
-        model.compile()  # in place, inside DDP: names of parameters stay
+        # In place, inside DDP: names of parameters stay. Not dynamic: an uneven split has two sizes of batches, and of
+        # those torch knows no shapes after SyncBatchNorm's kernel.
+        model.compile(dynamic=False)
     if env.world_size == 1:
         return model
     check_replicas(model)

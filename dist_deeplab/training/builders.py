@@ -102,7 +102,7 @@ def split_batch(config: RunConfig, env: DistEnv) -> BatchSplit:
     """Return how a step's images are shared out; with `batch.micro_size: auto` for now a rank's whole share at once.
 
     Raises:
-        UserError: the sizes do not divide.
+        UserError: there are fewer images than ranks.
     """
     batch = config.batch
     micro_size = None if batch.micro_size == "auto" else batch.micro_size
@@ -125,11 +125,21 @@ def starting_weights(config: RunConfig, saved: dict[str, Any] | None) -> Weights
 
 
 def build_network(config: RunConfig, split: BatchSplit, variant: Variant, weights: Weights | None) -> DeepLabV2:
-    """Return the network with weights that depend on seed and `weights` alone."""
+    """Return the network with weights that depend on seed and `weights` alone.
+
+    Raises:
+        UserError: a batch norm that cannot be had here, or not with this split.
+    """
     torch.manual_seed(config.seed)
     model = config.model
     # A backbone that stands still does so with its statistics, as DrSleep's fine_tune.py has it by default.
     batch_norm = "frozen" if model.train_only == "head" else model.batch_norm
+    if split.has_empty_parts and batch_norm == "sync" and (config.speed.compile or model.sync_bn == "torch"):
+        what, instead = ("speed.compile", "false") if config.speed.compile else ("model.sync_bn", "own")
+        raise UserError(
+            f"synchronised batch norm with {what} takes no empty micro-batches, which {split.global_size} images one "
+            f"by one on {split.world_size} processes have; use batch.micro_size=2 or more, or {what}={instead}"
+        )
     norm = norm_factory(batch_norm, sync_bn=model.sync_bn, accumulation=split.accumulation)
     net = DeepLabV2(
         model.backbone, config.data.num_classes, norm=norm, recompute=config.speed.recompute, **variant.geometry
@@ -169,8 +179,8 @@ def build_train_loader(
         if start:
             log.warning("data.access=stream: from step %d on other samples come than without the interruption", start)
         place = Place(config.seed, start, env.rank, env.world_size)
-        stream = StreamDataset(train_set, place=place, micro_size=split.micro_size, **what)
-        return StreamLoader(stream, stop=config.max_steps, accumulation=split.accumulation, **how)
+        stream = StreamDataset(train_set, place=place, sizes=split.sizes(env.rank), **what)
+        return StreamLoader(stream, stop=config.max_steps, **how)
     sampler = StepSampler(start, config.max_steps, split=split, rank=env.rank)
     return TrainLoader(TrainDataset(train_set, seed=config.seed, **what), sampler, **how)
 
@@ -213,5 +223,5 @@ def build_step(
         config.optim.clip_norm,
     )
     if env.world_size > 1:
-        step.rehearse(micro_size=split.micro_size, crop_size=config.data.crop_size)
+        step.rehearse(micro_size=split.largest, crop_size=config.data.crop_size)
     return step

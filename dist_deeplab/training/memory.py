@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def activation_bytes(config: RunConfig, variant: Variant) -> dict[str, int]:
 
 def describe_activations(config: RunConfig, split: BatchSplit, variant: Variant) -> str:
     """Return a sentence on the memory of a micro-batch's activations, scale by scale."""
-    size = split.micro_size
+    size = split.largest
     each = {name: count * size / 2**30 for name, count in activation_bytes(config, variant).items()}
     parts = ", ".join(f"{name} {gib:.2f} GiB" for name, gib in each.items())
     total = f" = {sum(each.values()):.2f} GiB" if len(each) > 1 else ""
@@ -58,31 +59,30 @@ def settle_micro_size(
 ) -> BatchSplit:
     """Return the split with `batch.micro_size: auto` found out, and say so; every rank calls it.
 
-    It is the largest size that divides a rank's share and fits into every rank's memory: on a GPU by trying with a
-    network that is thrown away, on the CPU (which has no such error, but starts to swap) by the count of activations
-    against half of the memory that is free. A run that goes on keeps the size it had.
+    It is the largest size that fits into every rank's memory: on a GPU by trying with a network that is thrown away,
+    on the CPU (which has no such error, but starts to swap) by the count of activations against half of the memory that
+    is free. A run that goes on keeps the size it had.
     """
     if config.batch.micro_size != "auto":
         return split
-    share = split.global_size // split.world_size
     before = saved.get("micro_size", 0) if saved else 0
-    if before and share % before == 0:
-        log.info("batch.micro_size=auto: %d of the %d images of a rank at once, as before", before, share)
-        return BatchSplit(split.global_size, before, split.world_size)
-    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    if before:
+        log.info("batch.micro_size=auto: at most %d images at once, as before", before)
+        return replace(split, micro_size=before)
+    sizes = split.micro_sizes
     if env.device.type == "cuda":
         largest, how = largest_fitting(sizes, _gpu_trial(config, variant, env.device)), "by trying"
     else:
         needed = sum(activation_bytes(config, variant).values())
         allowed = _CPU_SHARE * free_memory_bytes() / ranks_on_host()
         largest, how = largest_fitting(sizes, lambda size: size * needed <= allowed), "by half of the free memory"
-    agreed = min(gather_to_all(largest))  # every rank's divides the share; so does the smallest
+    agreed = min(gather_to_all(largest))
     if not agreed:
         raise TrainingError(
             f"not even one image of {config.data.crop_size} fits into memory; {_remedies(config, smaller=0)}"
         )
-    log.info("batch.micro_size=auto: %d of the %d images of a rank at once (%s)", agreed, share, how)
-    return BatchSplit(split.global_size, agreed, split.world_size)
+    log.info("batch.micro_size=auto: %d of at most %d images of a rank at once (%s)", agreed, sizes[0], how)
+    return replace(split, micro_size=agreed)
 
 
 def largest_fitting(sizes: list[int], fits: Callable[[int], bool]) -> int:
@@ -109,10 +109,9 @@ def explained_out_of_memory(config: RunConfig, split: BatchSplit) -> Iterator[No
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        share = split.global_size // split.world_size
-        smaller = max((size for size in range(1, split.micro_size) if share % size == 0), default=0)
+        smaller = max((size for size in split.micro_sizes if size < split.largest), default=0)
         raise TrainingError(
-            f"out of memory with micro-batches of {split.micro_size} images of {config.data.crop_size}; "
+            f"out of memory with micro-batches of {split.largest} images of {config.data.crop_size}; "
             f"{_remedies(config, smaller=smaller)}"
         ) from None
 

@@ -25,7 +25,7 @@ class TrainState:
     """The mutable state of a run.
 
     step: optimizer steps done, skipped ones too.
-    micro_size: images of a micro-batch, which a run that found it out keeps.
+    micro_size: the most images of a micro-batch, which a run that found it out keeps.
     num_skipped: those of them whose update was skipped, int64 [] on the device, or 0.
     """
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from dist_deeplab.data.batch import Batch
+from dist_deeplab.data.batch import Batch, blank_batch
 from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.preprocessing import Preprocessing
 from dist_deeplab.runtime.distributed import all_reduce_sum, get_world_size
@@ -60,7 +60,9 @@ class TrainStep:
         self.upload = Uploader(self.precision.device)
 
     def __call__(self, micro_batches: list[Batch], *, stop: bool = False) -> StepResult:
-        """Make one update from this rank's micro-batches (CPU tensors, at least one); every rank must call it.
+        """Make one update from this rank's micro-batches (CPU tensors); every rank must call it.
+
+        Each rank has the same number of them, at least one; they may be of any sizes, also of no images.
 
         `stop` is this rank's wish to stop. There is no host-device synchronisation.
         """
@@ -104,12 +106,7 @@ class TrainStep:
         DDP reduces the gradients of a process's first backward in other buckets than the later ones, so in another
         order of summation. Without this the first step after a restart would differ in its last bits.
         """
-        blank = Batch(
-            image=torch.zeros(micro_size, 3, crop_size, crop_size, dtype=torch.uint8),
-            label=torch.zeros(micro_size, crop_size, crop_size, dtype=torch.uint8),
-            content=torch.full((micro_size, 2), crop_size, dtype=torch.int64),
-            keys=["blank"] * micro_size,
-        )
+        blank = blank_batch(micro_size, crop_size)
         sizes = self._output_sizes(blank)
         label = {name: sample_label(blank.label, size) for name, size in sizes.items()}
         buffers = copy_buffers(self.model)

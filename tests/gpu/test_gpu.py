@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dist_deeplab.config import OptimConfig
-from dist_deeplab.data.loader import Batch
+from dist_deeplab.data.batch import Batch, blank_batch
 from dist_deeplab.model import batch_norm
 from dist_deeplab.model.batch_norm import EPS, MOMENTUM, SyncBatchNorm, norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
@@ -95,6 +95,16 @@ def test_the_loss_falls_on_one_batch_in_every_precision(dtype: str) -> None:
     step, batches = _step(dtype), _batches(1)
     totals = [_total(step(batches)) for _ in range(60)]
     assert totals[-1] < 0.8 * totals[0]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("norm", ["local", "frozen"])
+def test_a_micro_batch_of_no_images_changes_nothing(norm: str, dtype: str) -> None:
+    alone, among, [batch] = _step(dtype, norm=norm), _step(dtype, norm=norm), _batches(1)
+    expected, result = alone([batch]), among([batch, blank_batch(0, CROP).pin_memory()])
+    assert _total(result) == pytest.approx(_total(expected), rel=1e-6)
+    difference = _gradient(among) - _gradient(alone)
+    assert float(difference.norm()) <= 1e-3 * float(_gradient(alone).norm())
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])

@@ -19,10 +19,10 @@ def main(env: DistEnv, backend: str) -> None:
         nn.Conv2d(2, 4, 3, bias=False), SyncBatchNorm(4), nn.ReLU(), nn.Conv2d(4, 3, 1, bias=False), SyncBatchNorm(3)
     )
     twin = copy.deepcopy(net)
-    compiled = torch.compile(twin, backend=backend, fullgraph=True)
+    compiled = torch.compile(twin, backend=backend, fullgraph=True, dynamic=False)
     generator = torch.Generator().manual_seed(env.rank)
-    for _ in range(2):
-        x = 3 * torch.randn(2, 2, 9, 9, generator=generator) + 1
+    for size in (2, 2, 2 - env.rank):
+        x = 3 * torch.randn(size, 2, 9, 9, generator=generator) + 1
         results = []
         for model, parameters in ((net, net), (compiled, twin)):
             parameters.zero_grad()

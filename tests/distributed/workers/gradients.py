@@ -43,8 +43,8 @@ def main(env: DistEnv, manifest: str, out: str, micro_size: str, batch_norm: str
     sampler = StepSampler(0, int(steps), split=split, rank=env.rank)
     seen, first = {}, {}
     for step, batches in TrainLoader(dataset, sampler, num_workers=0, pin_memory=False):
-        for positions, batch in zip(split.positions(step, env.rank).tolist(), batches, strict=True):
-            for i, position in enumerate(positions):
+        for positions, batch in zip(split.positions(step, env.rank), batches, strict=True):
+            for i, position in enumerate(positions.tolist()):
                 pixels = batch.image[i].numpy().tobytes() + batch.label[i].numpy().tobytes()
                 seen[position] = (batch.keys[i], hashlib.sha256(pixels).hexdigest())
         result = update(batches)

@@ -78,8 +78,8 @@ def stream(manifest: Manifest, *, world_size: int = 1, workers: int = 0, max_bad
         sampler = StepSampler(0, NUM_STEPS, split=split, rank=rank)
         loader = TrainLoader(dataset(manifest, max_bad), sampler, num_workers=workers, pin_memory=False)
         for step, micro_batches in loader:
-            for position, batch in zip(split.positions(step, rank).ravel(), micro_batches, strict=True):
-                batches[position] = batch
+            for position, batch in zip(split.positions(step, rank), micro_batches, strict=True):
+                batches[position.item()] = batch
     return [batch for batch in batches if batch is not None]
 
 

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 WHOLE = Augmentation(81, (1.0, 1.0), False, 255)  # nothing is cut off
 
 
-def dataset(manifest: Manifest, place: Place, *, micro_size: int = 2, max_bad: int = 0) -> StreamDataset:
+def dataset(manifest: Manifest, place: Place, *, sizes: tuple[int, ...] = (2, 2), max_bad: int = 0) -> StreamDataset:
     return StreamDataset(
-        manifest, num_classes=21, augmentation=WHOLE, place=place, micro_size=micro_size, max_bad_samples=max_bad
+        manifest, num_classes=21, augmentation=WHOLE, place=place, sizes=sizes, max_bad_samples=max_bad
     )
 
 
@@ -31,9 +31,7 @@ def keys(
     manifest: Manifest, *, rank: int = 0, world: int = 1, start: int = 0, steps: int = 12, workers: int = 0
 ) -> list[str]:
     place = Place(1, start, rank, world)
-    loader = StreamLoader(
-        dataset(manifest, place), stop=start + steps, accumulation=2, num_workers=workers, pin_memory=False
-    )
+    loader = StreamLoader(dataset(manifest, place), stop=start + steps, num_workers=workers, pin_memory=False)
     found = list(loader)
     assert [step for step, _ in found] == list(range(start, start + steps))
     assert {len(batches) for _, batches in found} == {2}
@@ -55,6 +53,14 @@ def test_every_rank_gets_its_fixed_number_of_steps_and_all_samples_come(
     assert len(counts) == 8
     assert max(counts.values()) < 3 * min(counts.values())
     assert world == 1 or found[0] != found[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_each_step_has_micro_batches_of_the_sizes_of_the_split(workers: int, shard_set: Manifest) -> None:
+    stream = dataset(shard_set, Place(1, 0, 0, 1), sizes=(2, 1, 0))
+    for _, batches in StreamLoader(stream, stop=4, num_workers=workers, pin_memory=False):
+        assert [len(batch.keys) for batch in batches] == [2, 1, 0]
+        assert [batch.label.shape for batch in batches] == [(2, 81, 81), (1, 81, 81), (0, 81, 81)]
 
 
 def test_a_stream_is_the_same_again_and_another_one_after_a_resume(shard_set: Manifest) -> None:
@@ -81,7 +87,7 @@ def test_decoding_and_checks_are_those_of_indexed_access(workers: int, shard_set
         key, image, label = evaluation.load(index)
         images[key] = image, label
     loader = StreamLoader(
-        dataset(shard_set, Place(1, 0, 0, 1)), stop=4, accumulation=1, num_workers=workers, pin_memory=False
+        dataset(shard_set, Place(1, 0, 0, 1), sizes=(2,)), stop=4, num_workers=workers, pin_memory=False
     )
     for _, (batch,) in loader:
         for image, label, (height, width), key in zip(batch.image, batch.label, batch.content.tolist(), batch.keys):
@@ -98,9 +104,8 @@ def test_a_bad_sample_ends_the_stream_or_is_left_out_and_told(workers: int, own_
     manifest = load_manifest(own_set)
     for max_bad in (0, 1):
         loader = StreamLoader(
-            dataset(manifest, Place(1, 0, 0, 1), max_bad=max_bad),
+            dataset(manifest, Place(1, 0, 0, 1), sizes=(2,), max_bad=max_bad),
             stop=8,
-            accumulation=1,
             num_workers=workers,
             pin_memory=False,
         )
@@ -138,7 +143,7 @@ def test_shards_are_fetched_ahead_in_the_order_of_their_first_use(shard_set: Man
     from dist_deeplab.data import order
     from dist_deeplab.data.shards import open_index
 
-    positions = np.concatenate([split.positions(step, 1).ravel() for step in range(3, 50)])
+    positions = np.concatenate([part for step in range(3, 50) for part in split.positions(step, 1)])
     used = open_index(manifest)["shard"][order.samples_at(positions, num_samples=8, seed=5)].tolist()
     assert plan.shards() == list(dict.fromkeys(used))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_deeplab.errors import UserError
 from dist_deeplab.model import batch_norm
-from dist_deeplab.model.batch_norm import EPS, MOMENTUM, FrozenBatchNorm, SyncBatchNorm, norm_factory
+from dist_deeplab.model.batch_norm import EPS, MOMENTUM, FrozenBatchNorm, LocalBatchNorm, SyncBatchNorm, norm_factory
 
 TIMEOUT_S = 30.0  # a rank that fails breaks the barrier for the others instead of leaving them waiting
 
@@ -195,8 +195,22 @@ def test_statistics_of_accumulated_micro_batches_move_as_far_as_those_of_one_lar
     torch.testing.assert_close(small.running_var, large.running_var, rtol=1e-12, atol=0)
 
 
+def test_local_batch_norm_is_torchs_and_lets_a_batch_of_no_images_pass() -> None:
+    own, torchs = _fill(norm_factory("local")(3)), _fill(nn.BatchNorm2d(3))
+    for images in (4, 0, 2):
+        x = _input(images, 3, 5, 5, dtype=torch.float32)
+        before = _buffers(own)
+        y = own(x)
+        assert y.shape == x.shape
+        if images:
+            assert torch.equal(y, torchs(x))
+        else:
+            assert all(torch.equal(value, before[name]) for name, value in _buffers(own).items())
+    assert all(torch.equal(value, _buffers(torchs)[name]) for name, value in _buffers(own).items())
+
+
 @pytest.mark.parametrize(
-    ("mode", "kind"), [("sync", SyncBatchNorm), ("local", nn.BatchNorm2d), ("frozen", FrozenBatchNorm)]
+    ("mode", "kind"), [("sync", SyncBatchNorm), ("local", LocalBatchNorm), ("frozen", FrozenBatchNorm)]
 )
 def test_norm_factory_makes_the_layer_of_the_mode_with_the_prototxts_epsilon(mode: str, kind: type) -> None:
     layer = norm_factory(mode)(7)

@@ -33,12 +33,13 @@ def test_memory_format_follows_the_option() -> None:
 
 def test_compiled_network_has_the_same_gradients_and_parameter_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the tracing backend: the generated code itself is `benchmark.py step --ours fp32+compile`'s to run."""
-    monkeypatch.setattr(nn.Module, "compile", lambda self: _compile_traced(self))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: _compile_traced(self, dynamic))
     expected, got = gradients(prepared()), gradients(prepared(compile=True))
     assert expected.keys() == got.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def _compile_traced(module: nn.Module) -> None:
-    module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager", fullgraph=True)  # type: ignore[assignment]
+def _compile_traced(module: nn.Module, dynamic: bool) -> None:
+    compiled = torch.compile(module._call_impl, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    module._compiled_call_impl = compiled  # type: ignore[assignment]

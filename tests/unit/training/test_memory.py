@@ -98,7 +98,7 @@ def test_another_error_of_the_dry_run_is_not_taken_for_a_full_memory() -> None:
         largest_fitting([2, 1], fits)
 
 
-@pytest.mark.parametrize(("images", "expected"), [(100, 12), (12, 12), (11.9, 6), (4.5, 4), (1.01, 1)])
+@pytest.mark.parametrize(("images", "expected"), [(100, 12), (12, 12), (11.9, 6), (4.5, 4), (3.9, 3), (1.01, 1)])
 def test_on_a_cpu_activations_take_at_most_half_of_the_free_memory(
     images: float, expected: int, monkeypatch: Any
 ) -> None:
@@ -116,11 +116,12 @@ def test_all_ranks_take_the_smallest_of_their_sizes(monkeypatch: Any) -> None:
     assert settle_micro_size(config, DistEnv(0, 0, 3), BatchSplit(18, 6, 3), SCRATCH, None).micro_size == 3
 
 
-def test_a_run_that_goes_on_keeps_its_size_if_it_still_divides(monkeypatch: Any) -> None:
+def test_a_run_that_goes_on_keeps_its_size_also_on_other_ranks() -> None:
     config = _config("batch.micro_size=auto", "batch.global_size=12")
-    for before, expected in ((2, 2), (5, 12)):
-        split = settle_micro_size(config, DistEnv(), BatchSplit(12, 12, 1), SCRATCH, {"micro_size": before})
-        assert split.micro_size == expected
+    for world_size, accumulation in ((1, 3), (2, 2), (3, 1), (4, 1)):
+        split = BatchSplit.derive(global_size=12, micro_size=None, world_size=world_size)
+        split = settle_micro_size(config, DistEnv(0, 0, world_size), split, SCRATCH, {"micro_size": 5})
+        assert (split.micro_size, split.accumulation) == (5, accumulation)
 
 
 def test_a_size_that_was_given_is_kept() -> None:
@@ -150,7 +151,7 @@ def test_the_dry_run_on_a_gpu_is_what_decides_there(monkeypatch: Any) -> None:
     env: Any = SimpleNamespace(device=torch.device("cuda"), world_size=1)
     config = _config("batch.micro_size=auto", "batch.global_size=8")
     assert settle_micro_size(config, env, BatchSplit(8, 8, 1), SCRATCH, None).micro_size == 2
-    assert tried == [8, 4, 2]
+    assert tried == [8, 4, 3, 2]
 
 
 def test_free_memory_is_some_part_of_the_machines() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dist_deeplab.config import OptimConfig
+from dist_deeplab.data.batch import blank_batch
 from dist_deeplab.data.loader import Batch, collate
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
@@ -115,6 +116,20 @@ def test_an_all_void_micro_batch_changes_nothing(make_net: MakeNet, make_batch: 
     loss = make_step(among)([void, content, void]).losses["scale_1"]
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
     assert relative_error(gradient(among), gradient(alone)) <= 1e-6
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "local"])
+@pytest.mark.parametrize("scales", SCALES)
+def test_a_micro_batch_of_no_images_changes_nothing(
+    make_net: MakeNet, make_batch: MakeBatch, make_step: MakeStep, scales: tuple[float, ...], batch_norm: str
+) -> None:
+    content = make_batch([0.2, 0.5])
+    alone, among = make_net(batch_norm), make_net(batch_norm)
+    expected = make_step(alone, scales=scales)([content]).losses
+    losses = make_step(among, scales=scales)([content, blank_batch(0, content.image.shape[2])]).losses
+    assert losses == expected
+    for (name, value), other in zip(alone.state_dict().items(), among.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
 
 
 @pytest.mark.parametrize("scales", SCALES)
