@@ -46,9 +46,26 @@ def open_client(uri: str) -> Any:
     import mlflow
 
     with store_lock(uri):
+        path = sqlite_path(uri)
+        if path is not None and not path.exists():
+            _make_database(path)
         client = mlflow.MlflowClient(take_credentials(uri))
-        client.search_experiments(max_results=1)  # makes the tables of a new database
+        client.search_experiments(max_results=1)  # makes the tables of another new database
         return client
+
+
+def _make_database(path: Path) -> None:
+    """Make a SQLite store's file, which gets its name when all tables are in it.
+
+    That takes seconds, and MLflow cannot open a store any more whose making was cut off by a kill.
+    """
+    import mlflow
+
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    for left_over in (unfinished, unfinished.with_name(f"{unfinished.name}-journal")):
+        left_over.unlink(missing_ok=True)
+    mlflow.MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
+    os.replace(unfinished, path)
 
 
 def open_experiment(client: Any, name: str, uri: str) -> str:

@@ -108,6 +108,8 @@ class JournalTracker(Tracker):
         self._append({"status": status, "attempt": self.journal.attempt})
         self.journal.close()
         if self.mirror is not None:
+            if self.mirror.poll():  # it died: what came since is still to be sent
+                self.start_mirror()
             try:
                 self.mirror.wait(_END_WAIT_S if status == "FINISHED" else _STOP_WAIT_S)
             except subprocess.TimeoutExpired:

@@ -24,7 +24,7 @@ from PIL import Image
 from dist_deeplab.runtime import mlflow_mirror
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.mlflow_mirror import Mirror, mirror_until_done
-from dist_deeplab.runtime.mlflow_store import artifact_location, store_lock
+from dist_deeplab.runtime.mlflow_store import artifact_location, open_client, store_lock
 from dist_deeplab.runtime.tracking import JournalTracker, open_tracker
 
 Record = dict[str, Any]
@@ -579,12 +579,16 @@ def test_a_value_that_is_not_a_number_arrives_as_such(store: Store, run_dir: Pat
 # --- as a process -----------------------------------------------------------------------------------------------------
 
 
-def test_a_tracker_and_its_mirror_process_bring_a_run_to_mlflow(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_tracker_and_its_mirror_process_bring_a_run_to_mlflow(store: Store, tmp_path: Path, is_killed: bool) -> None:
     folder = tmp_path / "runs" / "real"
     folder.mkdir()
     info = {"name": "real", "parameters": {"seed": 1}, "tags": {"world_size": 1}}
     tracker = open_tracker(folder, env=DistEnv(), uri=store.uri, experiment="e", config_yaml="seed: 1\n", run_info=info)
     tracker.log(1, {"train/loss": 0.5})
+    if is_killed:
+        tracker.mirror.kill()
+        tracker.mirror.wait()
     tracker.close("FINISHED")
     run = store.run()
     assert run.info.status == "FINISHED"
@@ -650,3 +654,28 @@ def test_the_lock_of_a_sqlite_store_lies_beside_it_in_a_folder_that_is_made(tmp_
         assert (tmp_path / "new").is_dir()
     with store_lock("http://host:5000") as lock:
         assert Path(lock.lock_file).is_file()
+
+
+def test_a_store_whose_making_was_killed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow can't open a SQLite file with some of its tables; nobody else ever sees one."""
+    path, texts = tmp_path / "mlflow.db", iter(["some tables", "all tables"])
+
+    class Client:
+        def __init__(self, uri: str) -> None:
+            self.file = Path(uri.removeprefix("sqlite:///"))
+
+        def search_experiments(self, max_results: int) -> None:
+            if self.file.exists():
+                assert self.file.read_text() == "all tables"
+                return
+            self.file.write_text(next(texts))
+            if "all" not in self.file.read_text():
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(mlflow, "MlflowClient", Client)
+    with pytest.raises(KeyboardInterrupt):
+        open_client(f"sqlite:///{path}")
+    assert not path.exists()
+    assert open_client(f"sqlite:///{path}").file == path
+    assert path.read_text() == "all tables"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
