@@ -1,4 +1,4 @@
-"""Two torchrun agents stand for two machines: one is lost, the other goes on alone; it comes back and is taken up."""
+"""Two torchrun agents stand for two machines of unlike size: one is lost, the other goes on alone; it comes back."""
 
 import json
 import os
@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(420)]
 MAX_STEPS = 400  # more than pass before the second loss: the test ends the run itself
 TIMEOUT_S = 120
 
+StartAgent = Callable[[int], "subprocess.Popen[bytes]"]
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -39,23 +41,24 @@ def wait_for_port(port: int) -> None:
 
 
 @pytest.fixture
-def start_agent(sample_shards: Path, tmp_path: Path) -> Iterator[Callable[[], "subprocess.Popen[bytes]"]]:
-    """Return a function that starts a machine's torchrun; all of them meet at one port."""
+def start_agent(sample_shards: Path, tmp_path: Path) -> Iterator[StartAgent]:
+    """Return a function that starts the torchrun of a machine with so many ranks; all of them meet at one port."""
     port = free_port()
     endpoint = f"localhost:{port}"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2"]
     meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=x", "--local_addr=localhost"]
     quick = ["--rdzv_conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3", "--max_restarts=5"]
     data = [f"data.train={sample_shards}/train.json", f"output_dir={tmp_path}", "name=run", "data.crop_size=65"]
     small = ["model.backbone=resnet_tiny", "data.num_workers=0", "batch.global_size=4", "batch.micro_size=2"]
     often = [f"max_steps={MAX_STEPS}", "tracking.log_every=1", "checkpoint.every=2", "tracking.uri=none"]
-    command = [*launcher, *meeting, *quick, "-m", "dist_deeplab.train", *data, *small, *often]
+    command = ["-m", "dist_deeplab.train", *data, *small, *often]
     with ExitStack() as stack:
         log = stack.enter_context((tmp_path / "output.log").open("ab"))
 
-        def start() -> "subprocess.Popen[bytes]":
+        def start(ranks: int) -> "subprocess.Popen[bytes]":
             environ = command_environ() | {"PET_MONITOR_INTERVAL": "1"}
-            agent = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
+            whole = [*launcher, f"--nproc_per_node={ranks}", *meeting, *quick, *command]
+            agent = subprocess.Popen(whole, env=environ, stdout=log, stderr=log, start_new_session=True)
             stack.callback(lambda: (kill(agent), agent.wait(30)))
             wait_for_port(port)  # the first to bind it keeps the rendezvous: let that be the one started first
             return agent
@@ -69,9 +72,7 @@ def kill(agent: "subprocess.Popen[bytes]") -> None:
         os.killpg(agent.pid, signal.SIGKILL)
 
 
-def test_a_lost_machine_is_done_without_and_taken_up_again(
-    start_agent: Callable[[], "subprocess.Popen[bytes]"], tmp_path: Path
-) -> None:
+def test_a_lost_machine_is_done_without_and_taken_up_again(start_agent: StartAgent, tmp_path: Path) -> None:
     log = tmp_path / "run/logs/rank_0.log"
 
     def splits() -> list[str]:
@@ -86,10 +87,10 @@ def test_a_lost_machine_is_done_without_and_taken_up_again(
             assert time.monotonic() < deadline, (tmp_path / "output.log").read_text()[-6000:]
             time.sleep(0.2)
 
-    first, second = start_agent(), start_agent()
+    first, second = start_agent(1), start_agent(2)
     wait_for(lambda: len(splits()) >= 1 and len(steps()) >= 3)
     together = len(splits())
-    assert splits()[-1].startswith("2 ranks x 2 images x 1 "), splits()
+    assert splits()[-1].startswith("3 ranks x up to 2 images x 1 "), splits()
 
     kill(second)
     wait_for(lambda: len(splits()) > together and splits()[-1].startswith("1 rank"))
@@ -97,8 +98,8 @@ def test_a_lost_machine_is_done_without_and_taken_up_again(
     wait_for(lambda: len(steps()) > alone + 2)
     assert "x 2 images x 2 accumulated" in splits()[-1], "the accumulation grows: a step has the same images"
 
-    third = start_agent()
-    wait_for(lambda: splits()[-1].startswith("2 ranks"))
+    third = start_agent(2)
+    wait_for(lambda: splits()[-1].startswith("3 ranks"))
     back = len(steps())
     wait_for(lambda: len(steps()) > back + 2)
     for agent in (first, third):
