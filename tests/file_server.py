@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import re
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ class FileServer(http.server.ThreadingHTTPServer):
     validators: whether answers carry an ETag.
     cuts: how many bytes each of the next answers sends before its connection breaks; after these, whole answers.
     statuses: what the next requests are answered with instead.
+    bytes_per_s: how fast each answer is sent, 0: as fast as can be.
     corrupt: whether one byte in the middle of each file is flipped.
     requests: what came in: (path, Range header or empty).
     sent: bytes of bodies sent.
@@ -31,6 +33,7 @@ class FileServer(http.server.ThreadingHTTPServer):
         self.ranges = self.validators = True
         self.corrupt = False
         self.cuts: list[int] = []
+        self.bytes_per_s = 0
         self.statuses: list[int] = []
         self.redirects: dict[str, str] = {}
         self.requests: list[tuple[str, str]] = []
@@ -83,7 +86,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         body = bytes(content[start:])
         body = body[: server.cuts.pop(0)] if server.cuts else body
-        self.wfile.write(body)
+        pieces = 20 * len(body) // server.bytes_per_s + 1 if server.bytes_per_s else 1
+        for number in range(pieces):
+            if number:
+                time.sleep(0.05)
+            self.wfile.write(body[len(body) * number // pieces : len(body) * (number + 1) // pieces])
         server.sent += len(body)
         self.close_connection = True
         return None

@@ -1,17 +1,19 @@
 """Kill a training run at random, again and again, and compare what comes of it with a run that was left alone.
 
-    python tests/distributed/killer.py --rounds 50 [--ranks 4] [--seed 0] [--out DIR] [--hangs]
+    python tests/distributed/killer.py --rounds 50 [--ranks 4] [--seed 0] [--out DIR] [--hangs] [--mlflow] [--remote]
 
 Each round trains under `torchrun --max-restarts 3` while random things happen to it at random moments (a step, a save,
 an evaluation): SIGKILL of a rank, of all, of torchrun; SIGTERM and SIGUSR1 to a rank or to torchrun; with --hangs also
-SIGSTOP of a rank, which the watchdog must find. The same command is started again until it is done. Then the final
+SIGSTOP of a rank, which the watchdog must find. With --mlflow the run is tracked in a SQLite store, where there must be
+one run with the same curves in the end; with --remote its shards come from a slow HTTP server into a cache, and the
+first fault strikes while they do. With either, single child processes of a rank are killed too (what feeds MLflow, what
+fetches shards, a loader worker). The same command is started again until it is done. Then the final
 weights' SHA-256 and the logged curves must be those of the undisturbed run, to the last bit. Everything is drawn from
 the seed and printed. (When a signal arrives depends on the machine's load too: a seed is no exact replay.)
 """
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -20,15 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.conftest import command_environ, make_sample_shards
+from tests.distributed.same_run import compare, compare_in_mlflow, weights_sha256
+from tests.file_server import FileServer, serve
 
 MAX_STEPS = 12
 SMALL = [
@@ -36,9 +38,9 @@ SMALL = [
     *(f"max_steps={MAX_STEPS}", "tracking.log_every=1", "checkpoint.every=2", "eval.every=4", "eval.num_panels=1"),
     *("tracking.uri=none", "distributed.hang_timeout_s=30"),
 ]
-CURVES = ("train/loss", "train/grad_norm", "lr/backbone", "val/mIoU")
 LAUNCHES = 12  # a round needs more than this only if something is broken
 ROUND_TIMEOUT_S = 420
+SERVER_BYTES_PER_S = 40_000  # a shard of the sample takes a second or two
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,10 @@ class Fault:
         return f"{self.number.name} to {self.victim} at step {self.step} ({self.moment} + {self.delay_s:.2f} s)"
 
 
-def draw_faults(rng: random.Random, *, ranks: int, hangs: bool) -> list[Fault]:
-    """Return one to three faults in the order of their steps."""
+def draw_faults(
+    rng: random.Random, *, ranks: int, hangs: bool = False, children: bool = False, downloads: bool = False
+) -> list[Fault]:
+    """Return one to three faults in the order of their steps; with `downloads` one more before them."""
     faults = []
     for step in sorted(rng.sample(range(MAX_STEPS), rng.randint(1, 3))):
         moment = rng.choice(["step", "save", "evaluation"])
@@ -65,13 +69,35 @@ def draw_faults(rng: random.Random, *, ranks: int, hangs: bool) -> list[Fault]:
         if victim.startswith("rank"):
             numbers += [signal.SIGUSR1, *([signal.SIGSTOP] if hangs else [])]
         faults.append(Fault(step, moment, rng.choice([0.0, rng.uniform(0, 0.7)]), victim, rng.choice(numbers)))
+    if children:
+        number = rng.randrange(len(faults))
+        faults[number] = replace(
+            faults[number], victim=f"a child of rank {rng.randrange(ranks)}", number=signal.SIGKILL
+        )
+    if downloads:
+        victim = rng.choice([*(f"rank {rank}" for rank in range(ranks)), "all", "torchrun", "a child of rank 0"])
+        faults.insert(0, Fault(-1, "download", rng.uniform(0, 1.0), victim, signal.SIGKILL))
     return faults
 
 
-def command(shards: Path, out: Path, name: str, *, ranks: int, max_restarts: int) -> list[str]:
+def with_mlflow(out: Path) -> list[str]:
+    """Return the arguments of runs in `out` that are tracked in a store there."""
+    return [f"tracking.uri=sqlite:///{out}/mlflow.db"]
+
+
+def from_server(server: FileServer, out: Path, name: str) -> list[str]:
+    """Return the arguments of the run `name` whose shards come from `server`, slowly, to a cache of its own."""
+    server.bytes_per_s = SERVER_BYTES_PER_S
+    data = [f"data.{split}={server.url}/{split}.json" for split in ("train", "val")]
+    return [*data, f"data.cache_dir={out}/{name}_cache"]
+
+
+def command(
+    shards: Path, out: Path, name: str, *, ranks: int, max_restarts: int, more: Sequence[str] = ()
+) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     data = [f"data.train={shards}/train.json", f"data.val={shards}/val.json", f"output_dir={out}", f"name={name}"]
-    return [*launcher, f"--max-restarts={max_restarts}", "-m", "dist_deeplab.train", *data, *SMALL]
+    return [*launcher, f"--max-restarts={max_restarts}", "-m", "dist_deeplab.train", *data, *SMALL, *more]
 
 
 def environ() -> dict[str, str]:
@@ -85,14 +111,14 @@ def undisturbed(shards: Path, out: Path, *, ranks: int) -> Path:
     return out / "undisturbed"
 
 
-def play_round(shards: Path, out: Path, name: str, faults: list[Fault], *, ranks: int) -> int:
-    """Train with faults until it is done; return how many launches that took."""
+def play_round(shards: Path, out: Path, name: str, faults: list[Fault], *, ranks: int, more: Sequence[str] = ()) -> int:
+    """Train with faults, and `more` arguments, until it is done; return how many launches that took."""
     pending = list(faults)
     run_dir = out / name
     deadline = time.monotonic() + ROUND_TIMEOUT_S
     for launch in range(1, LAUNCHES + 1):
         with (out / f"{name}.log").open("ab") as log:
-            arguments = command(shards, out, name, ranks=ranks, max_restarts=3)
+            arguments = command(shards, out, name, ranks=ranks, max_restarts=3, more=more)
             with subprocess.Popen(arguments, env=environ(), stdout=log, stderr=log, start_new_session=True) as agent:
                 try:
                     while agent.poll() is None:
@@ -116,6 +142,8 @@ def is_time(fault: Fault, run_dir: Path) -> bool:
     step = last_step(run_dir)
     if step < fault.step:
         return False
+    if fault.moment == "download":
+        return step >= 0 or any(run_dir.with_name(f"{run_dir.name}_cache").glob(".*.part"))
     if step >= min(fault.step + 2, MAX_STEPS - 1) or fault.moment == "step":
         return True
     if fault.moment == "save":
@@ -140,6 +168,8 @@ def strike(fault: Fault, agent: int) -> None:
         targets = [agent]
     elif fault.victim == "all":
         targets = [*workers.values(), *([agent] if fault.number == signal.SIGKILL else [])]
+    elif fault.victim.startswith("a child"):
+        targets = [pid for rank in workers if fault.victim.endswith(f"rank {rank}") for pid in one_child(workers[rank])]
     else:
         targets = [workers[rank] for rank in workers if fault.victim == f"rank {rank}"]
     for pid in targets:
@@ -149,45 +179,59 @@ def strike(fault: Fault, agent: int) -> None:
 
 def ranks_of(agent: int) -> Iterator[tuple[int, int]]:
     """Yield (rank, pid) of the agent's workers."""
-    try:
-        children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    except OSError:
-        return
-    for pid in children:
+    for pid in children_of(agent):
         try:
             pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
         except OSError:
             continue
         values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
         if "RANK" in values:
-            yield int(values["RANK"]), int(pid)
+            yield int(values["RANK"]), pid
 
 
-def weights_sha256(run_dir: Path) -> str:
-    """Return the SHA-256 of the final weights' and momentum's bytes."""
-    content = torch.load(run_dir / f"checkpoints/step_{MAX_STEPS:08d}.pt", weights_only=True)
-    tensors = [*content["model"].values()]
-    tensors += [value["momentum_buffer"] for _, value in sorted(content["optimizer"]["state"].items())]
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def one_child(parent: int) -> list[int]:
+    """Return a child of a process, chosen at random and told; none if it has none for seconds."""
+    for _ in range(50):
+        with contextlib.suppress(OSError):  # it ended just now
+            if children := children_of(parent):
+                child = random.choice(children)
+                command = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
+                print("  a child:", *command[1:5], flush=True)
+                return [child]
+        time.sleep(0.1)
+    return []
 
 
-def curves(run_dir: Path) -> dict[str, dict[int, float]]:
-    """Return {key: {step: value}}, after checking that no point is there twice."""
-    found: dict[str, dict[int, float]] = {key: {} for key in CURVES}
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record.get("key") in CURVES:
-            assert record["step"] not in found[record["key"]], f"{record} comes a second time"
-            found[record["key"]][record["step"]] = record["value"]
-    return found
+def children_of(parent: int) -> list[int]:
+    """Return the direct children of a process, none of one that is gone."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    except OSError:
+        return []
 
 
-def compare(run_dir: Path, reference: Path) -> None:
-    assert curves(run_dir) == curves(reference), f"the curves of {run_dir} and {reference} differ"
-    assert weights_sha256(run_dir) == weights_sha256(reference), f"the weights of {run_dir} and {reference} differ"
+def one_round(
+    arguments: argparse.Namespace, shards: Path, out: Path, server: FileServer, *, seed: int, reference: Path
+) -> None:
+    """Play the round of a seed and tell of it.
+
+    Raises:
+        AssertionError: it did not end as the undisturbed run did.
+    """
+    name, ranks = f"seed_{seed}", arguments.ranks
+    more = [
+        *(with_mlflow(out) if arguments.mlflow else []),
+        *(from_server(server, out, name) if arguments.remote else []),
+    ]
+    faults = draw_faults(
+        random.Random(seed), ranks=ranks, hangs=arguments.hangs, children=bool(more), downloads=arguments.remote
+    )
+    print(f"seed {seed}: {'; '.join(map(str, faults))}", flush=True)
+    launches = play_round(shards, out, name, faults, ranks=ranks, more=more)
+    compare(out / name, reference)
+    if arguments.mlflow:
+        compare_in_mlflow(out / name, reference)
+    print(f"seed {seed}: equal after {launches} launches", flush=True)
 
 
 def main() -> int:
@@ -196,6 +240,8 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2, choices=[1, 2, 4])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the runs (default: a temporary one)")
+    parser.add_argument("--mlflow", action="store_true", help="track in a SQLite store, and compare what it holds")
+    parser.add_argument("--remote", action="store_true", help="shards come from an HTTP server to a cache")
     parser.add_argument("--hangs", action="store_true", help="stop ranks too: each costs the watchdog's 30 s")
     arguments = parser.parse_args()
     out = arguments.out or Path(tempfile.mkdtemp(prefix="killer-"))
@@ -204,17 +250,13 @@ def main() -> int:
     reference = undisturbed(shards, out, ranks=arguments.ranks)
     print(f"undisturbed: weights {weights_sha256(reference)[:16]}, in {out}", flush=True)
     failed = 0
-    for number in range(arguments.rounds):
-        seed = arguments.seed + number
-        faults = draw_faults(random.Random(seed), ranks=arguments.ranks, hangs=arguments.hangs)
-        print(f"seed {seed}: {'; '.join(map(str, faults))}", flush=True)
-        try:
-            launches = play_round(shards, out, f"seed_{seed}", faults, ranks=arguments.ranks)
-            compare(out / f"seed_{seed}", reference)
-            print(f"seed {seed}: equal after {launches} launches", flush=True)
-        except AssertionError as error:
-            failed += 1
-            print(f"seed {seed}: FAILED: {error}", flush=True)
+    with serve(shards) as server:
+        for number in range(arguments.rounds):
+            try:
+                one_round(arguments, shards, out, server, seed=arguments.seed + number, reference=reference)
+            except AssertionError as error:
+                failed += 1
+                print(f"seed {arguments.seed + number}: FAILED: {error}", flush=True)
     print(
         f"{arguments.rounds - failed} of {arguments.rounds} rounds ended with the undisturbed run's weights and curves"
     )

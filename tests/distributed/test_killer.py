@@ -5,23 +5,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.killer import compare, draw_faults, play_round, undisturbed
+from tests.distributed.killer import draw_faults, from_server, play_round, undisturbed, with_mlflow
+from tests.distributed.same_run import compare, compare_in_mlflow
+from tests.file_server import serve
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 RANKS = 4  # with two ranks there is one order of summation only; DDP's buckets matter from three on
 
 
-@pytest.fixture(scope="module")
-def reference(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed(sample_shards, tmp_path_factory.mktemp("runs"), ranks=RANKS)
-
-
-@pytest.mark.parametrize("seed", [5])  # three faults: a rank, a warning, rank 0 during an evaluation
-def test_a_run_killed_at_random_ends_with_the_undisturbed_weights_and_curves(
-    reference: Path, sample_shards: Path, tmp_path: Path, seed: int
+@pytest.mark.parametrize("seed", [7])  # a rank while shards come; a child of a rank; rank 0 during an evaluation
+def test_a_run_killed_at_random_ends_with_the_undisturbed_weights_and_curves_here_and_in_mlflow(
+    sample_shards: Path, tmp_path: Path, seed: int
 ) -> None:
-    faults = draw_faults(random.Random(seed), ranks=RANKS, hangs=False)
+    """Shards come from a slow server into a cache, and the curves go to MLflow; the undisturbed run has neither."""
+    reference = undisturbed(sample_shards, tmp_path, ranks=RANKS)
+    faults = draw_faults(random.Random(seed), ranks=RANKS, children=True, downloads=True)
     print(*faults, sep="\n")
-    play_round(sample_shards, tmp_path, "run", faults, ranks=RANKS)
+    with serve(sample_shards) as server:
+        more = [*with_mlflow(tmp_path), *from_server(server, tmp_path, "run")]
+        play_round(sample_shards, tmp_path, "run", faults, ranks=RANKS, more=more)
     compare(tmp_path / "run", reference)
+    compare_in_mlflow(tmp_path / "run", reference)
