@@ -3,6 +3,7 @@
     pip install -e . -c constraints.txt            # the tested versions
     pip install -e ".[crf]" -c constraints.txt     # with the dense CRF
     pip install -e ".[remote]" -c constraints.txt  # with data and weights at s3://, gs:// and hf:// URLs
+    pip install -e ".[server]" -c constraints.txt  # an MLflow server for a team: passwords, PostgreSQL
     pip install -e ".[dev]" -c constraints.txt     # tests, linter, type checker
 
 The requirements below are open ranges: what the code needs. `constraints.txt` is what it was tested with.
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest", "pytest-timeout", "hypothesis"]
+AUTH = "Flask-WTF>=1.2,<2"  # what mlflow[auth] is, for `mlflow server --app-name basic-auth`
+TEST = ["pytest", "pytest-timeout", "hypothesis", AUTH]
 
 
 def read_version() -> str:
@@ -53,6 +55,7 @@ setup(
         "crf": ["pydensecrf2>=1.1"],  # PyPI's pydensecrf does not compile with Cython 3
         "remote": ["s3fs", "gcsfs", "huggingface_hub"],  # s3://, gs://, hf://
         "export": ["onnx>=1.16", "onnxscript>=0.5", "onnxruntime>=1.18"],
+        "server": [AUTH, "psycopg[binary]>=3.1"],  # an MLflow server with passwords and PostgreSQL
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "types-PyYAML", "pre-commit"],
     },

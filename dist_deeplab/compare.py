@@ -21,7 +21,8 @@ from dist_deeplab.comparison import report
 from dist_deeplab.comparison.record import RunRecord, children, read_folder
 from dist_deeplab.comparison.store import Store
 from dist_deeplab.errors import UserError
-from dist_deeplab.runtime.tracking import RUN_FILE, resolve_uri
+from dist_deeplab.runtime.run_files import RUN_FILE
+from dist_deeplab.runtime.tracking import resolve_uri
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,9 +28,10 @@ from PIL import Image
 import dist_deeplab
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import serving
-from dist_deeplab.runtime.mlflow_store import full_uri, take_credentials
+from dist_deeplab.runtime.mlflow_run import MirrorState
+from dist_deeplab.runtime.mlflow_store import explain, full_uri, no_telemetry, take_credentials
 from dist_deeplab.runtime.provenance import redact
-from dist_deeplab.runtime.tracking import mlflow_run_id, read_mlflow_file
+from dist_deeplab.runtime.run_files import mlflow_run_id, read_mlflow_file
 from dist_deeplab.training.resume import read_checkpoint
 
 _LIBRARIES = ("torch", "numpy", "opencv-python-headless", "Pillow", "pydantic", "pyyaml", "pandas", "filelock", "rich")
@@ -49,11 +50,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         uri = arguments.uri or str(read_mlflow_file(arguments.run_dir).get("uri", ""))
+        os.environ.update(environment())
         print(log_best(arguments.run_dir, uri=full_uri(uri), register_as=arguments.register_as))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except Exception as error:  # whatever MLflow, its database or the network raises
+        print(f"error: MLflow did not take the model: {explain(error)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def environment() -> dict[str, str]:
+    """Return MLflow's variables for sending a file of some 200 MB, which a server may pass on before it answers."""
+    return {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(600, int(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "0")))),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }
 
 
 def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
@@ -66,29 +80,34 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
     if not run_id:
         raise UserError(f"{run_dir} is not in MLflow yet; send it with python tools/sync_mlflow.py {run_dir}")
     saved = read_checkpoint(find_best(run_dir))
+    no_telemetry()
     import mlflow
 
     mlflow.set_tracking_uri(take_credentials(uri))
     client = mlflow.MlflowClient()
     before = client.get_run(run_id).info
-    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id):
-        torch.save({key: saved[key] for key in serving.NEEDED}, Path(folder) / serving.WEIGHTS)
-        info = mlflow.pyfunc.log_model(
-            name=_NAME,
-            loader_module=serving.__name__,
-            data_path=folder,
-            code_paths=[str(Path(dist_deeplab.__file__).parent)],
-            signature=signature(),
-            input_example=input_example(),
-            pip_requirements=requirements(),
-            metadata=metadata(saved),
-            registered_model_name=register_as or None,
-        )
-    # start_run has made it a running one that ended now.
-    if before.status != "RUNNING":
-        client.set_terminated(run_id, status=before.status, end_time=before.end_time)
+    try:
+        with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id):
+            torch.save({key: saved[key] for key in serving.NEEDED}, Path(folder) / serving.WEIGHTS)
+            info = mlflow.pyfunc.log_model(
+                name=_NAME,
+                loader_module=serving.__name__,
+                data_path=folder,
+                code_paths=[str(Path(dist_deeplab.__file__).parent)],
+                signature=signature(),
+                input_example=input_example(),
+                pip_requirements=requirements(),
+                metadata=metadata(saved),
+                step=saved["step"],  # so that the model's page has the scores of this step
+                registered_model_name=register_as or None,
+            )
+    finally:
+        if before.status != "RUNNING":  # start_run has made it a running one that ended now
+            client.set_terminated(run_id, status=before.status, end_time=before.end_time)
     version = info.registered_model_version
-    return f"models:/{register_as}/{version}" if register_as else redact(str(info.model_uri))
+    address = f"models:/{register_as}/{version}" if register_as else redact(str(info.model_uri))
+    MirrorState(run_dir, redact(uri)).save(model=address)  # sync_mlflow.py need not log it again
+    return address
 
 
 def find_best(run_dir: Path) -> Path:
@@ -138,5 +157,4 @@ def metadata(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     sys.exit(main())

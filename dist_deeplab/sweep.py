@@ -12,7 +12,6 @@ launch/sweep.sh sets the environment up and runs this; slurm/sweep.sh makes an a
 """
 
 import argparse
-import json
 import logging
 import re
 import signal
@@ -23,18 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from urllib.parse import quote
 
 import yaml
 from rich.console import Console
 
 from dist_deeplab import config as configuration
 from dist_deeplab.comparison import report
+from dist_deeplab.comparison.pages import sweep_pages
 from dist_deeplab.comparison.record import read_folder
 from dist_deeplab.config import RunConfig
 from dist_deeplab.config.grid import expand
 from dist_deeplab.errors import UserError
-from dist_deeplab.runtime import tracking
+from dist_deeplab.runtime import run_files, tracking
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.logs import setup_logging
 from dist_deeplab.runtime.provenance import redact
@@ -115,14 +114,14 @@ def plan(config_file: str | None, overrides: Sequence[str]) -> Sweep:
 def prepare(sweep: Sweep) -> None:
     """Make the folder of the sweep's own run; a larger grid under the same name adds to it."""
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    attempt = tracking.read_run_file(sweep.folder).get("attempt", 0)
-    tracking.write_run_file(sweep.folder, attempt=attempt, **about(sweep))
+    attempt = run_files.read_run_file(sweep.folder).get("attempt", 0)
+    run_files.write_run_file(sweep.folder, attempt=attempt, **about(sweep))
 
 
 def about(sweep: Sweep) -> dict[str, Any]:
     """Return what `run.json` says of the sweep's own run."""
     config = sweep.children[0].config
-    before = tracking.read_run_file(sweep.folder).get("children", [])
+    before = run_files.read_run_file(sweep.folder).get("children", [])
     names = list(dict.fromkeys([*before, *(child.config.name for child in sweep.children)]))
     grid = {key: value for key, _, value in (argument.partition("=") for argument in sweep.grid)}
     return {
@@ -191,7 +190,7 @@ class StopBetween:
 def is_finished(child: Child) -> bool:
     """Return whether the run is done, with the very recipe that is asked for now."""
     folder = child.config.run_dir
-    if not (folder / tracking.RUN_FILE).exists() or read_folder(folder).status != "FINISHED":
+    if not (folder / run_files.RUN_FILE).exists() or read_folder(folder).status != "FINISHED":
         return False
     saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     return not configuration.recipe_differences(saved, child.config)
@@ -206,7 +205,7 @@ def journal_size(child: Child) -> int:
 def conclude(sweep: Sweep) -> int:
     """Print and keep the comparison of the runs that began, also in MLflow; return 0 if all of them are finished."""
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    begun = [c.config.run_dir for c in sweep.children if (c.config.run_dir / tracking.RUN_FILE).exists()]
+    begun = [c.config.run_dir for c in sweep.children if (c.config.run_dir / run_files.RUN_FILE).exists()]
     if not begun:
         raise UserError(f"no run of {sweep.folder.name} has begun")
     records = [read_folder(folder) for folder in begun]
@@ -229,21 +228,16 @@ def where_to_look(sweep: Sweep, folders: Sequence[Path]) -> str:
     """Return how to open MLflow's page that compares the runs: a command, and an address."""
     config = sweep.children[0].config
     uri = redact(tracking.resolve_uri(config.tracking.uri, config.output_dir))
-    copies = [tracking.read_mlflow_file(folder) for folder in folders]
+    copies = [run_files.read_mlflow_file(folder) for folder in folders]
     ids = [copy["run_id"] for copy in copies if copy.get("run_id")]
     if uri == "none" or len(ids) < 2:
         return "in MLflow: nothing yet (tracking.uri=none, or the store is away: tools/sync_mlflow.py sends it later)"
     is_server = uri.startswith("http")
     server = re.sub(r"//[^/]*@", "//", uri).rstrip("/") if is_server else "http://127.0.0.1:5000"
-    experiment, own = copies[0]["experiment_id"], tracking.mlflow_run_id(sweep.folder)
-    runs, experiments = (quote(json.dumps(values)) for values in (ids, [experiment]))
-    return "\n".join(
-        [
-            "in MLflow:" if is_server else "in MLflow: ./launch/mlflow_ui.sh, then",
-            f"    the sweep: {server}/#/experiments/{experiment}/runs/{own}",
-            f"    its runs side by side: {server}/#/compare-runs?runs={runs}&experiments={experiments}",
-        ]
-    )
+    experiment, own = copies[0]["experiment_id"], run_files.mlflow_run_id(sweep.folder)
+    pages = sweep_pages(server, experiment, own, ids)
+    head = "in MLflow:" if is_server else "in MLflow: ./launch/mlflow_ui.sh, then"
+    return "\n".join([head, *(f"    {name}: {address}" for name, address in pages.items())])
 
 
 if __name__ == "__main__":

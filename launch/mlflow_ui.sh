@@ -20,6 +20,7 @@ need_command mlflow
 
 # Its background jobs are for language-model applications: several processes more, for nothing here.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=${MLFLOW_SERVER_ENABLE_JOB_EXECUTION:-false}
+export MLFLOW_DISABLE_TELEMETRY=${MLFLOW_DISABLE_TELEMETRY:-true}
 
 # The client has written the artifacts into runs/mlartifacts by itself and the store knows their paths, so the server
 # only reads them there; --artifacts-destination is for runs logged through this server.

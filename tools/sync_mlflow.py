@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dist_deeplab.runtime import tracking
+from dist_deeplab.runtime import run_files
 from dist_deeplab.runtime.journal import JOURNAL
 
 
@@ -26,11 +26,11 @@ def main() -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs")
     parser.add_argument("--uri", default="", help="MLflow store, where not the one that the run was started with")
     arguments = parser.parse_args()
-    runs = [folder for folder in arguments.folders if (folder / tracking.RUN_FILE).is_file()]
+    runs = [folder for folder in arguments.folders if (folder / run_files.RUN_FILE).is_file()]
     if not runs:
-        parser.error(f"no run's folder among {len(arguments.folders)}: none has a {tracking.RUN_FILE}")
+        parser.error(f"no run's folder among {len(arguments.folders)}: none has a {run_files.RUN_FILE}")
     # Sweeps first: their runs name them as parents.
-    runs.sort(key=lambda folder: "children" not in tracking.read_run_file(folder))
+    runs.sort(key=lambda folder: "children" not in run_files.read_run_file(folder))
     failed = [folder for folder in runs if not sync(folder, arguments.uri)]
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are in MLflow")
     return 1 if failed else 0
@@ -41,8 +41,9 @@ def sync(folder: Path, uri: str) -> bool:
     command = [sys.executable, "-m", "dist_deeplab.runtime.mlflow_mirror", str(folder), "--once"]
     done = subprocess.run([*command, *(["--uri", uri] if uri else [])], capture_output=True, text=True)
     size = (folder / JOURNAL).stat().st_size if (folder / JOURNAL).exists() else 0
-    sent = tracking.read_mlflow_file(folder).get("sent_bytes", 0)
-    reason = (done.stderr.strip().splitlines() or [""])[-1]
+    tracked = run_files.read_mlflow_file(folder)
+    sent = tracked.get("sent_bytes", 0)
+    reason = tracked.get("error") or (done.stderr.strip().splitlines() or [""])[-1]
     print(f"{folder}: {'sent' if done.returncode == 0 else f'{sent} of {size} bytes sent; {reason}'}", flush=True)
     return done.returncode == 0
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from dist_deeplab.comparison.record import IOU, MIOU, RunRecord
 from dist_deeplab.errors import UserError
-from dist_deeplab.runtime.mlflow_store import open_client, sqlite_path
+from dist_deeplab.runtime.mlflow_store import explain, open_client, sqlite_path
 from dist_deeplab.runtime.provenance import redact
 
 _CURVES = (MIOU, "train/loss", "lr/backbone", "images_per_s")  # those whose course matters, beside val/iou/*
@@ -25,7 +25,7 @@ class Store:
         try:
             self._client = open_client(uri)
         except Exception as error:  # whatever MLflow, its database or the network raises
-            raise UserError(f"cannot open the MLflow store {redact(uri)}: {redact(str(error))[:300]}") from None
+            raise UserError(f"cannot open the MLflow store {redact(uri)}: {explain(error)}") from None
         self.uri = uri
 
     def runs_of(self, name: str) -> list[RunRecord]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from dist_deeplab.comparison.record import RunRecord
+from dist_deeplab.comparison.record import MIOU, RunRecord
 from dist_deeplab.runtime.logs import format_duration
 
 _LEFT_OUT = ("name", "output_dir", "resume", "tracking.")  # where a run lies says nothing about what it is
@@ -91,7 +91,8 @@ def verdict(records: Sequence[RunRecord]) -> list[str]:
         up, down = gains[0], gains[-1]
         lines.append(
             f"against the second it gains most for {up[1]} ({100 * up[0]:+.2f}) and least for {down[1]} "
-            f"({100 * down[0]:+.2f}); it is better for {sum(gain > 0 for gain, _ in gains)} of {len(gains)} classes"
+            f"({100 * down[0]:+.2f}); it is better for {sum(gain > 0 for gain, _ in gains)} and worse for "
+            f"{sum(gain < 0 for gain, _ in gains)} of {len(gains)} classes"
         )
     lines += [*_cost_line(winner, scored), *_reason_line(winner, scored)]
     seeds = {record.settings.get("seed") for record in records}
@@ -137,10 +138,24 @@ def _reason_line(winner: RunRecord, scored: Sequence[RunRecord]) -> list[str]:
     assert own is not None
     lower = sum(value is not None and value < own for value in losses.values())
     if lower == 0:
-        return [f"why: its training loss is the lowest too ({own:.4f}): it fitted the training data further"]
+        lines = [f"why: its training loss is the lowest too ({own:.4f}): it fitted the training data further"]
+    else:
+        lines = [
+            f"why: {lower} of {len(scored)} runs have a lower training loss than its {own:.4f}: they fitted further, "
+            "it generalised better"
+        ]
+    return [*lines, *_peak_line(winner)]
+
+
+def _peak_line(winner: RunRecord) -> list[str]:
+    """Say where the winner's best score was not its last: it may have won by a lucky evaluation."""
+    assert winner.best is not None
+    (step, best), (last_step, last) = winner.best, winner.curves[MIOU][-1]
+    if step == last_step:
+        return []
     return [
-        f"why: {lower} of {len(scored)} runs have a lower training loss than its {own:.4f}: they fitted further, it "
-        "generalised better"
+        f"its best was at step {step}; at step {last_step}, its last evaluation, it had {100 * last:.2f}, "
+        f"{_points(best, last)} less"
     ]
 
 

@@ -239,8 +239,8 @@ class TrackingConfig(Section):
     """Record load, memory, network and GPUs of every node each 10 s."""
     log_model: bool = False
     """After the last step log the best checkpoint as an MLflow model: image in, mask out."""
-    register_as: Text = ""
-    """Name in MLflow's model registry under which that model becomes a new version (implies log_model)."""
+    register_as: Annotated[Text, Field(pattern=r"^[^/:]*$")] = ""
+    """Name in MLflow's model registry under which that model becomes a new version (implies log_model); no / or :."""
     parent: Text = ""
     """Folder of the sweep that this run is of, seen from its own; launch/sweep.sh sets it."""
 

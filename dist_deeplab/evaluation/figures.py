@@ -49,7 +49,7 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
     side = max(5.0, 0.42 * num + 2)
     figure = _figure(side + 1, side)
     axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     axes.set(xlabel="predicted", ylabel="true", title="Share of each true class's pixels (%)")
     absent = confusion.sum(1) == 0
     axes.set_xticks(range(num), class_names, rotation=90)
@@ -57,7 +57,7 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
     for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
         share = shares[row, column]
         color = "white" if share > 0.5 else "black"
-        text = axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
+        text = axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=color)
         text.set_in_layout(False)  # hundreds of them; the layout would measure each, several times
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
@@ -72,10 +72,12 @@ def iou_figure(result: Scores, class_names: Sequence[str]) -> Figure:
     axes.barh(range(num), values, color=PALETTE[:num] / 255.0, edgecolor="black", linewidth=0.5)
     for row, iou in enumerate(result.iou.tolist()):
         text = "not in this set" if math.isnan(iou) else f"{100 * iou:.1f}"
-        axes.text(values[row] + 0.8, row, text, va="center", fontsize=8)
-    axes.axvline(100 * result.miou, color="black", linestyle="--", linewidth=1)
+        background = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # the dashed line must not cross it
+        axes.text(values[row] + 0.8, row, text, va="center", fontsize=8, bbox=background)
+    axes.axvline(100 * result.miou, color="black", linestyle="--", linewidth=1, zorder=0)
     axes.set_yticks(range(num), class_names)
     axes.invert_yaxis()
+    axes.margins(y=0.01)
     axes.set(xlim=(0, 108), xlabel="IoU (%)", title=f"mIoU {100 * result.miou:.2f} (dashed)")
     return figure
 

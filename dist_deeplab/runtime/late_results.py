@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dist_deeplab.runtime.journal import JOURNAL, Journal
-from dist_deeplab.runtime.tracking import RUN_FILE
+from dist_deeplab.runtime.run_files import RUN_FILE
 
 log = logging.getLogger(__name__)
 

@@ -1,20 +1,26 @@
-"""Pictures that evolve over the steps, as MLflow's pages show them: one chart a series, with a slider of steps."""
+"""Pictures that evolve over the steps, as MLflow's pages show them: one chart a series, with a slider of steps.
+
+The pages find them by their names in the folder `images`: `<series>+step+<step>+timestamp+<ms>+<uuid>.png`, and the
+copy that is shown, `...+compressed.webp`. `MlflowClient.log_image` writes such files too, but makes that copy 256 px
+wide and gives each call's files a new name.
+"""
 
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
-_FOLDER = "images"  # where MlflowClient.log_image puts what the slider shows
+_FOLDER = "images"
 _WIDTH = 1200  # pixels of the copy that pages show
+_TAG = "mlflow.loggedImages"  # pages look for pictures where a run has it
 
 
 class ImageSeries:
-    """The pictures of a run. `log_image` gives each call's files a random name; here nothing is sent twice."""
+    """The pictures of a run: each (series, step) is sent once, as two files in two requests."""
 
     def __init__(self, client: Any, run_id: str) -> None:
         self._client, self._run_id = client, run_id
-        self._known: set[str] | None = None
-        self._enlarged: set[str] = set()
+        self._sent: set[str] | None = None
 
     def send(self, path: Path, series: str, step: int, time_ms: int) -> None:
         """Send one picture of a series, with a cover at step 0: there the slider stands when a page is opened."""
@@ -22,36 +28,34 @@ class ImageSeries:
 
         with Image.open(path) as file:
             picture = file.convert("RGB")
-        if step > 0 and not self._is_sent(_stem(series, 0)):
+        if step > 0 and _stem(series, 0) not in self._known():
             self._send(_cover(picture, step), series, 0, time_ms)
-        self._send(picture, series, step, time_ms)
+        if _stem(series, step) not in self._known():
+            self._send(picture, series, step, time_ms)
 
     def _send(self, picture: Any, series: str, step: int, time_ms: int) -> None:
-        """Send a picture once, readable: `log_image` makes the copy that pages show 256 pixels wide."""
         stem = _stem(series, step)
-        if not self._is_sent(stem):
-            self._client.log_image(self._run_id, picture, key=series, step=step, timestamp=time_ms)
-            self._known = None
-        for name in self._names():
-            if name.startswith(stem) and name.endswith(".webp") and name not in self._enlarged:
-                with tempfile.TemporaryDirectory() as folder:
-                    copy = picture.copy()
-                    copy.thumbnail((_WIDTH, 4 * _WIDTH))
-                    copy.save(Path(folder) / name, "WEBP", quality=90)
-                    self._client.log_artifact(self._run_id, str(Path(folder) / name), _FOLDER)
-                self._enlarged.add(name)
+        copy = picture.copy()
+        copy.thumbnail((_WIDTH, 4 * _WIDTH))
+        with tempfile.TemporaryDirectory() as folder:
+            name = Path(folder) / f"{stem}timestamp+{time_ms}+{uuid.uuid5(uuid.NAMESPACE_OID, stem)}"
+            picture.save(f"{name}.png")
+            copy.save(f"{name}+compressed.webp", quality=90)
+            self._client.log_artifact(self._run_id, f"{name}.png", _FOLDER)
+            self._client.log_artifact(self._run_id, f"{name}+compressed.webp", _FOLDER)  # last: see `_known`
+        self._known().add(stem)
 
-    def _is_sent(self, stem: str) -> bool:
-        return any(name.startswith(stem) and name.endswith(".webp") for name in self._names())  # the last to be written
-
-    def _names(self) -> set[str]:
-        if self._known is None:
-            self._known = {Path(item.path).name for item in self._client.list_artifacts(self._run_id, _FOLDER)}
-        return self._known
+    def _known(self) -> set[str]:
+        """Return the stems of what is there already; asks the store once, and marks the run as one with pictures."""
+        if self._sent is None:
+            names = [Path(item.path).name for item in self._client.list_artifacts(self._run_id, _FOLDER)]
+            self._client.set_tag(self._run_id, _TAG, "True")
+            self._sent = {name.partition("timestamp+")[0] for name in names if name.endswith(".webp")}
+        return self._sent
 
 
 def _stem(series: str, step: int) -> str:
-    """Return how `log_image` begins the names of a picture's files."""
+    """Return how the names of a picture's files begin."""
     return f"{series.replace('/', '~')}+step+{step}+"
 
 

@@ -25,9 +25,10 @@ from filelock import FileLock, Timeout
 
 from dist_deeplab.runtime.journal import JOURNAL, read_records
 from dist_deeplab.runtime.mlflow_run import MirrorState, MlflowRun
+from dist_deeplab.runtime.mlflow_store import explain
 from dist_deeplab.runtime.provenance import redact
+from dist_deeplab.runtime.run_files import RUN_FILE
 from dist_deeplab.runtime.system_metrics import FOLDER as SYSTEM_FOLDER
-from dist_deeplab.runtime.tracking import RUN_FILE
 
 log = logging.getLogger("mlflow_mirror")
 
@@ -79,23 +80,30 @@ class Mirror:
     def finish(self, status: str) -> None:
         """Set the run's final status, and log its model where the run wants that."""
         run = self.connect()
-        if status == "FINISHED" and self.info.get("model_command") and not self.state["model"]:
-            command = [sys.executable, *self.info["model_command"], str(self.run_dir), "--uri", self.uri]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_MODEL_TIMEOUT_S)
-            if done.returncode:
-                raise RuntimeError(f"the model could not be logged: {done.stderr.strip()[-500:]}")
-            self.state.save(model=True)
         if self._last_time is None:  # nothing new but, perhaps, late results
             records = (record for record, _ in read_records(self.run_dir / JOURNAL))
             self._last_time = max((r["time"] for r in records if _tells_the_end(r)), default=None)
         run.finish(status, self._last_time)
+        if status == "FINISHED" and self.info.get("model_command"):
+            self._log_model(self.info["model_command"])
+
+    def _log_model(self, arguments: list[str]) -> None:
+        """Log the best checkpoint as a model, unless that was done: by a process of its own, since it imports torch."""
+        self.state.load()
+        if self.state["model"]:
+            return
+        command = [sys.executable, *arguments, str(self.run_dir), "--uri", self.uri]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_MODEL_TIMEOUT_S)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise RuntimeError(f"the model could not be logged: {reason[-300:]}")
+        self.state.load()
 
     def note_failure(self, error: Exception) -> None:
         """Count a refusal of the store, for the run to see; a full disk here is no reason to stop."""
         self.run = None
         try:
-            text = " ".join(redact(str(error)).split())[:300]
-            self.state.save(failed_sends=self.state["failed_sends"] + 1, error=text or type(error).__name__)
+            self.state.save(failed_sends=self.state["failed_sends"] + 1, error=explain(error))
         except OSError as disk:
             log.warning("cannot write to %s: %s", self.run_dir, disk)
 
@@ -119,8 +127,7 @@ def mirror_until_done(mirror: Mirror, *, is_running: Callable[[], bool], give_up
         alive = is_running()  # asked before reading, so that nothing written before its death is missed
         try:
             status = mirror.send_new()
-            if status is None and not alive:
-                status = mirror.state["status"] or "FAILED"
+            status = status or mirror.state["status"] or (None if alive else "FAILED")
             if failures:
                 log.warning("MLflow takes points again")
             failures = 0
@@ -133,7 +140,7 @@ def mirror_until_done(mirror: Mirror, *, is_running: Callable[[], bool], give_up
             failures += 1
             mirror.note_failure(error)
             if failures == 1:
-                log.warning("MLflow does not take points (%s); trying again, nothing is lost", error)
+                log.warning("MLflow does not take points (%s); trying again, nothing is lost", explain(error))
             if not alive:
                 ended_at = ended_at or time.monotonic()
                 if time.monotonic() - ended_at >= give_up_s:

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from dist_deeplab.runtime.mlflow_images import ImageSeries
 from dist_deeplab.runtime.mlflow_store import full_uri, open_client, open_experiment
-from dist_deeplab.runtime.tracking import MLFLOW_FILE, RUN_FILE
+from dist_deeplab.runtime.run_files import MLFLOW_FILE, RUN_FILE
 
 log = logging.getLogger("mlflow_mirror")
 
@@ -26,8 +26,8 @@ class MirrorState:
 
     run_id and experiment_id; sent_bytes of the journal, and sent_system of
     each node's file of system metrics; status; described: the attempt that was described;
-    failed_sends and error: how often the store refused, and the last refusal while it does; model: whether the model
-    was logged.
+    failed_sends and error: how often the store refused, and the last refusal while it does; model: the address of the
+    logged model.
     """
 
     def __init__(self, run_dir: Path, uri: str) -> None:
@@ -41,7 +41,7 @@ class MirrorState:
             "described": -1,
             "failed_sends": 0,
             "error": "",
-            "model": False,
+            "model": "",
         }
         self.load()
 

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import MutableMapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -35,6 +36,29 @@ def take_credentials(uri: str, environ: MutableMapping[str, str] = os.environ) -
     return urlunsplit(url._replace(netloc=host))
 
 
+def explain(error: Exception) -> str:
+    """Return what MLflow, its database or the network raised as one line without secrets, a remedy first if known."""
+    text = " ".join(redact(str(error)).split())[:300] or type(error).__name__
+    response = getattr(error, "response", None)  # of requests, for files
+    status = error.get_http_status_code() if hasattr(error, "get_http_status_code") else None
+    status = getattr(response, "status_code", status)
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    if status == HTTPStatus.UNAUTHORIZED:
+        found = f"it does not know {user!r} with this password" if user else "neither is set"
+        return f"the server wants MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, {found}: {text}"
+    if status == HTTPStatus.FORBIDDEN:
+        return f"{user or 'this user'!r} may not write there; whoever made the experiment or model can allow it: {text}"
+    return text
+
+
+def no_telemetry() -> None:
+    """Turn MLflow's telemetry off, unless the user wants it; before MLflow is imported.
+
+    Its thread changes os.environ while other threads read it: now and then a request fails of a KeyError.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
 def open_client(uri: str) -> Any:
     """Return an MlflowClient of the store, made ready under a lock; calls fail after seconds instead of minutes.
 
@@ -43,6 +67,8 @@ def open_client(uri: str) -> Any:
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the mirror retries, without a 4-minute block
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    no_telemetry()
     import mlflow
 
     with store_lock(uri):

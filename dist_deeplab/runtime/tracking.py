@@ -5,12 +5,9 @@ On the main rank every point is appended to the journal in the run's folder, whi
 import, ever costs training a moment. Other ranks get a tracker that does nothing.
 """
 
-import json
 import logging
 import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,16 +18,13 @@ from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.divergence import Divergence
 from dist_deeplab.runtime.journal import JOURNAL, Journal
 from dist_deeplab.runtime.meter import Cost
-from dist_deeplab.runtime.provenance import host_name, redact, redact_all, slurm_job
+from dist_deeplab.runtime.mirror_process import MirrorProcess
+from dist_deeplab.runtime.provenance import host_name, redact, slurm_job
+from dist_deeplab.runtime.run_files import write_run_file
 from dist_deeplab.runtime.system_metrics import start_system_metrics
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
-MLFLOW_FILE = "mlflow.json"  # what the mirror remembers: run id, and how much of the journal was sent
-_END_WAIT_S = 30.0  # how long the end of a run waits for the mirror to send what is left
-_STOP_WAIT_S = 3.0  # where it was stopped or failed: less than the grace time of a preemption
-_RESTART_S = 60.0  # a mirror that died (out of memory, say) is started again, but not at every log line
 _COMPUTED = ("train/", "lr/", "val/")  # follow from seed and step; times and memory differ each time
 
 Images = Mapping[str, Path]
@@ -61,10 +55,7 @@ class JournalTracker(Tracker):
     def __init__(self, run_dir: Path, *, world_size: int = 1) -> None:
         self.run_dir = run_dir
         self.journal = Journal(run_dir / JOURNAL)
-        self.mirror: subprocess.Popen[bytes] | None = None
-        self._mirror_started = 0.0
-        self._failed_sends = 0
-        self._is_failing = False
+        self.mirror: MirrorProcess | None = None
         self._divergence = Divergence()
         self._cost = Cost(self.journal.points, world_size)
 
@@ -74,8 +65,7 @@ class JournalTracker(Tracker):
 
     def start_mirror(self) -> None:
         """Start the process that sends the journal to MLflow."""
-        self.mirror = _start_mirror(self.run_dir)
-        self._mirror_started = time.monotonic()
+        self.mirror = MirrorProcess(self.run_dir)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See Tracker. After a resume the steps since the checkpoint come again; MLflow must see each point once."""
@@ -87,7 +77,8 @@ class JournalTracker(Tracker):
                 self._divergence.compare(key, step, known, value)
         diverged, summary = self._divergence.pop_news()
         cost = {key: value for key, value in self._cost.now().items() if key not in values}  # a sweep's is of its runs
-        self._append_points(step, {**values, **cost, **diverged, **self._watch_mirror()})
+        watched = self.mirror.watch() if self.mirror else {}
+        self._append_points(step, {**values, **cost, **diverged, **watched})
         if summary:
             self.log_tags({"diverged": summary})
 
@@ -108,17 +99,7 @@ class JournalTracker(Tracker):
         self._append({"status": status, "attempt": self.journal.attempt})
         self.journal.close()
         if self.mirror is not None:
-            if self.mirror.poll():  # it died: what came since is still to be sent
-                self.start_mirror()
-            try:
-                self.mirror.wait(_END_WAIT_S if status == "FINISHED" else _STOP_WAIT_S)
-            except subprocess.TimeoutExpired:
-                log.warning(
-                    "MLflow has not taken everything yet; process %d goes on trying for 10 minutes, and "
-                    "`python tools/sync_mlflow.py %s` sends the rest at any time",
-                    self.mirror.pid,
-                    self.run_dir,
-                )
+            self.mirror.wait(status)
 
     def _append(self, record: dict[str, Any]) -> None:
         self.journal.append({"time": round(time.time(), 3), **record})
@@ -138,27 +119,6 @@ class JournalTracker(Tracker):
                 self._append({"step": step, "file": str(path.relative_to(self.run_dir)), **facts})
         except (OSError, UserError) as error:  # a picture is not worth a run
             log.warning("no files of step %d for MLflow: %s", step, error)
-
-    def _watch_mirror(self) -> dict[str, float]:
-        """Say once that MLflow is away and once that it is back; return the count of failures where it has grown."""
-        if self.mirror is None:
-            return {}
-        if self.mirror.poll() is not None and time.monotonic() - self._mirror_started > _RESTART_S:
-            log.warning("the process that sends to MLflow ended (%d); starting it again", self.mirror.returncode)
-            self.start_mirror()
-        state = read_mlflow_file(self.run_dir)
-        is_failing = bool(state.get("error"))
-        if is_failing and not self._is_failing:
-            log.warning(
-                "MLflow does not take points (%s); training goes on, everything is kept in %s and sent later",
-                state["error"],
-                self.run_dir / JOURNAL,
-            )
-        elif self._is_failing and not is_failing:
-            log.warning("MLflow takes points again; what had waited is being sent")
-        self._is_failing = is_failing
-        before, self._failed_sends = self._failed_sends, int(state.get("failed_sends", 0))
-        return {"tracking/failed_sends": self._failed_sends} if self._failed_sends > before else {}
 
 
 def open_tracker(
@@ -196,55 +156,7 @@ def open_tracker(
     return tracker
 
 
-def write_run_file(run_dir: Path, *, uri: str, experiment: str, attempt: int, run_info: Mapping[str, Any]) -> None:
-    """Write `run.json`, without secrets; the ids of the Slurm jobs of earlier attempts are kept."""
-    jobs = [*read_run_file(run_dir).get("slurm_jobs", []), *([slurm_job()] if slurm_job() else [])]
-    about = {
-        "tracking": {"uri": uri, "experiment": experiment},
-        "attempt": attempt,
-        "slurm_jobs": list(dict.fromkeys(jobs)),
-        **run_info,
-    }
-    temporary = run_dir / f".{RUN_FILE}.tmp"
-    temporary.write_text(json.dumps(redact_all(about), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, run_dir / RUN_FILE)
-
-
-def read_run_file(run_dir: Path) -> dict[str, Any]:
-    """Return what `run.json` holds, nothing where there is none."""
-    return _read_json(run_dir / RUN_FILE)
-
-
 def resolve_uri(uri: str, output_dir: str) -> str:
     """Return the configured URI, else MLFLOW_TRACKING_URI, else a SQLite file in the folder of all runs."""
     default = f"sqlite:///{Path(output_dir).expanduser().resolve() / 'mlflow.db'}"
     return uri or os.environ.get("MLFLOW_TRACKING_URI", "") or default
-
-
-def mlflow_run_id(run_dir: Path) -> str:
-    """Return the id of the folder's run in MLflow, or nothing before the mirror has made one."""
-    return read_mlflow_file(run_dir).get("run_id") or ""
-
-
-def read_mlflow_file(run_dir: Path) -> dict[str, Any]:
-    """Return what the mirror remembers of the run's copy in MLflow (see MirrorState), nothing before it began."""
-    return _read_json(run_dir / MLFLOW_FILE)
-
-
-def _start_mirror(run_dir: Path) -> "subprocess.Popen[bytes]":
-    logs = run_dir / "logs"
-    logs.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "dist_deeplab.runtime.mlflow_mirror", str(run_dir), "--follow", str(os.getpid())]
-    # torchrun's variables would make MLflow's libraries believe they are a rank.
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC")}
-    with (logs / "mlflow_mirror.log").open("ab") as output:
-        # Its own session: signals meant for the rank must not cut off the last points.
-        return subprocess.Popen(command, stdout=output, stderr=output, env=environ, start_new_session=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -16,7 +16,7 @@ from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
 from dist_deeplab.runtime.parallel import share_buffers
 from dist_deeplab.runtime.provenance import installed_versions
 from dist_deeplab.runtime.replicas import check_replicas
-from dist_deeplab.runtime.tracking import mlflow_run_id
+from dist_deeplab.runtime.run_files import mlflow_run_id
 from dist_deeplab.training.state import TrainState
 
 _NEEDED = ("model", "optimizer", "step", "variant", "config", "class_names", "train_keys_sha256")

@@ -97,7 +97,6 @@ def run_info(
         "device": summarize(device for _, device in ranks),
         "accumulation": split.accumulation,
         "train_samples": train_set.num_samples,
-        "train_keys_sha256": train_set.keys_sha256,
         **library_versions(),
         **git_revision(),
     }
@@ -124,11 +123,14 @@ def _model_command(config: RunConfig) -> list[str]:
 
 
 def _description(changed: Mapping[str, Any]) -> str:
-    """Return Markdown that MLflow shows above a run: what is not as in the published recipe."""
-    lines = [f"| `{key}` | `{value}` |" for key, value in changed.items()]
-    return "\n".join(
-        ["Not as in the defaults, which are the published recipe:\n", "| key | value |", "|---|---|", *lines]
-    )
+    """Return Markdown that MLflow shows above a run: what is not as in the published recipe.
+
+    One paragraph: the page shows five lines of it until it is asked for more.
+    """
+    if not changed:
+        return "All as in the defaults, which are the published recipe."
+    settings = ", ".join(f"`{key}={value}`" for key, value in changed.items())
+    return f"Not as in the defaults, which are the published recipe: {settings}"
 
 
 def _dataset(context: str, manifest: Manifest) -> dict[str, Any]:

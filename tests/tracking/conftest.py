@@ -1,6 +1,5 @@
-"""A real MLflow server with a SQLite store and artifacts of its own, and a proxy that stands in for its troubles."""
+"""Real MLflow servers, one with passwords, with stores of their own; and a proxy that stands in for their troubles."""
 
-import base64
 import http.client
 import os
 import signal
@@ -24,10 +23,16 @@ START_TIMEOUT_S = 120
 
 
 class Server:
-    """An MLflow server that can be killed and started again at the same address."""
+    """An MLflow server that can be killed and started again at the same address.
 
-    def __init__(self, folder: Path) -> None:
+    password: of the user `me`, where the server shall ask for one.
+    """
+
+    def __init__(self, folder: Path, *, password: str = "") -> None:
         self.folder = folder
+        self.options = ("--app-name", "basic-auth") if password else ()
+        self.environ = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_FLASK_SERVER_SECRET_KEY": "of the pages"}
+        self.environ |= {"MLFLOW_AUTH_ADMIN_USERNAME": "me", "MLFLOW_AUTH_ADMIN_PASSWORD": password}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -38,11 +43,13 @@ class Server:
         command = [
             *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
             *("--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"),
-            *("--artifacts-destination", str(self.folder / "artifacts")),
+            *("--artifacts-destination", str(self.folder / "artifacts"), *self.options),
         ]
-        environ = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environ = os.environ | self.environ
         with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ, start_new_session=True)
+            self.process = subprocess.Popen(  # the users are in basic_auth.db, in the folder where it is started
+                command, cwd=self.folder, stdout=log, stderr=log, env=environ, start_new_session=True
+            )
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -87,13 +94,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 class Proxy:
-    """Stands between a run and the server, and does what `mode` says: ok, 500, slow, hang or cut.
-
-    credentials: `user:password` that a request must have, or an empty string.
-    """
+    """Stands between a run and the server, and does what `mode` says: ok, 500, slow, hang or cut."""
 
     def __init__(self, server: Server) -> None:
-        self.mode, self.credentials = "ok", ""
+        self.mode = "ok"
         self.num_requests = 0
         proxy = self
 
@@ -108,17 +112,13 @@ class Proxy:
                 if proxy.mode == "cut":
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
-                expected = "Basic " + base64.b64encode(proxy.credentials.encode()).decode()
-                if proxy.credentials and self.headers.get("Authorization") != expected:
-                    self.send_error(401)
-                    return
                 if proxy.mode == "500":
                     self.send_error(500, "the store's disk is full")
                     return
                 if proxy.mode == "slow":
                     time.sleep(0.5)
                 connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-                hidden = ("host", "authorization", "connection", "content-length", "transfer-encoding")
+                hidden = ("host", "connection", "content-length", "transfer-encoding")
                 headers = {name: value for name, value in self.headers.items() if name.lower() not in hidden}
                 connection.request(self.command, self.path, body or None, headers)
                 answer = connection.getresponse()
@@ -155,6 +155,14 @@ def proxy(server: Server) -> Iterator[Proxy]:
     proxy.close()
 
 
+def training(server: Server, shards: Path, out: Path) -> list[str]:
+    """Return the arguments of a short training, all but its name."""
+    data = [f"data.train={shards}/train.json", f"data.val={shards}/val.json", "data.crop_size=65"]
+    small = ["model.backbone=resnet_tiny", "data.num_workers=0", "batch.global_size=4", "optim.lr=1e-3", "max_steps=4"]
+    often = ["tracking.log_every=2", "eval.every=2", "eval.num_panels=2", "tracking.experiment=pages"]
+    return [*data, *small, *often, f"output_dir={out}", f"tracking.uri={server.uri}"]
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Two real trainings that differ in one setting, made by `dist_deeplab.sweep` and sent to the server."""
@@ -167,11 +175,8 @@ class Sweep:
 @pytest.fixture(scope="session")
 def sweep(server: Server, sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     out = tmp_path_factory.mktemp("sweep")
-    data = [f"data.train={sample_shards}/train.json", f"data.val={sample_shards}/val.json", "data.crop_size=65"]
-    small = ["model.backbone=resnet_tiny", "data.num_workers=0", "batch.global_size=4", "optim.lr=1e-3", "max_steps=4"]
-    often = ["tracking.log_every=2", "eval.every=2", "eval.num_panels=2", "tracking.experiment=pages"]
-    where = [f"output_dir={out}", f"tracking.uri={server.uri}", "name=poly"]
-    command = [sys.executable, "-m", "dist_deeplab.sweep", *data, *small, *often, *where, "optim.power=0.5,2.0"]
+    arguments = [*training(server, sample_shards, out), "name=poly", "optim.power=0.5,2.0"]
+    command = [sys.executable, "-m", "dist_deeplab.sweep", *arguments]
     done = subprocess.run(command, env=command_environ(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return Sweep(out / "poly-sweep", done.stdout, (out / "poly-power_0.5", out / "poly-power_2.0"))

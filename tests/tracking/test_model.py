@@ -5,12 +5,14 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from dist_deeplab.evaluation.inference import Predictor, load_network
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.training.resume import read_checkpoint
 from tests.conftest import command_environ
-from tests.tracking.conftest import Server, Sweep
+from tests.tracking.conftest import Server, training
 
 LOADS = """
 import base64, json, sys
@@ -39,13 +41,25 @@ print(json.dumps({"code": code, "masks": masks, "metadata": model.metadata.metad
 """
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A training that has logged its best checkpoint at its end: its folder, what it said, the model's address."""
+
+    folder: Path
+    output: str
+    address: str
+
+
 @pytest.fixture(scope="module")
-def address(server: Server, sweep: Sweep) -> str:
-    """Log and register the first run's best checkpoint."""
-    command = [sys.executable, "-m", "dist_deeplab.log_model", str(sweep.runs[0]), "--register-as", "street-deeplab"]
+def trained(server: Server, sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    out = tmp_path_factory.mktemp("trained")
+    arguments = [*training(server, sample_shards, out), "name=street", "tracking.experiment=models", "eval.every=3"]
+    command = [sys.executable, "-m", "dist_deeplab.train", *arguments, "tracking.register_as=street-deeplab"]
     done = subprocess.run(command, env=command_environ(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()[-1]
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"the best checkpoint is in MLflow as (\S+)", done.stdout + done.stderr)
+    assert found is not None, done.stdout + done.stderr
+    return Trained(out / "street", done.stdout, found[1])
 
 
 @pytest.fixture(scope="module")
@@ -72,48 +86,58 @@ def expected_mask(run: Path, picture: Path) -> np.ndarray:
     return logits[0, :, :height, :width].argmax(0).numpy()
 
 
+def logged_best(run: Path) -> float:
+    return float(read_checkpoint(run / "checkpoints" / "best.pt")["best_miou"])
+
+
 def read_mask(encoded: str) -> np.ndarray:
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as png:
         assert png.mode == "P"
         return np.array(png)
 
 
-def test_the_model_is_a_version_of_the_registered_one_with_its_signature(server: Server, address: str) -> None:
+def test_the_model_is_a_version_of_the_registered_one_with_its_signature(server: Server, trained: Trained) -> None:
     import mlflow
 
-    assert address == "models:/street-deeplab/1"
+    assert trained.address == "models:/street-deeplab/1"
     assert server.client.get_model_version("street-deeplab", "1").status == "READY"
     mlflow.set_tracking_uri(server.uri)
-    info = mlflow.models.get_model_info(address)
+    info = mlflow.models.get_model_info(trained.address)
     assert [(c.name, c.type.name) for c in info.signature.inputs.inputs] == [("image", "binary")]
     assert [(c.name, c.type.name) for c in info.signature.outputs.inputs] == [("mask", "binary")]
-    run = server.run("pages", "poly-power_0.5")
+    run = server.run("models", "street")
     assert info.run_id == run.info.run_id
     assert run.info.status == "FINISHED"
-    assert run.info.end_time - run.info.start_time < 3_600_000
+    ended = [r["time"] for r in map(json.loads, (trained.folder / "metrics.jsonl").open()) if "time" in r][-1]
+    assert run.info.end_time == round(1000 * ended), "logging a model is no part of the run"
+    logged = server.client.get_logged_model(info.model_id)
+    scores = {metric.key: metric.value for metric in logged.metrics}
+    assert scores["val/mIoU"] == logged_best(trained.folder)
+    assert server.curve(run, "val/mIoU")[-1][0] == 4
+    assert len(server.curve(run, "val/mIoU")) == 2, "no point twice"
 
 
 def test_it_loads_elsewhere_with_its_own_code_and_says_what_the_checkpoint_says(
-    server: Server, sweep: Sweep, address: str, pictures: list[Path], tmp_path: Path
+    server: Server, trained: Trained, pictures: list[Path], tmp_path: Path
 ) -> None:
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"MLFLOW_TRACKING_URI": server.uri}
-    command = [sys.executable, "-c", LOADS, address, *map(str, pictures)]
+    command = [sys.executable, "-c", LOADS, trained.address, *map(str, pictures)]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     assert str(Path(__file__).parents[2]) not in answer["code"], "the code in the model, not this repository's"
     assert tuple(answer["metadata"]["class_names"]) == CLASS_NAMES
     for picture, mask in zip(pictures, answer["masks"], strict=True):
-        np.testing.assert_array_equal(read_mask(mask), expected_mask(sweep.runs[0], picture))
+        np.testing.assert_array_equal(read_mask(mask), expected_mask(trained.folder, picture))
 
 
 @pytest.fixture
-def served(server: Server, address: str, tmp_path: Path) -> Iterator[int]:
+def served(server: Server, trained: Trained, tmp_path: Path) -> Iterator[int]:
     """Return the port of `mlflow models serve`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", address, "--env-manager", "local"]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", trained.address, "--env-manager", "local"]
     scripts = str(Path(uvicorn.__file__).parents[4] / "bin")  # of the environment that has it: MLflow calls it by name
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "MLFLOW_TRACKING_URI": server.uri,
@@ -143,7 +167,7 @@ def is_up(port: int) -> bool:
         return False
 
 
-def test_it_is_served_image_in_mask_out(served: int, sweep: Sweep, pictures: list[Path]) -> None:
+def test_it_is_served_image_in_mask_out(served: int, trained: Trained, pictures: list[Path]) -> None:
     rows = [[base64.b64encode(picture.read_bytes()).decode()] for picture in pictures]
     body = json.dumps({"dataframe_split": {"columns": ["image"], "data": rows}})
     connection = http.client.HTTPConnection("127.0.0.1", served, timeout=120)
@@ -152,4 +176,4 @@ def test_it_is_served_image_in_mask_out(served: int, sweep: Sweep, pictures: lis
     content = answer.read()
     assert answer.status == 200, content
     for picture, row in zip(pictures, json.loads(content)["predictions"], strict=True):
-        np.testing.assert_array_equal(read_mask(row["mask"]), expected_mask(sweep.runs[0], picture))
+        np.testing.assert_array_equal(read_mask(row["mask"]), expected_mask(trained.folder, picture))

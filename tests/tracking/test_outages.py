@@ -1,4 +1,4 @@
-"""A real server that is slow, full, cut off, hanging, killed or behind a password: no point is lost, nothing waits."""
+"""A real server that is slow, full, cut off, hanging or killed: no point is lost, and nothing waits for it."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dist_deeplab.runtime import mlflow_mirror, tracking
+from dist_deeplab.runtime import mlflow_mirror, run_files
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.mlflow_mirror import Mirror, mirror_until_done
 from dist_deeplab.runtime.tracking import open_tracker
@@ -42,7 +42,7 @@ def start_run(folder: Path, uri: str, *, with_mirror: bool = False, **tags: str)
     tracker = open_tracker(
         folder, env=DistEnv(), uri="none", experiment="outages", config_yaml="seed: 1\n", run_info=info
     )
-    tracking.write_run_file(folder, uri=uri, experiment="outages", attempt=0, run_info=info)
+    run_files.write_run_file(folder, uri=uri, experiment="outages", attempt=0, run_info=info)
     if with_mirror:
         tracker.start_mirror()
     return tracker
@@ -93,12 +93,12 @@ def test_training_goes_on_while_the_server_hangs_and_says_so_once(
     log_steps(tracker, STEPS[:30])
     assert proxy.num_requests <= 2, "the server has answered nothing"
     assert (folder / "metrics.jsonl").read_text().count('"train/loss"') == 30
-    wait_for(lambda: tracking.read_mlflow_file(folder).get("error"))
+    wait_for(lambda: run_files.read_mlflow_file(folder).get("error"))
     log_steps(tracker, STEPS[30:])
     assert caplog.text.count("MLflow does not take points") == 1
     proxy.mode = "ok"
     tracker.close("FINISHED")
-    assert tracker.mirror.wait(60) == 0
+    assert tracker.mirror.process.wait(60) == 0
     assert_complete(server, "hanging")
     assert server.curve(server.run("outages", "hanging"), "tracking/failed_sends")[-1][1] >= 1
 
@@ -118,52 +118,6 @@ def test_what_was_not_sent_is_sent_by_hand_once_a_killed_server_is_back(server: 
     done = subprocess.run(sync, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == [f"{folder}: sent", "1 of 1 runs are in MLflow"], done.stderr
     assert_complete(server, "killed_server")
-
-
-def test_a_password_opens_the_server_and_is_written_nowhere(
-    server: Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    proxy.credentials = "me:s3cret/word"
-    folder = tmp_path / "secret"
-    log = logging.FileHandler(tmp_path / "mirror.log")
-    logging.getLogger("mlflow_mirror").addHandler(log)
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong-s3cret")
-    tracker = start_run(folder, proxy.uri, command="train data.train=https://me:s3cret@host/t.json token=s3cret/word")
-    log_steps(tracker)
-    tracker.close("FINISHED")
-    assert not mirror_until_done(Mirror(folder), is_running=lambda: False, give_up_s=0.0)
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cret/word")
-    tracking.write_run_file(  # as the next attempt does
-        folder,
-        uri=proxy.uri,
-        experiment="outages",
-        attempt=0,
-        run_info={"name": "secret", "parameters": {}, "tags": {"command": "train token=s3cret/word"}},
-    )
-    assert mirror_until_done(Mirror(folder), is_running=lambda: False)
-    logging.getLogger("mlflow_mirror").removeHandler(log)
-    assert_complete(server, "secret")
-    assert server.run("outages", "secret").data.tags["command"] == "train token=***"
-    for path in [*folder.rglob("*"), tmp_path / "mirror.log"]:
-        assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
-
-
-def test_a_password_in_the_address_of_the_environment_works_and_is_written_nowhere(
-    server: Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    proxy.credentials = "me:s3cret/word"
-    address = proxy.uri.replace("//", "//me:s3cret%2Fword@")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    folder = tmp_path / "address"
-    tracker = start_run(folder, tracking.resolve_uri("", "runs"))
-    assert json.loads((folder / "run.json").read_text())["tracking"]["uri"] == address.replace("s3cret%2Fword", "***")
-    log_steps(tracker)
-    tracker.close("FINISHED")
-    assert mirror_until_done(Mirror(folder), is_running=lambda: False)
-    assert_complete(server, "address")
-    for path in folder.rglob("*"):
-        assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
 
 
 def wait_for(condition: Any, timeout_s: float = 90.0) -> None:

@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 
@@ -116,10 +115,17 @@ def test_the_sweep_s_page_says_who_won(browser: Browser, server: Server, sweep: 
     (winner,) = [line for line in sweep.output.splitlines() if line.startswith("winner: ")]
     page = re.search(r"the sweep: (http\S+)", sweep.output)
     assert page is not None
-    assert unquote(page[1]) == address(server, sweep.folder)
+    assert page[1].partition("?")[0] == address(server, sweep.folder)
     text = browser.open(page[1], "poly-sweep", "winner: ", "cost: ", "why: ")
     browser.screenshot(PICTURES / "sweep.png")
     assert winner in text
+    curves = re.search(r"curves, best first: (http\S+)", sweep.output)
+    assert curves is not None
+    text = browser.open(curves[1], "2 matching runs", "train/loss", "poly-power_0.5", "poly-power_2.0")
+    browser.screenshot(PICTURES / "curves.png")
+    best = re.search(r"winner: power=([0-9.]+)", winner)
+    assert best is not None
+    assert re.findall(r"poly-power_([0-9.]+)", text)[0] == best[1], "the winner first"
     text = browser.open(address(server, sweep.folder, "/artifacts/comparison.png"), "comparison.png", "comparison.csv")
     browser.wait_for(lambda: browser.evaluate("[...document.images].some(i => i.naturalWidth > 1000)"), "the figure")
     browser.screenshot(PICTURES / "sweep_figure.png")

@@ -91,12 +91,17 @@ def test_every_class_s_winner_is_marked(records: list[RunRecord]) -> None:
 
 
 def test_the_verdict_says_who_won_where_at_what_cost_and_why(records: list[RunRecord]) -> None:
-    winner, where, cost, why, chance = table.verdict(records)
+    winner, where, cost, why, peak, chance = table.verdict(records)
     assert winner == "winner: power=0.9, mIoU 51.00, 1.00 points ahead of power=0.5"
-    assert "gains most for cat (+10.00) and least for background (-8.00); it is better for 1 of 2 classes" in where
+    assert (
+        "gains most for cat (+10.00) and least for background (-8.00); it is better for 1 and worse for 1 of" in where
+    )
     assert cost == "cost: 2:00, 0.2 device-hours; the others took 0.2 to 0.2"
     assert why.startswith("why: its training loss is the lowest too (1.3000)")
+    assert peak == "its best was at step 10; at step 20, its last evaluation, it had 41.00, 10.00 points less"
     assert "chance" in chance
+    records[2].curves["val/mIoU"] = [(10, 0.51)]
+    assert not any("its best was" in line for line in table.verdict(records))
 
 
 def test_a_winner_that_fitted_less_generalised_better(records: list[RunRecord]) -> None:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from dist_deeplab.runtime import mlflow_mirror
 from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.runtime.mirror_process import MirrorProcess
 from dist_deeplab.runtime.mlflow_mirror import Mirror, mirror_until_done
 from dist_deeplab.runtime.mlflow_store import artifact_location, open_client, store_lock
 from dist_deeplab.runtime.tracking import JournalTracker, open_tracker
@@ -232,8 +233,16 @@ def test_late_results_arrive_and_leave_end_and_status_as_they_are(store: Store, 
 
 
 def test_pictures_of_a_series_arrive_with_their_steps_once_and_readable(
-    store: Store, run_dir: Path, tmp_path: Path
+    store: Store, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    really, calls = mlflow.MlflowClient.log_artifact, iter(range(1000))
+
+    def unreliable(self: mlflow.MlflowClient, *arguments: Any) -> None:
+        if next(calls) in (2, 5, 6):  # in the midst of a picture: one of its two files is there
+            raise MlflowException("the server is away")
+        really(self, *arguments)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", unreliable)
     for step in (10, 20):
         picture = run_dir / f"eval/step_{step:08d}/street.png"
         picture.parent.mkdir(exist_ok=True)
@@ -406,6 +415,38 @@ def test_a_run_that_was_killed_and_then_resumed_is_not_failed(store: Store, run_
     assert_usual(store)
 
 
+MODEL = """
+import json, pathlib, sys
+run_dir = pathlib.Path(sys.argv[1])
+with (run_dir / "tries").open("a") as tries:
+    tries.write("1")
+if (run_dir / "away").exists():
+    sys.exit("error: the registry is away")
+state = json.loads((run_dir / "mlflow.json").read_text())
+(run_dir / "mlflow.json").write_text(json.dumps(state | {"model": "models:/street/1"}))
+"""
+
+
+def test_a_model_that_could_not_be_logged_leaves_a_finished_run_and_is_logged_once_later(
+    store: Store, run_dir: Path
+) -> None:
+    """The process that logs it is a stand-in here; tests/tracking has the real one."""
+    about = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps(about | {"model_command": ["-c", MODEL]}))
+    (run_dir / "away").touch()
+    append(run_dir, *USUAL)
+    assert not send(run_dir, give_up_s=0.0)
+    assert_usual(store)
+    error = json.loads((run_dir / "mlflow.json").read_text())["error"]
+    assert error == "the model could not be logged: error: the registry is away"
+    (run_dir / "away").unlink()
+    assert send(run_dir)
+    assert send(run_dir)
+    assert (run_dir / "tries").read_text() == "11"
+    state = json.loads((run_dir / "mlflow.json").read_text())
+    assert (state["model"], state["error"]) == ("models:/street/1", "")
+
+
 # --- outages ----------------------------------------------------------------------------------------------------------
 
 
@@ -503,7 +544,8 @@ def test_an_outage_is_counted_and_told_to_the_run_while_it_lasts(
     database.rename(tmp_path / "away")
     database.mkdir()
     tracker = JournalTracker(run_dir)
-    tracker.mirror = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # in its stead: `send`
+    mirror = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # in its stead: `send`
+    tracker.mirror = MirrorProcess(run_dir, mirror)
     told: list[str] = []
     for step, works in ((1, False), (2, False), (3, True)):
         if works:
@@ -512,7 +554,7 @@ def test_an_outage_is_counted_and_told_to_the_run_while_it_lasts(
         send(run_dir, give_up_s=0.0)
         with caplog_of(told):
             tracker.log(step, {"train/loss": 1.0})
-    tracker.mirror.communicate(b"\n")
+    mirror.communicate(b"\n")
     assert [line.partition("(")[0].strip() for line in told] == [
         "MLflow does not take points",
         "MLflow takes points again; what had waited is being sent",
@@ -524,10 +566,10 @@ def test_an_outage_is_counted_and_told_to_the_run_while_it_lasts(
 
 @contextlib.contextmanager
 def caplog_of(lines: list[str]) -> Iterator[None]:
-    """Append what is logged by the tracker to `lines`."""
+    """Append what is said of MLflow to `lines`."""
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("dist_deeplab.runtime.tracking")
+    logger = logging.getLogger("dist_deeplab.runtime.mirror_process")
     logger.addHandler(handler)
     yield
     logger.removeHandler(handler)
@@ -587,8 +629,8 @@ def test_a_tracker_and_its_mirror_process_bring_a_run_to_mlflow(store: Store, tm
     tracker = open_tracker(folder, env=DistEnv(), uri=store.uri, experiment="e", config_yaml="seed: 1\n", run_info=info)
     tracker.log(1, {"train/loss": 0.5})
     if is_killed:
-        tracker.mirror.kill()
-        tracker.mirror.wait()
+        tracker.mirror.process.kill()
+        tracker.mirror.process.wait()
     tracker.close("FINISHED")
     run = store.run()
     assert run.info.status == "FINISHED"
@@ -613,7 +655,7 @@ KILLED_RUN = textwrap.dedent(
         Path(sys.argv[1]), env=DistEnv(), uri=sys.argv[2], experiment="e", config_yaml="", run_info=info
     )
     tracker.log(1, {"train/loss": 0.5})
-    print(tracker.mirror.pid, flush=True)
+    print(tracker.mirror.process.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
     """
 )

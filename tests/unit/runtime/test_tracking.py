@@ -1,6 +1,7 @@
 """The journal holds each point once through any number of attempts; other ranks' tracker does nothing at all."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_deeplab.runtime import tracking
+from dist_deeplab.runtime import mirror_process, tracking
 from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.runtime.mirror_process import MirrorProcess
 from dist_deeplab.runtime.tracking import JournalTracker, Tracker, open_tracker, resolve_uri
 
 
@@ -212,13 +214,34 @@ def test_the_end_waits_for_the_mirror_but_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tracking.logging.getLogger("dist_deeplab"), "propagate", True)
-    monkeypatch.setattr(tracking, "_END_WAIT_S", 0.01)
+    monkeypatch.setattr(mirror_process, "_END_WAIT_S", 0.01)
     tracker = JournalTracker(tmp_path)
-    tracker.mirror = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    mirror = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    tracker.mirror = MirrorProcess(tmp_path, mirror)
     tracker.close("FINISHED")
     assert "MLflow has not taken everything yet" in caplog.text
-    assert tracker.mirror.poll() is None, "the mirror goes on"
-    tracker.mirror.communicate(b"\n")
+    assert "model" not in caplog.text
+    assert mirror.poll() is None, "the mirror goes on"
+    mirror.communicate(b"\n")
+
+
+def test_a_model_is_waited_for_longer_unless_mlflow_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
+    monkeypatch.setattr(mirror_process, "_END_WAIT_S", 0.01)
+    caplog.set_level("INFO")
+    (tmp_path / "run.json").write_text(json.dumps({"model_command": ["-m", "dist_deeplab.log_model"]}))
+    done = json.dumps({"model": "models:/street/3"})
+    write = f"import time; time.sleep(0.5); open({str(tmp_path / 'mlflow.json')!r}, 'w').write({done!r})"
+    MirrorProcess(tmp_path, subprocess.Popen([sys.executable, "-c", write])).wait("FINISHED")
+    assert "the best checkpoint is in MLflow as models:/street/3" in caplog.text
+    (tmp_path / "mlflow.json").write_text(json.dumps({"error": "connection refused"}))
+    mirror = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    MirrorProcess(tmp_path, mirror).wait("FINISHED")  # would take ten minutes
+    assert "not taken everything yet, the model not either (connection refused)" in caplog.text
+    assert f"tools/sync_mlflow.py {tmp_path}" in caplog.text
+    mirror.communicate(b"\n")
 
 
 def test_the_mirror_is_no_rank_and_gets_no_signal_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
