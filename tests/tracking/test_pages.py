@@ -121,7 +121,7 @@ def test_the_sweep_s_page_says_who_won(browser: Browser, server: Server, sweep: 
     assert winner in text
     curves = re.search(r"curves, best first: (http\S+)", sweep.output)
     assert curves is not None
-    text = browser.open(curves[1], "2 matching runs", "train/loss", "poly-power_0.5", "poly-power_2.0")
+    text = browser.open(curves[1], "2 matching runs", "lr/backbone", "poly-power_0.5", "poly-power_2.0")
     browser.screenshot(PICTURES / "curves.png")
     best = re.search(r"winner: power=([0-9.]+)", winner)
     assert best is not None
@@ -143,4 +143,4 @@ def test_the_terminal_says_the_same_from_the_store_as_from_the_folders(
     assert printed[0] == printed[1] == printed[2]
     assert next(line for line in printed[0].splitlines() if line.startswith("winner: ")) in sweep.output
     assert compare.main(["no such experiment", *out]) == 2
-    assert "experiments there: 'pages'" in re.sub("'Default', |, 'outages'|'outages', ", "", capsys.readouterr().err)
+    assert re.search(r"experiments there: .*'pages'", capsys.readouterr().err)
