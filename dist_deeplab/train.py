@@ -34,9 +34,10 @@ from dist_deeplab.runtime.distributed import (
     refuse_restart,
 )
 from dist_deeplab.runtime.logs import setup_logging
+from dist_deeplab.runtime.mlflow_store import require_known_store
 from dist_deeplab.runtime.profiling import profiled
 from dist_deeplab.runtime.session import Session
-from dist_deeplab.runtime.tracking import Tracker
+from dist_deeplab.runtime.tracking import Tracker, resolve_uri
 from dist_deeplab.training.bad_samples import BadSamples
 from dist_deeplab.training.builders import (
     build_checkpoints,
@@ -87,6 +88,7 @@ def start(config: RunConfig, env: DistEnv, *, profile: bool = False) -> int:
     """Check all that can be checked before any heavy work, then train; return the exit code. Every rank calls it."""
     train_set, val_set = open_data(config)
     require_crf(config.eval.crf)
+    require_known_store(resolve_uri(config.tracking.uri, config.output_dir))
     split = split_batch(config, env)
     with open_session(config, env) as run:
         trace = config.run_dir / "profile" / f"rank_{env.rank}.json.gz" if profile else None

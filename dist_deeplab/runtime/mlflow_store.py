@@ -1,5 +1,6 @@
 """Where MLflow keeps its data: which store, opened how, with whose password; importing this does not import MLflow."""
 
+import importlib.metadata
 import os
 import tempfile
 from collections.abc import MutableMapping
@@ -10,8 +11,10 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from filelock import FileLock
 
+from dist_deeplab.errors import UserError
 from dist_deeplab.runtime.provenance import redact
 
+_SCHEMES = {"", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's pages for training, not for GenAI
 
 
@@ -19,6 +22,21 @@ def full_uri(recorded: str) -> str:
     """Return the URI to use for one that a run's folder has: there is no password in it, but in MLFLOW_TRACKING_URI."""
     from_environment = os.environ.get("MLFLOW_TRACKING_URI", "")
     return from_environment if redact(from_environment) == recorded else recorded
+
+
+def require_known_store(uri: str) -> None:
+    """Check that a URI is of a kind of store that MLflow, or a plugin of it, knows; none is fine.
+
+    Raises:
+        UserError: it is not: nothing could ever be sent there.
+    """
+    scheme = urlsplit(uri).scheme.partition("+")[0]  # postgresql+psycopg
+    plugins = {point.name for point in importlib.metadata.entry_points(group="mlflow.tracking_store")}
+    if scheme not in _SCHEMES | plugins:
+        raise UserError(
+            f"tracking.uri={redact(uri)}: MLflow knows no store of the kind {scheme!r}; use http(s)://HOST:PORT, "
+            "sqlite:///FILE, postgresql, mysql, mssql, or none for no MLflow"
+        )
 
 
 def take_credentials(uri: str, environ: MutableMapping[str, str] = os.environ) -> str:
