@@ -39,7 +39,8 @@ def comparison_figure(records: Sequence[RunRecord]) -> Figure:
     if classes:
         _draw_classes(rows[1].subplots(), shown, names, classes)
     handles, texts = rows[0].axes[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside upper center", ncols=min(5, len(shown)), title="best first")
+    order = "best first" if len(shown) > 1 else None
+    figure.legend(handles, texts, loc="outside upper center", ncols=min(5, len(shown)), title=order)
     return figure
 
 
@@ -54,13 +55,15 @@ def _draw_classes(axes: Axes, shown: Sequence[RunRecord], names: Sequence[str], 
         best = [max(known, (value, -index)) for known, value in zip(best, values, strict=True)]
         places = [group - 0.4 + (index + 0.5) * width for group in range(len(groups))]
         axes.bar(places, values, width, color=colormaps["tab10"](index), label=names[index])
+    title = "IoU of each class at the best step (%)"
     if len(shown) > 1:
+        title += ", * best"
         for group, (value, index) in enumerate(best):
             if value == 0:
                 continue
             place = group - 0.4 + (0.5 - index) * width
             axes.annotate("*", (place, value), ha="center", va="bottom", fontsize=12)
     axes.set_xticks(range(len(groups)), groups, rotation=35, ha="right")
-    axes.set(title="IoU of each class at the best step (%), * best", xlim=(-0.6, len(groups) - 0.4))
+    axes.set(title=title, xlim=(-0.6, len(groups) - 0.4))
     axes.margins(y=0.1)  # room for the stars
     axes.grid(axis="y", alpha=0.3)
