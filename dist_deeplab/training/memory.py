@@ -1,4 +1,4 @@
-"""How much memory a step takes: told at the start, found out by a dry run, and explained where it was not enough."""
+"""How many images a step may take at once, found out by trying, and what to set where memory was not enough."""
 
 import contextlib
 import logging
@@ -8,50 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.model.batch_norm import norm_factory
-from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale, output_name, scaled_length
-from dist_deeplab.model.resnet import Bottleneck
+from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.runtime.distributed import DistEnv, gather_to_all, ranks_on_host
 from dist_deeplab.runtime.parallel import place_model
+from dist_deeplab.training.footprint import count_footprint, throwaway_network
 from dist_deeplab.training.precision import Precision
 
 log = logging.getLogger(__name__)
 
-_CPU_SHARE = 0.5  # of the free memory that activations may take: the loader, the gradients and others need some too
-_GPU_SPARE = 0.05  # of the GPU's memory that a dry run must leave free
-
-
-def activation_bytes(config: RunConfig, variant: Variant) -> dict[str, int]:
-    """Return {output name: bytes kept for the backward pass of one image at that scale}.
-
-    Counted on tensors without data: nothing is computed. Weights, their gradients and momentum come on top, and what
-    exists for a moment only.
-    """
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    with torch.device("meta"):
-        net = _throwaway_network(config, variant).to(dtypes.get(config.precision.dtype, torch.float32))
-    result = {}
-    for scale in sorted(config.multi_scale.scales or (1.0,), reverse=True):
-        length = scaled_length(config.data.crop_size, scale)
-        image = torch.empty(1, 3, length, length, device="meta", dtype=next(net.parameters()).dtype)
-        result[output_name(scale)] = _saved_bytes(net, image)
-    return result
-
-
-def describe_activations(config: RunConfig, split: BatchSplit, variant: Variant) -> str:
-    """Return a sentence on the memory of a micro-batch's activations, scale by scale."""
-    size = split.largest
-    each = {name: count * size / 2**30 for name, count in activation_bytes(config, variant).items()}
-    parts = ", ".join(f"{name} {gib:.2f} GiB" for name, gib in each.items())
-    total = f" = {sum(each.values()):.2f} GiB" if len(each) > 1 else ""
-    images = "1 image" if size == 1 else f"{size} images"
-    return f"activations of a micro-batch of {images} of {config.data.crop_size}, kept for backward: {parts}{total}"
+CPU_SHARE = 0.5  # of the free memory that activations may take: the loader, the gradients and others need some too
+GPU_SPARE = 0.05  # of the GPU's memory that a dry run must leave free
 
 
 def settle_micro_size(
@@ -73,8 +44,8 @@ def settle_micro_size(
     if env.device.type == "cuda":
         largest, how = largest_fitting(sizes, _gpu_trial(config, variant, env.device)), "by trying"
     else:
-        needed = sum(activation_bytes(config, variant).values())
-        allowed = _CPU_SHARE * free_memory_bytes() / ranks_on_host()
+        needed = count_footprint(config, variant).image_bytes
+        allowed = CPU_SHARE * free_memory_bytes() / ranks_on_host()
         largest, how = largest_fitting(sizes, lambda size: size * needed <= allowed), "by half of the free memory"
     agreed = min(gather_to_all(largest))
     if not agreed:
@@ -138,41 +109,6 @@ def free_memory_bytes() -> int:
     raise RuntimeError("/proc/meminfo has no line MemAvailable")
 
 
-def _throwaway_network(config: RunConfig, variant: Variant) -> DeepLabV2:
-    """Return a network of the run's size whose batch norm talks to nobody."""
-    stands_still = config.model.train_only == "head" or config.model.batch_norm == "frozen"
-    net = DeepLabV2(
-        config.model.backbone,
-        config.data.num_classes,
-        norm=norm_factory("frozen" if stands_still else "local"),
-        recompute=config.speed.recompute,
-        **variant.geometry,
-    )
-    net.backbone.requires_grad_(config.model.train_only == "all")
-    return net.train()
-
-
-def _saved_bytes(net: DeepLabV2, image: torch.Tensor) -> int:
-    """Return the bytes that autograd keeps after a forward pass, each storage once, without the weights."""
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # held, so that no other gets its address
-        return tensor
-
-    def keep_input(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        keep(inputs[0])
-
-    for block in (module for module in net.modules() if isinstance(module, Bottleneck) and net.backbone.recompute):
-        block.register_forward_pre_hook(keep_input)  # what recomputing starts from; else it is kept anyway
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
-        logits = net(image)
-    own = {tensor.untyped_storage()._cdata for tensor in net.state_dict().values()}
-    del logits
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
-
-
 def _gpu_trial(config: RunConfig, variant: Variant, device: torch.device) -> Callable[[int], bool]:
     """Return what tells whether a step with micro-batches of a size fits on the GPU; random numbers are untouched."""
 
@@ -180,7 +116,7 @@ def _gpu_trial(config: RunConfig, variant: Variant, device: torch.device) -> Cal
         crop = config.data.crop_size
         try:
             with torch.random.fork_rng([device]):
-                net = _throwaway_network(config, variant)
+                net = throwaway_network(config, variant)
                 scales, channels_last = config.multi_scale.scales, config.speed.channels_last
                 model = place_model(MultiScale(net, scales), device, channels_last=channels_last)
                 precision = Precision(config.precision.dtype, device)
@@ -191,7 +127,7 @@ def _gpu_trial(config: RunConfig, variant: Variant, device: torch.device) -> Cal
                 precision.backward(torch.stack([logits.float().square().mean() for logits in outputs.values()]).sum())
                 del ballast
             free, total = torch.cuda.mem_get_info(device)
-            return free >= _GPU_SPARE * total
+            return free >= GPU_SPARE * total
         finally:
             net = model = outputs = None  # type: ignore[assignment]
             torch.cuda.empty_cache()

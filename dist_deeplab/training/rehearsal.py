@@ -6,10 +6,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from dist_deeplab.config import RunConfig
-from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.model.weights import Variant
+from dist_deeplab.runtime.checkpoint import load_checkpoint
+from dist_deeplab.runtime.distributed import DistEnv, ranks_on_host
 from dist_deeplab.runtime.journal import read_records
 from dist_deeplab.runtime.logs import format_duration
+from dist_deeplab.training.footprint import Footprint, count_footprint, gib, images_that_fit
+from dist_deeplab.training.memory import CPU_SHARE, GPU_SPARE, free_memory_bytes
 
 STEPS = 6
 _SETTLE = 2  # of them, in which libraries load and choose algorithms
@@ -27,7 +34,7 @@ def rehearse(config: RunConfig, env: DistEnv, run: Callable[[RunConfig, DistEnv]
         short = _shortened(config, Path(folder))
         exit_code = run(short, env)
         if exit_code == 0:
-            env.on_main(_tell, config, short)
+            env.on_main(_tell, config, short, env)
     return exit_code
 
 
@@ -44,21 +51,54 @@ def _shortened(config: RunConfig, folder: Path) -> RunConfig:
     )
 
 
-def _tell(config: RunConfig, short: RunConfig) -> None:
+def _tell(config: RunConfig, short: RunConfig, env: DistEnv) -> None:
     points = [record for record, _ in read_records(short.run_dir / "metrics.jsonl")]
 
     def of(key: str) -> list[float]:
         return [point["value"] for point in points if point.get("key") == key and point["step"] > _SETTLE]
 
-    log.info("%s", forecast(config, of("time/step_s"), of("time/data_s"), of("memory/peak_gib")))
+    saved = load_checkpoint(short.run_dir / "checkpoints" / f"step_{STEPS:08d}.pt")
+    footprint = count_footprint(config, Variant.from_plain(saved["variant"]))
+    peak = max(of("memory/peak_gib")) * 2**30
+    log.info("%s", forecast(config, of("time/step_s"), of("time/data_s")))
+    largest = BatchSplit(config.batch.global_size, saved["micro_size"], env.world_size).largest
+    log.info("%s", memory_report(config, footprint, peak, micro_size=largest, device=env.device))
 
 
-def forecast(config: RunConfig, step_s: Sequence[float], data_s: Sequence[float], memory_gib: Sequence[float]) -> str:
-    """Return a sentence on the whole run, from seconds a step, seconds of it spent waiting for data, and peak GiB."""
+def forecast(config: RunConfig, step_s: Sequence[float], data_s: Sequence[float]) -> str:
+    """Return a sentence on the whole run, from seconds a step and seconds of it spent waiting for data."""
     seconds = statistics.median(step_s)
     return (
         f"dry run: {config.batch.global_size / seconds:.3g} images/s, {seconds:.3g} s a step, "
-        f"{100 * sum(data_s) / sum(step_s):.0f}% of it waiting for data; peak memory of the main rank "
-        f"{max(memory_gib):.2f} GiB; {config.max_steps} steps would take {format_duration(config.max_steps * seconds)} "
-        "and the evaluations on top; nothing was kept"
+        f"{100 * sum(data_s) / sum(step_s):.0f}% of it waiting for data; {config.max_steps} steps would take "
+        f"{format_duration(config.max_steps * seconds)} and the evaluations on top; nothing was kept"
+    )
+
+
+def memory_report(
+    config: RunConfig, footprint: Footprint, peak: float, *, micro_size: int, device: torch.device
+) -> str:
+    """Return sentences on the peak memory in bytes: measured, of each image, and how many images would fit.
+
+    On a GPU all of it is the step's, so an image's is measured. On a CPU it is that of the whole process, Python and
+    libraries included, so an image's is counted.
+    """
+    images = "1 image" if micro_size == 1 else f"{micro_size} images"
+    what = f"micro-batches of {images} of {config.data.crop_size} in {config.precision.dtype}"
+    if device.type == "cuda":
+        each = max(1.0, (peak - footprint.fixed_bytes) / micro_size)
+        total = torch.cuda.mem_get_info(device)[1]
+        fit = images_that_fit((1 - GPU_SPARE) * total, footprint.fixed_bytes, each)
+        return (
+            f"peak memory of the main rank's GPU, measured with {what}: {gib(peak)} GiB = {gib(footprint.fixed_bytes)} "
+            f"GiB fixed + {gib(each)} GiB an image ({gib(footprint.image_bytes)} counted); of its {gib(total)} GiB, "
+            f"batch.micro_size of up to {fit} would take {100 * (1 - GPU_SPARE):.0f}%"
+        )
+    allowed = CPU_SHARE * free_memory_bytes() / ranks_on_host()
+    fit = images_that_fit(allowed, 0, footprint.image_bytes)
+    step = footprint.fixed_bytes + micro_size * footprint.image_bytes
+    return (
+        f"peak memory of the main rank, measured with {what}: {gib(peak)} GiB, Python and libraries included; counted "
+        f"of it: {gib(step)} GiB = {gib(footprint.fixed_bytes)} GiB fixed + {gib(footprint.image_bytes)} GiB an image; "
+        f"batch.micro_size of up to {fit} would take half of the memory that is free"
     )

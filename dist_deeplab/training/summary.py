@@ -16,7 +16,7 @@ from dist_deeplab.model.weights import SCRATCH, Variant
 from dist_deeplab.runtime.distributed import DistEnv, gather_to_all
 from dist_deeplab.runtime.logs import format_duration
 from dist_deeplab.runtime.provenance import git_revision, host_name, library_versions, redact, summarize
-from dist_deeplab.training.memory import describe_activations
+from dist_deeplab.training.footprint import count_footprint
 from dist_deeplab.training.optim import describe_groups
 from dist_deeplab.training.state import TrainState
 
@@ -52,7 +52,7 @@ def describe(
     validated = f", validated on {val_set.num_samples}" if val_set else "; no data.val, so there will be no score"
     log.info("data %s: %d samples%s", train_set.path, train_set.num_samples, validated)
     log.info("%s", split)
-    log.info("%s", describe_activations(config, split, variant))
+    log.info("%s", count_footprint(config, variant).describe(split.largest, config.data.crop_size))
     recipe = RunConfig()
     if split.global_size != recipe.batch.global_size:
         suggestion = recipe.optim.lr * split.global_size / recipe.batch.global_size

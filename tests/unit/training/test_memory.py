@@ -1,4 +1,4 @@
-"""A step's memory is counted as torch keeps it; the largest micro-batch is found; running out of it is explained."""
+"""The largest micro-batch is found; running out of memory is explained."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,14 +9,11 @@ import torch
 from dist_deeplab.config import RunConfig, load_config
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.model.batch_norm import norm_factory
-from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.training import memory
+from dist_deeplab.training.footprint import count_footprint
 from dist_deeplab.training.memory import (
-    activation_bytes,
-    describe_activations,
     explained_out_of_memory,
     free_memory_bytes,
     largest_fitting,
@@ -29,52 +26,6 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.
 
 def _config(*overrides: str) -> RunConfig:
     return load_config(None, [*SMALL, *overrides])
-
-
-def _kept_by_a_real_forward_pass(dtype: torch.dtype) -> int:
-    net = DeepLabV2("resnet_tiny", 5, norm=norm_factory("local")).to(dtype)
-    storages: dict[int, int] = {}
-    weights = {parameter.untyped_storage().data_ptr() for parameter in net.state_dict().values()}
-    alive = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        alive.append(tensor)
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = net(torch.randn(1, 3, 65, 65, dtype=dtype))
-    assert output.requires_grad
-    return sum(size for address, size in storages.items() if address not in weights)
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_activations_are_what_torch_keeps_for_the_backward_pass(precision: str, dtype: torch.dtype) -> None:
-    counted = activation_bytes(_config(f"precision.dtype={precision}"), SCRATCH)
-    assert list(counted) == ["scale_1"]
-    assert counted["scale_1"] == pytest.approx(_kept_by_a_real_forward_pass(dtype), rel=0.02)
-
-
-def test_each_scale_has_its_own_and_recomputing_or_training_the_head_alone_takes_less() -> None:
-    whole = activation_bytes(_config("multi_scale.scales=[1.0,0.5]"), SCRATCH)
-    assert list(whole) == ["scale_1", "scale_0.5"]
-    assert whole["scale_0.5"] == pytest.approx(whole["scale_1"] * (33 / 65) ** 2, rel=0.25)
-    assert activation_bytes(_config("speed.recompute=true"), SCRATCH)["scale_1"] < 0.6 * whole["scale_1"]
-    assert activation_bytes(_config("model.train_only=head"), SCRATCH)["scale_1"] < 0.1 * whole["scale_1"]
-
-
-def test_counting_computes_nothing_and_draws_no_random_numbers() -> None:
-    state = torch.get_rng_state()
-    count = activation_bytes(load_config(None), SCRATCH)["scale_1"]  # ResNet-101
-    assert 0.5e9 < count < 1e9
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_the_sentence_names_each_scale_and_the_sum() -> None:
-    config = _config("multi_scale.scales=[1.0,0.5]")
-    text = describe_activations(config, BatchSplit(8, 4, 1), SCRATCH)
-    gib = [4 * count / 2**30 for count in activation_bytes(config, SCRATCH).values()]
-    assert f"4 images of 65, kept for backward: scale_1 {gib[0]:.2f} GiB, scale_0.5 {gib[1]:.2f} GiB = " in text
 
 
 # --- batch.micro_size: auto -------------------------------------------------------------------------------------------
@@ -103,7 +54,7 @@ def test_on_a_cpu_activations_take_at_most_half_of_the_free_memory(
     images: float, expected: int, monkeypatch: Any
 ) -> None:
     config = _config("batch.micro_size=auto", "batch.global_size=12", "multi_scale.scales=[1.0,0.5]")
-    each = sum(activation_bytes(config, SCRATCH).values())
+    each = count_footprint(config, SCRATCH).image_bytes
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2 * 3 * images * each)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     split = settle_micro_size(config, DistEnv(), BatchSplit(12, 12, 1), SCRATCH, None)

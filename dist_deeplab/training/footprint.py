@@ -1,0 +1,144 @@
+"""What a step's memory is made of: a fixed part, and a part of each image; counted, without computing anything."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dist_deeplab.config import RunConfig
+from dist_deeplab.model.batch_norm import norm_factory
+from dist_deeplab.model.deeplabv2 import DeepLabV2, output_name, scaled_length
+from dist_deeplab.model.resnet import Bottleneck
+from dist_deeplab.model.weights import Variant
+
+LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a rank's step needs, but for what exists for a moment only.
+
+    fixed: {what: bytes}, however many images a micro-batch has. images: {output name: bytes that are kept for the
+    backward pass of one image at that scale}.
+    """
+
+    fixed: dict[str, int]
+    images: dict[str, int]
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the fixed part."""
+        return sum(self.fixed.values())
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one more image in a micro-batch."""
+        return sum(self.images.values())
+
+    def describe(self, micro_size: int, crop_size: int) -> str:
+        """Return a sentence on a micro-batch of `micro_size` images."""
+        scales = ", ".join(f"{name} {gib(count)}" for name, count in self.images.items())
+        parts = f" ({scales})" if len(self.images) > 1 else ""
+        count = "1 image" if micro_size == 1 else f"{micro_size} images"
+        what = ", ".join(f"{name} {gib(number)}" for name, number in self.fixed.items() if number)
+        total = self.fixed_bytes + micro_size * self.image_bytes
+        return (
+            f"memory of a rank, counted: {gib(self.fixed_bytes)} GiB fixed ({what}) + {gib(self.image_bytes)} GiB for "
+            f"each image of {crop_size} kept for backward{parts}; with micro-batches of {count} {gib(total)} GiB"
+        )
+
+
+def count_footprint(config: RunConfig, variant: Variant) -> Footprint:
+    """Return the footprint of a run's step; nothing is computed, and no random numbers are drawn."""
+    with torch.device("meta"):
+        net = throwaway_network(config, variant)
+    parameters, trained = _bytes(net.parameters()), _bytes(p for p in net.parameters() if p.requires_grad)
+    lower = LOWER.get(config.precision.dtype)
+    copies = _bytes(m.weight for m in net.modules() if isinstance(m, nn.Conv2d)) * (lower.itemsize if lower else 0) // 4
+    fixed = {
+        "weights": parameters,
+        "gradients": trained,
+        "momentum": trained if config.optim.momentum else 0,
+        "statistics": 2 * _bytes(net.buffers()),  # and the copy that a skipped step takes back
+        f"{config.precision.dtype} weights": copies,  # made by autocast, kept until backward is through with them
+    }
+    return Footprint(fixed, activation_bytes(config, variant))
+
+
+def activation_bytes(config: RunConfig, variant: Variant) -> dict[str, int]:
+    """Return {output name: bytes kept for the backward pass of one image at that scale}.
+
+    Counted on tensors without data: nothing is computed. Weights, their gradients and momentum come on top, and what
+    exists for a moment only.
+    """
+    with torch.device("meta"):
+        net = throwaway_network(config, variant).to(LOWER.get(config.precision.dtype, torch.float32))
+    result = {}
+    for scale in sorted(config.multi_scale.scales or (1.0,), reverse=True):
+        length = scaled_length(config.data.crop_size, scale)
+        image = torch.empty(1, 3, length, length, device="meta", dtype=next(net.parameters()).dtype)
+        result[output_name(scale)] = _saved_bytes(net, image)
+    return result
+
+
+def throwaway_network(config: RunConfig, variant: Variant) -> DeepLabV2:
+    """Return a network of the run's size whose batch norm talks to nobody."""
+    stands_still = config.model.train_only == "head" or config.model.batch_norm == "frozen"
+    net = DeepLabV2(
+        config.model.backbone,
+        config.data.num_classes,
+        norm=norm_factory("frozen" if stands_still else "local"),
+        recompute=config.speed.recompute,
+        **variant.geometry,
+    )
+    net.backbone.requires_grad_(config.model.train_only == "all")
+    return net.train()
+
+
+def _saved_bytes(net: DeepLabV2, image: torch.Tensor) -> int:
+    """Return the bytes that autograd keeps after a forward pass, each storage once, without the weights.
+
+    With recomputation these are the inputs of the bottlenecks, and all of the largest one, which lives in its turn.
+    """
+    if not net.backbone.recompute:
+        return _kept_by(net, image)
+    inputs: list[tuple[nn.Module, torch.Tensor]] = []
+    blocks = (module for module in net.modules() if isinstance(module, Bottleneck))
+    hooks = [block.register_forward_pre_hook(lambda block, args: inputs.append((block, args[0]))) for block in blocks]
+    kept = _kept_by(net, image)
+    for hook in hooks:
+        hook.remove()
+    own = (_kept_by(block, x.detach().requires_grad_()) - x.untyped_storage().nbytes() for block, x in inputs)
+    return kept + max(own)
+
+
+def _kept_by(module: nn.Module, x: torch.Tensor) -> int:
+    """Return the bytes of the storages, other than the module's own, that autograd keeps of `module(x)`."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that no other gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
+        output = module(x)
+    own = {tensor.untyped_storage()._cdata for tensor in module.state_dict().values()}
+    del output
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+
+
+def gib(num_bytes: float) -> str:
+    """Return a number of GiB with three digits."""
+    return f"{num_bytes / 2**30:.3g}"
+
+
+def images_that_fit(memory: float, fixed: float, image: float) -> int:
+    """Return how many images' micro-batch fits into so many bytes, where `fixed` bytes are needed for none."""
+    return max(0, math.floor((memory - fixed) / image))
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
