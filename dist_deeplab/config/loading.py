@@ -33,7 +33,7 @@ _FREE_TO_CHANGE = (
         "model.restore_last",
     ),
     *("model.sync_bn", "batch.micro_size", "eval.", "crf.", "checkpoint.", "distributed.", "tracking."),
-    *("speed.channels_last", "speed.cudnn_benchmark", "speed.compile", "speed.recompute"),
+    *("speed.channels_last", "speed.cudnn_benchmark", "speed.compile", "speed.recompute", "speed.static_graph"),
     *("deterministic", "optim.implementation", "precision.max_nonfinite_steps"),
 )
 _YAML_END = "...\n"  # what PyYAML closes a bare scalar with

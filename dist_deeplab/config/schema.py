@@ -159,6 +159,8 @@ class SpeedConfig(Section):
     """Recompute activations in the backward pass: a third more arithmetic for a fraction of the memory."""
     compress_gradients: bool = False
     """All-reduce gradients in bf16: half the traffic between nodes, rounded gradients."""
+    static_graph: bool = False
+    """Promise DDP that the network never changes: the same gradients; no faster on two CPU ranks."""
 
     @model_validator(mode="after")
     def _compile_or_recompute(self) -> "SpeedConfig":

@@ -23,6 +23,7 @@ def prepare_model(
     channels_last: bool = True,
     compile: bool = False,
     compress_gradients: bool = False,
+    static_graph: bool = False,
 ) -> nn.Module:
     """Return `model` on the rank's device, wrapped for DDP where there are other ranks.
 
@@ -34,6 +35,8 @@ def prepare_model(
         channels_last: memory format of the weights, which the activations follow.
         compile: compile the network on its first step.
         compress_gradients: all-reduce the gradients in bf16.
+        static_graph: promise DDP that every step uses the same parameters equally often. Its first backward then
+            reduces all at the end and must not be inside `gradient_sync(enabled=False)`: the step's rehearsal is it.
 
     Raises:
         TrainingError: the ranks' weights differ.
@@ -50,7 +53,9 @@ def prepare_model(
     # Buffers (batch-norm statistics) are equal by construction or, with batch_norm=local, meant to differ.
     new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch >= 2.13
     options: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
-    wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
+    wrapped = DistributedDataParallel(
+        model, device_ids=devices, gradient_as_bucket_view=True, static_graph=static_graph, **options
+    )
     if compress_gradients:
         wrapped.register_comm_hook(None, _all_reduce_in_bf16)
     return wrapped

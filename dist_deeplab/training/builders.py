@@ -161,6 +161,7 @@ def build_model(config: RunConfig, env: DistEnv, net: DeepLabV2) -> nn.Module:
         channels_last=speed.channels_last,
         compile=speed.compile,
         compress_gradients=speed.compress_gradients,
+        static_graph=speed.static_graph,
     )
 
 

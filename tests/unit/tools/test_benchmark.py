@@ -1,5 +1,6 @@
 """The harness measures what it says, and every sub-command runs on a CPU and writes all that its table shows."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from benchmarks.batch_norm import layer_shapes
+from benchmarks.competitors import Variant, expand, variants
 from benchmarks.harness import Row, Timing, interleave, ratio_column
 
 from dist_deeplab.data.shards import Manifest
+from dist_deeplab.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -53,17 +56,41 @@ def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_step_measures_both_baselines_and_ours(tmp_path: Path) -> None:
     file = tmp_path / "step.json"
     sizes = ("--crop", 33, "--images", 2, "--accumulation", 2, "--rounds", 2)
-    done = run_benchmark("step", *sizes, "--ours", "fp32", "fp32+recompute", "--json", file)
+    done = run_benchmark("step", *sizes, "--ours", "fp32", "fp32+nchw+forloop+recompute", "--json", file)
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
     rows = {row["what"]: row for row in found["rows"]}
-    assert list(rows) == ["eager", "amp", "ours_fp32", "ours_fp32+recompute"]
+    assert list(rows) == ["eager", "amp", "ours_fp32", "ours_fp32+nchw+forloop+recompute"]
     assert all(row["images_per_s"] > 0 and row["of_peak"] > 0 for row in rows.values())
     assert rows["ours_fp32"]["backward_ms"] > 0
     assert rows["ours_fp32"]["x_eager"] == pytest.approx(
         rows["ours_fp32"]["images_per_s"] / rows["eager"]["images_per_s"]
     )
     assert found["machine"]["torch"] and "benchmark.py step --crop 33" in found["machine"]["command"]
+
+
+def test_each_choice_is_a_row_together_with_the_others_and_by_itself() -> None:
+    each = {one.name for one in expand(["each"], on_gpu=True, ranks=1)}
+    assert {"ours_bf16", "ours_bf16+nchw", "ours_bf16+nobench", "ours_bf16+noupload", "ours_bf16+forloop"} <= each
+    assert {"ours_bf16+compile", "ours_bf16+recompute", "ours_fp32", "ours_fp16"} <= each
+    alone = {one.name for one in expand(["alone"], on_gpu=True, ranks=1)}
+    assert {"ours_fp32+nchw+nobench+forloop+noupload", "ours_fp32+nobench+forloop+noupload"} <= alone  # channels-last
+    assert "ours_bf16+nchw+nobench+forloop+noupload" in alone
+    on_ranks = {one.name for one in expand(["each", Variant("fp32")], on_gpu=False, ranks=2)}
+    assert {"ours_fp32", "ours_fp32+compress", "ours_fp32+static"} <= on_ranks
+    assert not any("nobench" in name or "bf16" in name for name in on_ranks)
+
+
+@pytest.mark.parametrize(("option", "where"), [("noupload", "a GPU"), ("static", "several ranks")])
+def test_an_option_that_does_nothing_here_is_refused(option: str, where: str) -> None:
+    with pytest.raises(UserError, match=f"{option} does nothing here; it needs {where}"):
+        expand([Variant("fp32", (option,))], on_gpu=False, ranks=1)
+
+
+@pytest.mark.parametrize("text", ["fp8", "bf16+fast", "fp32+compile+recompute", "fp32+foreach+forloop"])
+def test_a_variant_that_does_not_exist_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        variants(text)
 
 
 def test_a_share_that_does_not_divide_is_refused() -> None:

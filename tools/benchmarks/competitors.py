@@ -1,0 +1,218 @@
+"""The competitors of `step`: the two loops that others write, and ours with choices put on, left out or taken back."""
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Optimizer
+
+from dist_deeplab.config import OptimConfig
+from dist_deeplab.data.batch import Batch
+from dist_deeplab.errors import UserError
+from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
+from dist_deeplab.model.preprocessing import CAFFE
+from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.runtime.parallel import prepare_model
+from dist_deeplab.training.optim import build_optimizer
+from dist_deeplab.training.precision import Precision
+from dist_deeplab.training.step import TrainStep
+
+IGNORE_LABEL = 255
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+OPTIONS = {
+    "nchw": "contiguous memory instead of channels-last (speed.channels_last=false)",
+    "nobench": "cuDNN's default algorithms (speed.cudnn_benchmark=false)",
+    "foreach": "SGD by lists of tensors instead of fused",
+    "forloop": "SGD tensor by tensor instead of fused",
+    "noupload": "uploads on the compute stream",
+    "recompute": "speed.recompute=true",
+    "compile": "speed.compile=true",
+    "compress": "speed.compress_gradients=true; on several ranks",
+    "static": "speed.static_graph=true; on several ranks",
+}
+_ON_GPUS, _ON_RANKS = ("nobench", "noupload"), ("compress", "static")
+_TAKEN_BACK = ("nchw", "nobench", "forloop", "noupload")  # what is a choice of ours by default
+_EXCLUDE = ({"foreach", "forloop"}, {"recompute", "compile"})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run our step: a `precision.dtype`, and OPTIONS."""
+
+    dtype: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return "+".join((f"ours_{self.dtype}", *self.options))
+
+
+def variants(text: str) -> str | Variant:
+    """Read `bf16+compile+recompute`, or `each` or `alone` (see `expand`)."""
+    if text in ("each", "alone"):
+        return text
+    dtype, *options = text.split("+")
+    if dtype not in PRECISIONS or not set(options) <= set(OPTIONS) or any(both <= set(options) for both in _EXCLUDE):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither each, alone, nor one of {', '.join(PRECISIONS)} with some of {', '.join(OPTIONS)} "
+            "added that go together, e.g. bf16+nchw+recompute"
+        )
+    return Variant(dtype, tuple(options))
+
+
+def expand(wanted: list[str | Variant], *, on_gpu: bool, ranks: int) -> list[Variant]:
+    """Return the variants, `each` and `alone` replaced by what they stand for here, each variant once.
+
+    each: ours, with one choice taken back or one option put on at a time: what each gives together with all others.
+    alone: plain, with all choices taken back, and plain with one of them at a time: what each gives by itself.
+
+    Raises:
+        UserError: an option that does nothing here.
+    """
+    dtype = "bf16" if on_gpu else "fp32"
+    here = [o for o in OPTIONS if (on_gpu or o not in _ON_GPUS) and (ranks > 1 or o not in _ON_RANKS)]
+    plain = [option for option in _TAKEN_BACK if option in here]
+    each = [Variant(dtype), *(Variant(dtype, (option,)) for option in here)]
+    alone = [Variant("fp32", tuple(plain))]
+    alone += [Variant("fp32", tuple(other for other in plain if other != option)) for option in plain]
+    alone += [Variant("fp32", (*plain, option)) for option in here if option in ("recompute", "compile", *_ON_RANKS)]
+    if on_gpu:
+        each += [Variant(other) for other in PRECISIONS if other != dtype]
+        alone += [Variant(other, tuple(plain)) for other in PRECISIONS if other != "fp32"]
+    found: list[Variant] = []
+    for item in wanted:
+        found += each if item == "each" else alone if item == "alone" else [item] if isinstance(item, Variant) else []
+    for variant in found:
+        useless = [option for option in variant.options if option not in here]
+        if useless:
+            where = "a GPU" if useless[0] in _ON_GPUS else "several ranks: torchrun ... tools/benchmark.py step"
+            raise UserError(f"{variant.name[5:]}: {useless[0]} does nothing here; it needs {where}")
+    return list(dict.fromkeys(found))
+
+
+@contextlib.contextmanager
+def flags(*, benchmark: bool, tf32_matmul: bool, tf32_conv: bool) -> Iterator[None]:
+    """Set torch's global switches for one competitor, and put them back."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, matmul.allow_tf32, cudnn.allow_tf32
+    cudnn.benchmark, matmul.allow_tf32, cudnn.allow_tf32 = benchmark, tf32_matmul, tf32_conv
+    try:
+        yield
+    finally:
+        cudnn.benchmark, matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def with_peers_defaults() -> contextlib.AbstractContextManager[None]:
+    """torch's defaults (convolutions in tf32 where a GPU has it), and cuDNN's benchmark, which peers switch on."""
+    return flags(benchmark=True, tf32_matmul=False, tf32_conv=True)
+
+
+def plain_ddp(model: nn.Module, env: DistEnv) -> nn.Module:
+    """Return the model as peers wrap it, where there are other ranks."""
+    return DistributedDataParallel(model) if env.world_size > 1 else model
+
+
+class Fp32Eager:
+    """The loop of most DeepLab repositories."""
+
+    def __init__(self, net: DeepLabV2, batches: list[Batch], env: DistEnv) -> None:
+        self.net, self.device = plain_ddp(net.to(env.device).train(), env), env.device
+        self.optimizer = unfused(build_optimizer(net, OptimConfig()), foreach=None)
+        mean = torch.tensor(CAFFE.mean).view(1, 3, 1, 1)
+        self.batches = [((b.image.flip(1).float() - mean).contiguous(), b.label) for b in batches]
+
+    def __call__(self) -> float:
+        with with_peers_defaults():
+            self.optimizer.zero_grad()
+            total = 0.0
+            for image, label in self.batches:
+                logits = self.net(image.to(self.device))
+                resized = [
+                    Image.fromarray(one.numpy()).resize(logits.shape[:1:-1], Image.Resampling.NEAREST) for one in label
+                ]
+                target = torch.from_numpy(np.stack([np.asarray(one) for one in resized])).long().to(self.device)
+                loss = F.cross_entropy(logits, target, ignore_index=IGNORE_LABEL) / len(self.batches)
+                loss.backward()
+                total += loss.item()
+            self.optimizer.step()
+            return total
+
+
+class AmpChannelsLast:
+    """The mixed-precision loop of torchvision's segmentation reference, in bf16 and channels-last memory."""
+
+    def __init__(self, net: DeepLabV2, batches: list[Batch], env: DistEnv) -> None:
+        net = net.to(env.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.net, self.device = plain_ddp(net, env), env.device
+        self.optimizer = unfused(build_optimizer(net, OptimConfig()), foreach=None)
+        mean = torch.tensor(CAFFE.mean).view(1, 3, 1, 1)
+        self.batches = [(b.image.flip(1).float() - mean, b.label.long()) for b in batches]
+
+    def __call__(self) -> float:
+        with with_peers_defaults():
+            self.optimizer.zero_grad()
+            total = 0.0
+            for image, label in self.batches:
+                image, label = image.to(self.device, memory_format=torch.channels_last), label.to(self.device)
+                with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                    logits = F.interpolate(self.net(image), size=label.shape[1:], mode="bilinear", align_corners=False)
+                    loss = F.cross_entropy(logits, label, ignore_index=IGNORE_LABEL) / len(self.batches)
+                loss.backward()
+                total += loss.item()
+            self.optimizer.step()
+            return total
+
+
+class Ours:
+    """This project's step, as training runs it but for what the variant changes."""
+
+    def __init__(self, net: DeepLabV2, batches: list[Batch], env: DistEnv, variant: Variant) -> None:
+        options = set(variant.options)
+        net.backbone.recompute = "recompute" in options
+        model = prepare_model(
+            MultiScale(net),
+            env,
+            channels_last="nchw" not in options,
+            compile="compile" in options,
+            compress_gradients="compress" in options,
+            static_graph="static" in options,
+        )
+        self.model, self.compiled = model.train(), "compile" in options
+        lower = variant.dtype != "fp32"
+        self.flags = {"benchmark": "nobench" not in options, "tf32_matmul": lower, "tf32_conv": lower}
+        self.precision = Precision(variant.dtype, env.device)
+        optimizer = build_optimizer(net, OptimConfig())
+        if options & {"foreach", "forloop"}:
+            optimizer = unfused(optimizer, foreach="foreach" in options)
+        self.step = TrainStep(self.model, optimizer, self.precision, CAFFE, IGNORE_LABEL)
+        if "noupload" in options:
+            self.step.upload = lambda *tensors: [t.to(env.device, non_blocking=True) for t in tensors]  # type: ignore[assignment]
+        self.batches = batches
+        if env.world_size > 1:  # as training does; static_graph relies on it
+            micro_size, *_, crop_size = batches[0].label.shape
+            self.step.rehearse(micro_size=micro_size, crop_size=crop_size)
+
+    def __call__(self) -> object:
+        with flags(**self.flags):
+            return self.step(self.batches)
+
+
+def unfused(optimizer: Optimizer, *, foreach: bool | None) -> Optimizer:
+    """Return the same SGD in torch's other implementations; None: the one torch would choose."""
+    keys = ("params", "lr", "weight_decay", "momentum")
+    return SGD([{key: group[key] for key in keys} | _named(group) for group in optimizer.param_groups], foreach=foreach)
+
+
+def _named(group: dict[str, object]) -> dict[str, object]:
+    return {"name": group["name"], "lr_mult": group["lr_mult"]}
+
+
+Competitor = Callable[[], object]
