@@ -105,7 +105,7 @@ def competitors(manifest: Manifest, files: list[tuple[str, str]], crop: int) -> 
     }
 
 
-class Folder(Dataset):  # type: ignore[type-arg]
+class Folder(Dataset):
     """Pairs of files; what becomes of a pair is `load`."""
 
     def __init__(self, files: list[tuple[str, str]], load: Callable[[str, str, int], object], crop: int) -> None:
@@ -118,7 +118,7 @@ class Folder(Dataset):  # type: ignore[type-arg]
         return self.load(*self.files[index % len(self.files)], self.crop)
 
 
-class Pipeline(IterableDataset):  # type: ignore[type-arg]
+class Pipeline(IterableDataset):
     """A plain webdataset pipeline that never ends."""
 
     def __init__(self, shards: list[str], load: Callable[[dict[str, bytes]], object]) -> None:
@@ -145,7 +145,9 @@ def usual_transform(image: Image.Image, label: Image.Image, crop: int) -> tuple[
 
 def opencv_sample(image: str, label: str, crop: int) -> object:
     """Return a sample as kazuto1011's loader makes it."""
-    pixels = cv2.imread(image, cv2.IMREAD_COLOR).astype(np.float32)
+    decoded = cv2.imread(image, cv2.IMREAD_COLOR)
+    assert decoded is not None, image
+    pixels = decoded.astype(np.float32)
     classes = np.asarray(Image.open(label), dtype=np.int32)
     scale = random.uniform(*SCALES)
     size = int(pixels.shape[1] * scale), int(pixels.shape[0] * scale)
@@ -171,7 +173,7 @@ def finish(pixels: np.ndarray, classes: np.ndarray, crop: int) -> tuple[torch.Te
     )
 
 
-def batched(dataset: object) -> Callable[[list], object]:  # type: ignore[type-arg]
+def batched(dataset: object) -> Callable[[list], object]:
     """Return how samples of a data set become a batch."""
     return lambda samples: collate(samples) if hasattr(samples[0], "image") else default_collate(samples)
 

@@ -196,7 +196,7 @@ def _spans(ours: Ours, synchronize: Callable[[], None], repeats: int) -> dict[st
     backward, update, forward = ours.precision.backward, ours.precision.step, ours.model.forward
     ours.precision.backward = spans.around("backward", backward)  # type: ignore[method-assign, assignment]
     ours.precision.step = spans.around("update", update)  # type: ignore[method-assign, assignment]
-    ours.model.forward = spans.around("forward", forward)  # type: ignore[method-assign]
+    ours.model.forward = spans.around("forward", forward)
     whole = interleave({"step": ours}, rounds=repeats, warmup=0, synchronize=synchronize)["step"]
     ours.precision.backward, ours.precision.step, ours.model.forward = backward, update, forward  # type: ignore[method-assign]
     parts = {name: sum(times) / repeats for name, times in spans.milliseconds.items()}
