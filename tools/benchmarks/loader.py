@@ -147,7 +147,7 @@ def opencv_sample(image: str, label: str, crop: int) -> object:
     """Return a sample as kazuto1011's loader makes it."""
     decoded = cv2.imread(image, cv2.IMREAD_COLOR)
     assert decoded is not None, image
-    pixels = decoded.astype(np.float32)
+    pixels: np.ndarray = decoded.astype(np.float32)
     classes = np.asarray(Image.open(label), dtype=np.int32)
     scale = random.uniform(*SCALES)
     size = int(pixels.shape[1] * scale), int(pixels.shape[0] * scale)
