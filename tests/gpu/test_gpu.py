@@ -18,7 +18,7 @@ from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.parallel import prepare_model
 from dist_deeplab.runtime.upload import Uploader
-from dist_deeplab.training.optim import build_optimizer
+from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import StepResult, TrainStep
 
@@ -114,8 +114,13 @@ def test_a_step_never_waits_for_the_device(norm: str, clip_norm: float) -> None:
     step(batches)  # libraries load and choose algorithms in the first step
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
+    num_skipped = torch.zeros((), dtype=torch.int64, device="cuda")  # as the loop of train.py keeps it
+    results = []
     try:
-        results = [step(batches) for _ in range(2)]
+        for done in range(1, 3):
+            set_lr(step.optimizer, poly_lr(done - num_skipped, OptimConfig(), max_steps=10))
+            results.append(step(batches))
+            num_skipped = num_skipped + results[-1].skipped.long()
         with pytest.raises(RuntimeError, match="synchroniz"):
             results[0].losses["fused"].item()  # the mode is on
     finally:
@@ -210,3 +215,9 @@ def test_uploads_read_what_was_given_though_they_run_beside_the_compute() -> Non
         sums.append(copy.sum() + 0 * busy.sum())
         del copy
     assert [float(total) for total in sums] == [number * 512.0 * 512 for number in range(50)]
+
+
+def test_what_is_not_in_pinned_memory_arrives_too_though_it_is_freed_at_once() -> None:
+    upload = Uploader(torch.device("cuda"))
+    copies = [upload(torch.full((300, 41, 41), number))[0] for number in range(50)]
+    assert [int(copy.float().mean()) for copy in copies] == list(range(50))
