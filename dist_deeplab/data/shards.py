@@ -8,6 +8,7 @@ any step. A manifest may also be a URL: index and shards then lie beside it, and
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -159,8 +160,12 @@ def _parse(path: Path, origin: dict[str, Any]) -> Manifest:
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
         names, pixels = tuple(values.pop("class_names")), tuple(values.pop("class_pixels"))
         manifest = Manifest(**values, class_names=names, class_pixels=pixels, shards=shards, path=path, **origin)
-    except (TypeError, KeyError) as error:
-        raise ShardError(f"the manifest {path} is incomplete ({error}); make the shards again") from None
+    except (TypeError, KeyError) as error:  # "... missing 1 required positional argument: 'index_sha256'"
+        what = re.findall(r"'\w+'", str(error)) or [str(error)]
+        raise ShardError(
+            f"the manifest {path} does not fit this version of dist_deeplab (see {', '.join(what)}); make the shards "
+            "again"
+        ) from None
     if not isinstance(manifest.num_samples, int) or not isinstance(manifest.num_classes, int):
         raise ShardError(f"the manifest {path} holds a count that is no number; make the shards again")
     if manifest.num_samples < 1:
