@@ -161,7 +161,7 @@ def test_a_shard_or_a_folder_given_as_manifest_is_named(shard_set: Manifest) -> 
 )
 def test_an_incomplete_manifest_says_what_is_missing(key: str, own_set: Path) -> None:
     change_manifest(own_set, **{key: ...})
-    with pytest.raises(ShardError, match=f"incomplete.*{key}"):
+    with pytest.raises(ShardError, match=f"does not fit this version of dist_deeplab .*{key}"):
         load_manifest(own_set)
 
 
