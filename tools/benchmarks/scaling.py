@@ -49,14 +49,15 @@ def run(arguments: argparse.Namespace) -> Report:
         raise UserError("--ranks and --check count from 1, --latency-us from 0, and --bandwidth-gbit is positive")
     network = Network(arguments.latency_us * 1e-6, arguments.bandwidth_gbit * 1e9 / 8)
     [batch] = draw_batches(arguments.images, 1, arguments.crop)
-    events = median_events(measure_runs(arguments.backbone, batch, NUM_CLASSES))
+    alone, events = (
+        median_events(measure_runs(arguments.backbone, batch, NUM_CLASSES, synchronised=how)) for how in (False, True)
+    )
+    alone_s = sum(event.compute_s for event in alone)
+    frozen_events = [event if event.kind == "gradient" else replace(event, kind="nothing") for event in alone]
     rows: list[Row] = []
     for ranks in arguments.ranks:
-        sync = simulate(events, 0.0, network, ranks)
-        frozen = simulate(
-            [e if e.kind == "gradient" else replace(e, kind="nothing") for e in events], 0.0, network, ranks
-        )
-        rows.append(simulated_row(ranks, sync, frozen, events_s=sum(e.compute_s for e in events)))
+        sync = simulate(events if ranks > 1 else alone, 0.0, network, ranks)
+        rows.append(simulated_row(ranks, sync, simulate(frozen_events, 0.0, network, ranks), alone_s=alone_s))
     rows += [check(arguments, ranks) for ranks in arguments.check]
     if arguments.check:
         columns = {column: None for row in rows for column in row}
@@ -68,22 +69,22 @@ def run(arguments: argparse.Namespace) -> Report:
         [
             f"simulated network: {arguments.latency_us:g} us and {arguments.bandwidth_gbit:g} Gbit/s from rank to rank",
             f"{num_collectives} collectives of batch norm a step, each waited for; gradients in buckets, overlapped",
+            "compute of several ranks has the arithmetic of synchronised batch norm, of one rank that of BatchNorm2d",
             "frozen: without batch norm's collectives (model.batch_norm=frozen or local)",
         ],
     )
 
 
-def simulated_row(ranks: int, sync: Step, frozen: Step, *, events_s: float) -> Row:
-    """Return the table's row of a simulated number of ranks."""
-    without = frozen.gradients_s + events_s
+def simulated_row(ranks: int, sync: Step, frozen: Step, *, alone_s: float) -> Row:
+    """Return the table's row of a simulated number of ranks; `alone_s`: a step's seconds on one, to compare with."""
     return {
         "what": f"{ranks} simulated",
-        "compute_ms": 1e3 * events_s,
+        "compute_ms": 1e3 * sync.compute_s,
         "batch_norm_ms": 1e3 * sync.batch_norm_s,
         "gradients_ms": 1e3 * sync.gradients_s,
         "step_ms": 1e3 * sync.seconds,
-        "efficiency": events_s / sync.seconds,
-        "frozen_efficiency": events_s / without,
+        "efficiency": alone_s / sync.seconds,
+        "frozen_efficiency": alone_s / frozen.seconds,
     }
 
 

@@ -52,7 +52,7 @@ def measure_network(ranks: int) -> Network:
 
 def main(env: DistEnv, out: str, backbone: str, crop: str, images: str) -> None:
     [batch] = draw_batches(int(images), 1, int(crop))
-    runs = measure_runs(backbone, batch, NUM_CLASSES, repeats=ROUNDS)  # all ranks compute at once
+    runs = measure_runs(backbone, batch, NUM_CLASSES, synchronised=True, repeats=ROUNDS)  # all ranks compute at once
     events = slowest_events(gather_to_all(runs))
     network = measure_network(env.world_size)
     simulated = simulate(events, 0.0, network, env.world_size)

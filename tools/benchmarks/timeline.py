@@ -1,17 +1,19 @@
 """When a network's forward and backward have something to communicate, measured on one rank without communication."""
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import nn
 
 from benchmarks.network import Event
 from dist_deeplab.data.loader import Batch
-from dist_deeplab.model.batch_norm import norm_factory
+from dist_deeplab.model import batch_norm
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.runtime.distributed import DistEnv
@@ -60,14 +62,48 @@ def slowest_events(runs_of_ranks: list[list[list[Event]]]) -> list[Event]:
     ]
 
 
-def measure_runs(backbone: str, batch: Batch, num_classes: int, *, repeats: int = 5) -> list[list[Event]]:
-    """Return, for each of `repeats` runs, the events of a micro-batch's forward and backward.
+class NoOthers:
+    """The part of `torch.distributed` that SyncBatchNorm uses, as if this rank were all there are."""
 
-    Batch norm is local here; where a synchronised one would communicate is marked. The last event is `nothing`.
+    @staticmethod
+    def get_world_size() -> int:
+        """Return 1."""
+        return 1
+
+    @staticmethod
+    def all_reduce(tensor: torch.Tensor) -> None:
+        """Leave the tensor as it is: nobody adds to it."""
+
+
+@contextlib.contextmanager
+def synchronised_with_nobody() -> Iterator[None]:
+    """Let SyncBatchNorm do the arithmetic of several ranks, which is more than BatchNorm2d's, without messages."""
+    with (
+        mock.patch.object(batch_norm, "is_alone", return_value=False),
+        mock.patch.object(batch_norm, "dist", NoOthers),
+        mock.patch.object(batch_norm, "_all_gather", lambda output, tensor: output.copy_(tensor.view_as(output))),
+    ):
+        yield
+
+
+def measure_runs(
+    backbone: str, batch: Batch, num_classes: int, *, synchronised: bool, repeats: int = 5
+) -> list[list[Event]]:
+    """Return, for each of `repeats` runs, the events of a micro-batch's forward and backward, without communication.
+
+    Where batch norm would communicate is marked; `synchronised`: it does the arithmetic that goes with that too. The
+    last event is `nothing`.
     """
+    with synchronised_with_nobody() if synchronised else contextlib.nullcontext():
+        return _measure_runs(backbone, batch, num_classes, norm="sync" if synchronised else "local", repeats=repeats)
+
+
+def _measure_runs(
+    backbone: str, batch: Batch, num_classes: int, *, norm: Literal["sync", "local"], repeats: int
+) -> list[list[Event]]:
     device = DistEnv().device
     torch.manual_seed(0)
-    net = DeepLabV2(backbone, num_classes, norm=norm_factory("local"))
+    net = DeepLabV2(backbone, num_classes, norm=batch_norm.norm_factory(norm))
     model = place_model(MultiScale(net), device).train()
     clock = Clock(device)
     for layer in net.modules():
