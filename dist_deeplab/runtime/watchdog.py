@@ -70,8 +70,8 @@ def watched(
         yield
     finally:
         watchdog.over.set()
-        faulthandler.cancel_dump_traceback_later()
         threads[1].join()
+        faulthandler.cancel_dump_traceback_later()  # only now: the thread sets it anew each time
         threads[0].join(2 * _TICK_S)  # it may wait for a store that is gone
 
 
