@@ -146,7 +146,8 @@ def build_network(config: RunConfig, split: BatchSplit, variant: Variant, weight
     )
     if weights:
         log.info("weights from %s", fit_weights(net, weights, restore_last=model.restore_last))
-    net.backbone.requires_grad_(model.train_only == "all")
+    if model.train_only == "head":
+        net.backbone.requires_grad_(False)
     return net
 
 

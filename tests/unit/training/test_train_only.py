@@ -37,6 +37,20 @@ def test_only_the_last_layers_learn_and_the_backbone_stands_still_with_its_stati
     assert all(parameter.grad is None for parameter in net.backbone.parameters())
 
 
+def test_frozen_batch_norm_learns_nothing_while_the_rest_does(
+    trained_state: dict[str, torch.Tensor], make_batch: Any
+) -> None:
+    config = load_config(None, [*ARGUMENTS, "model.train_only=all", "model.batch_norm=frozen"])
+    net = build_network(config, SPLIT, SCRATCH, Weights("x.pt", SCRATCH, trained_state)).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    optimizer = build_optimizer(net, config.optim)
+    assert [group["name"] for group in optimizer.param_groups] == ["backbone", "head_weight", "head_bias"]
+    step = TrainStep(MultiScale(net), optimizer, Precision("fp32", torch.device("cpu")), CAFFE, 255)
+    step([make_batch([0.1, 0.2]), make_batch([0.3, 0.0], seed=2)])
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if ".bn" not in name and ".downsample.1" not in name}
+
+
 def test_the_whole_network_learns_by_default(trained_state: dict[str, torch.Tensor]) -> None:
     config = load_config(None, [*ARGUMENTS, "model.train_only=all"])
     net = build_network(config, SPLIT, SCRATCH, Weights("x.pt", SCRATCH, trained_state))
