@@ -59,6 +59,18 @@ def is_alone() -> bool:
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
+def convolve_and_normalize(conv: nn.Conv2d, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return `norm(conv(x))`, float [B, C, H, W].
+
+    In training a frozen batch norm goes into the convolution's weights: so it makes no pass over the activations,
+    neither forward nor backward, and keeps none of them. Hooks of the two modules are not called then.
+    """
+    if not (isinstance(norm, FrozenBatchNorm) and norm.training):
+        return norm(conv(x))
+    scale, shift = norm.line()
+    return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), shift)
+
+
 class FrozenBatchNorm(nn.BatchNorm2d):
     """Normalises by stored statistics whatever `train()` says, and learns nothing: the paper's fine-tuning."""
 
@@ -70,6 +82,14 @@ class FrozenBatchNorm(nn.BatchNorm2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return float [B, C, H, W] normalised by the stored statistics."""
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    @torch.no_grad()
+    def line(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scale and shift [C] of what `forward` does to a channel: input * scale + shift."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        return scale, torch.addcmul(self.bias, self.running_mean, scale, value=-1)
 
 
 class LocalBatchNorm(nn.BatchNorm2d):

@@ -13,7 +13,12 @@ ASPP_RATES = (6, 12, 18, 24)  # ASPP-L of the paper, section 4.1.2; fc1_voc12_c0
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: parallel dilated 3x3 convolutions with bias, summed."""
+    """Atrous spatial pyramid pooling: parallel dilated 3x3 convolutions with bias, summed.
+
+    All taps of all branches are taken together, as one 1x1 convolution; what each tap gives is then added where it
+    belongs. So `x`, by far the largest tensor here, and its gradient are gone through once instead of four times, and
+    no kernel has as few output channels as there are classes. Hooks of the branches are not called.
+    """
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -22,11 +27,18 @@ class ASPP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits [B, num_classes, H, W]."""
-        first, *others = self.branches
-        logits = first(x)
-        for branch in others:
-            logits = logits + branch(x)
+        """Return logits [B, num_classes, H, W], at least float32."""
+        convs = [branch for branch in self.branches if isinstance(branch, nn.Conv2d)]
+        weight = torch.stack([conv.weight for conv in convs])  # [branches, classes, channels, 3, 3]
+        # Seen from the place that a tap looks at, its share goes the opposite way: the kernels are turned around.
+        taps = weight.flip(3, 4).permute(0, 1, 3, 4, 2).reshape(-1, x.shape[1], 1, 1)
+        shares = F.conv2d(x, taps).flatten(2)  # [B, branches x classes x 9, H x W]
+        shares = shares if shares.dtype == torch.float64 else shares.float()
+        logits = shares.new_zeros(())
+        for share, rate, conv in zip(shares.chunk(len(convs), dim=1), ASPP_RATES, convs, strict=True):
+            assert conv.bias is not None
+            placed = F.fold(share, x.shape[2:], kernel_size=3, dilation=rate, padding=rate)
+            logits = logits + placed + conv.bias.view(1, -1, 1, 1)
         return logits
 
 

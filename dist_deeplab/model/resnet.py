@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dist_deeplab.model.batch_norm import NormFactory
+from dist_deeplab.model.batch_norm import NormFactory, convolve_and_normalize
 from dist_deeplab.model.recompute import recomputed
 
 EXPANSION = 4  # a bottleneck's output channels per inner channel (He et al. 2015)
@@ -63,14 +63,24 @@ class Bottleneck(nn.Module):
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != out_channels:
             shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, norm(out_channels))
+            self.downsample = _Shortcut(shortcut, norm(out_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return [B, 4*channels, H/stride, W/stride]."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        return self.relu(self.bn3(self.conv3(x)) + shortcut)
+        x = self.relu(convolve_and_normalize(self.conv1, self.bn1, x))
+        x = self.relu(convolve_and_normalize(self.conv2, self.bn2, x))
+        return self.relu(convolve_and_normalize(self.conv3, self.bn3, x) + shortcut)
+
+
+class _Shortcut(nn.Sequential):
+    """A projection and its normalisation, by number as torchvision names them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the shortcut, as wide as what it is added to."""
+        conv, norm = self
+        assert isinstance(conv, nn.Conv2d)
+        return convolve_and_normalize(conv, norm, x)
 
 
 class DilatedResNet(nn.Module):
@@ -104,7 +114,7 @@ class DilatedResNet(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Map float [B, 3, H, W] to [B, out_channels, (H-1)/8+1, (W-1)/8+1] for H, W of 8k+1."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(image))))
+        x = self.maxpool(self.relu(convolve_and_normalize(self.conv1, self.bn1, image)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 x = recomputed(block, x) if self.recompute and self.training else block(x)

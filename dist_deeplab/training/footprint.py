@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dist_deeplab.config import RunConfig
-from dist_deeplab.model.batch_norm import norm_factory
+from dist_deeplab.model.batch_norm import FrozenBatchNorm, norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, output_name, scaled_length
 from dist_deeplab.model.resnet import Bottleneck
 from dist_deeplab.model.weights import Variant
@@ -55,32 +55,21 @@ def count_footprint(config: RunConfig, variant: Variant) -> Footprint:
     with torch.device("meta"):
         net = throwaway_network(config, variant)
     parameters, trained = _bytes(net.parameters()), _bytes(p for p in net.parameters() if p.requires_grad)
+    buffers = _bytes(net.buffers())
     lower = LOWER.get(config.precision.dtype)
-    copies = _bytes(m.weight for m in net.modules() if isinstance(m, nn.Conv2d)) * (lower.itemsize if lower else 0) // 4
+    net.to(lower or torch.float32)
+    kept = {
+        output_name(scale): _kept_for_backward(net, scaled_length(config.data.crop_size, scale))
+        for scale in sorted(config.multi_scale.scales or (1.0,), reverse=True)
+    }
     fixed = {
         "weights": parameters,
         "gradients": trained,
         "momentum": trained if config.optim.momentum else 0,
-        "statistics": 2 * _bytes(net.buffers()),  # and the copy that a skipped step takes back
-        f"{config.precision.dtype} weights": copies,  # made by autocast, kept until backward is through with them
+        "statistics": 2 * buffers,  # and the copy that a skipped step takes back
+        "copies of weights": sum(weights for weights, _ in kept.values()) + (_autocast_bytes(net) if lower else 0),
     }
-    return Footprint(fixed, activation_bytes(config, variant))
-
-
-def activation_bytes(config: RunConfig, variant: Variant) -> dict[str, int]:
-    """Return {output name: bytes kept for the backward pass of one image at that scale}.
-
-    Counted on tensors without data: nothing is computed. Weights, their gradients and momentum come on top, and what
-    exists for a moment only.
-    """
-    with torch.device("meta"):
-        net = throwaway_network(config, variant).to(LOWER.get(config.precision.dtype, torch.float32))
-    result = {}
-    for scale in sorted(config.multi_scale.scales or (1.0,), reverse=True):
-        length = scaled_length(config.data.crop_size, scale)
-        image = torch.empty(1, 3, length, length, device="meta", dtype=next(net.parameters()).dtype)
-        result[output_name(scale)] = _saved_bytes(net, image)
-    return result
+    return Footprint(fixed, {name: image for name, (_, image) in kept.items()})
 
 
 def throwaway_network(config: RunConfig, variant: Variant) -> DeepLabV2:
@@ -93,8 +82,25 @@ def throwaway_network(config: RunConfig, variant: Variant) -> DeepLabV2:
         recompute=config.speed.recompute,
         **variant.geometry,
     )
-    net.backbone.requires_grad_(config.model.train_only == "all")
+    if config.model.train_only == "head":
+        net.backbone.requires_grad_(False)
     return net.train()
+
+
+def _autocast_bytes(net: DeepLabV2) -> int:
+    """Return the bytes of the backbone's weights in lower precision, kept until backward is through with them.
+
+    Not where batch norm is frozen: the weights that a convolution then gets are made for it, see `_kept_for_backward`.
+    """
+    frozen = any(isinstance(module, FrozenBatchNorm) for module in net.modules())
+    return 0 if frozen else _bytes(m.weight for m in net.backbone.modules() if isinstance(m, nn.Conv2d))
+
+
+def _kept_for_backward(net: DeepLabV2, length: int) -> tuple[int, int]:
+    """Return the bytes that autograd keeps of a pass, other than weights: for any number of images, and for each."""
+    like = next(net.parameters())
+    one, two = (_saved_bytes(net, like.new_empty(count, 3, length, length)) for count in (1, 2))
+    return one - (two - one), two - one
 
 
 def _saved_bytes(net: DeepLabV2, image: torch.Tensor) -> int:

@@ -12,7 +12,15 @@ from torch import nn
 
 from dist_deeplab.errors import UserError
 from dist_deeplab.model import batch_norm
-from dist_deeplab.model.batch_norm import EPS, MOMENTUM, FrozenBatchNorm, LocalBatchNorm, SyncBatchNorm, norm_factory
+from dist_deeplab.model.batch_norm import (
+    EPS,
+    MOMENTUM,
+    FrozenBatchNorm,
+    LocalBatchNorm,
+    SyncBatchNorm,
+    convolve_and_normalize,
+    norm_factory,
+)
 
 TIMEOUT_S = 30.0  # a rank that fails breaks the barrier for the others instead of leaving them waiting
 
@@ -178,6 +186,17 @@ def test_frozen_stays_frozen_through_train() -> None:
     assert net[0].weight.grad.abs().sum() > 0
     for name, value in _buffers(frozen).items():
         assert torch.equal(value, before[name]), name
+
+
+def test_frozen_within_the_convolution_is_frozen_after_it() -> None:
+    frozen = _fill(FrozenBatchNorm(6)).double().train()
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=2, dilation=2, bias=False).double()
+    x = _input(2, 4, 9, 8).requires_grad_()
+    ours, theirs = convolve_and_normalize(conv, frozen, x), frozen(conv(x))
+    torch.testing.assert_close(ours, theirs)
+    slope = torch.randn_like(ours)
+    gradients, expected = (torch.autograd.grad(y, [x, conv.weight], slope) for y in (ours, theirs))
+    torch.testing.assert_close(gradients, expected)
 
 
 @pytest.mark.parametrize("mode", ["sync", "local"])

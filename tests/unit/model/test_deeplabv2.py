@@ -1,5 +1,7 @@
 """The network equals a plain functional DeepLab-v2 written from the paper's prototxt, on one grid with its labels."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import (
+    ASPP,
     DeepLabV2,
     MultiScale,
     grid_length,
@@ -87,6 +90,38 @@ def test_logits_equal_the_reference(stride_on_1x1: bool, size: tuple[int, int]) 
     assert logits.shape == expected.shape == (1, 21, (size[0] - 1) // 8 + 1, (size[1] - 1) // 8 + 1)
     assert (logits - expected).norm() / expected.norm() <= 1e-5
     assert (other - expected).norm() / expected.norm() > 1e-2  # the placement of the stride makes a difference
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(2, 8, 27, 30), (1, 8, 1, 5), (0, 8, 9, 9)], ids=str)  # beyond and below the rates
+def test_aspp_equals_the_sum_of_its_convolutions_with_gradients(
+    shape: tuple[int, ...], memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    aspp = ASPP(8, 3).double().to(memory_format=memory_format)  # type: ignore[call-overload]
+    inputs = [torch.randn(shape, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()]
+    inputs += list(aspp.parameters())
+    ours = aspp(inputs[0])
+    theirs = sum(branch(inputs[0]) for branch in aspp.branches)
+    slope = torch.randn_like(ours)
+    torch.testing.assert_close(ours, theirs)
+    for name, got, expected in zip(
+        ["x", *dict(aspp.named_parameters())],
+        torch.autograd.grad(ours, inputs, slope),
+        torch.autograd.grad(theirs, inputs, slope),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_no_two_gradients_share_memory() -> None:
+    """Clipping multiplies gradients in place: one that is another's memory would be multiplied twice."""
+    net = _net("resnet_tiny").train()
+    net(torch.randn(2, 3, 33, 33)).sum().backward()
+    ranges = sorted(
+        (p.grad.data_ptr(), p.grad.data_ptr() + p.grad.numel() * p.grad.element_size()) for p in net.parameters()
+    )
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
 
 
 def test_resnet101_with_21_classes_has_44_048_532_parameters() -> None:

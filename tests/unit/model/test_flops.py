@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dist_deeplab.model.batch_norm import norm_factory
-from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
+from dist_deeplab.model.deeplabv2 import ASPP, DeepLabV2, MultiScale
 from dist_deeplab.model.flops import training_flops
 
 
@@ -13,13 +13,14 @@ def by_hand(model: MultiScale, size: int) -> int:
     """2 x multiply-adds of each convolution: once forward, once for weights, once for inputs (not the image's)."""
     total = 0
 
-    def count(module: nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         nonlocal total
-        kernel = module.kernel_size[0] * module.kernel_size[1]
-        forward = 2 * output.numel() * module.in_channels * kernel
-        total += forward * (2 if module.in_channels == 3 else 3)
+        for conv in module.branches if isinstance(module, ASPP) else [module]:
+            kernel = conv.kernel_size[0] * conv.kernel_size[1]
+            forward = 2 * output.numel() * conv.in_channels * kernel
+            total += forward * (2 if conv.in_channels == 3 else 3)
 
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | ASPP)]
     with torch.no_grad():
         model.eval()(torch.zeros(1, 3, size, size))
     for hook in hooks:

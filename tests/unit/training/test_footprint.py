@@ -15,7 +15,7 @@ from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.parallel import prepare_model
-from dist_deeplab.training.footprint import activation_bytes, count_footprint, images_that_fit
+from dist_deeplab.training.footprint import count_footprint, images_that_fit
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep
@@ -27,8 +27,8 @@ def _config(*overrides: str) -> RunConfig:
     return load_config(None, [*SMALL, *overrides])
 
 
-def _kept_by_a_real_forward_pass(dtype: torch.dtype) -> int:
-    net = DeepLabV2("resnet_tiny", 5, norm=norm_factory("local")).to(dtype)
+def _kept_by_a_real_forward_pass(dtype: torch.dtype, norm: str, count: int) -> int:
+    net = DeepLabV2("resnet_tiny", 5, norm=norm_factory(norm)).to(dtype)
     storages: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in net.state_dict().values()}
     alive = []
@@ -39,31 +39,45 @@ def _kept_by_a_real_forward_pass(dtype: torch.dtype) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = net(torch.randn(1, 3, 65, 65, dtype=dtype))
+        output = net(torch.randn(count, 3, 65, 65, dtype=dtype))
     assert output.requires_grad
     return sum(size for address, size in storages.items() if address not in weights)
 
 
+@pytest.mark.parametrize("norm", ["local", "frozen"])
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_activations_are_what_torch_keeps_for_the_backward_pass(precision: str, dtype: torch.dtype) -> None:
-    counted = activation_bytes(_config(f"precision.dtype={precision}"), SCRATCH)
-    assert list(counted) == ["scale_1"]
-    assert counted["scale_1"] == pytest.approx(_kept_by_a_real_forward_pass(dtype), rel=0.02)
+def test_activations_are_what_torch_keeps_for_the_backward_pass(precision: str, dtype: torch.dtype, norm: str) -> None:
+    counted = count_footprint(_config(f"precision.dtype={precision}", f"model.batch_norm={norm}"), SCRATCH)
+    assert list(counted.images) == ["scale_1"]
+    one, three = (_kept_by_a_real_forward_pass(dtype, norm, count) for count in (1, 3))
+    assert counted.image_bytes == pytest.approx((three - one) / 2, rel=0.02)
+    if precision == "fp32" or norm == "frozen":  # else autocast makes copies, which the weights' cast stands for here
+        assert counted.fixed["copies of weights"] == pytest.approx(one - counted.image_bytes, rel=0.02)
+
+
+def test_frozen_batch_norm_keeps_no_activations_of_its_own() -> None:
+    frozen, local = (
+        count_footprint(load_config(None, [f"model.batch_norm={norm}"]), SCRATCH) for norm in ("frozen", "local")
+    )
+    assert frozen.image_bytes < 0.65 * local.image_bytes
+    assert frozen.fixed["copies of weights"] == pytest.approx(frozen.fixed["weights"], rel=0.02)
 
 
 def test_each_scale_has_its_own_and_recomputing_or_training_the_head_alone_takes_less() -> None:
-    whole = activation_bytes(_config("multi_scale.scales=[1.0,0.5]"), SCRATCH)
+    whole = count_footprint(_config("multi_scale.scales=[1.0,0.5]"), SCRATCH).images
     assert list(whole) == ["scale_1", "scale_0.5"]
     assert whole["scale_0.5"] == pytest.approx(whole["scale_1"] * (33 / 65) ** 2, rel=0.25)
-    assert activation_bytes(_config("speed.recompute=true"), SCRATCH)["scale_1"] < 0.9 * whole["scale_1"]  # 4 blocks
-    assert activation_bytes(_config("model.train_only=head"), SCRATCH)["scale_1"] < 0.1 * whole["scale_1"]
+    assert (
+        count_footprint(_config("speed.recompute=true"), SCRATCH).images["scale_1"] < 0.9 * whole["scale_1"]
+    )  # 4 blocks
+    assert count_footprint(_config("model.train_only=head"), SCRATCH).images["scale_1"] < 0.1 * whole["scale_1"]
 
 
 def test_counting_computes_nothing_and_draws_no_random_numbers() -> None:
     state = torch.get_rng_state()
-    count = activation_bytes(load_config(None), SCRATCH)["scale_1"]  # ResNet-101
+    count = count_footprint(load_config(None), SCRATCH).images["scale_1"]  # ResNet-101
     assert 0.5e9 < count < 1e9
-    assert activation_bytes(load_config(None, ["speed.recompute=true"]), SCRATCH)["scale_1"] < 0.45 * count
+    assert count_footprint(load_config(None, ["speed.recompute=true"]), SCRATCH).images["scale_1"] < 0.45 * count
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -117,7 +131,8 @@ def _measured(config: RunConfig, micro_size: int) -> tuple[int, int]:
 
 def test_the_fixed_part_is_what_a_real_step_leaves_behind() -> None:
     fixed = count_footprint(_config(), SCRATCH).fixed
-    assert sum(fixed.values()) - fixed["statistics"] // 2 == _measured(_config(), 1)[0]
+    fixed["statistics"] //= 2  # their copy and those of weights are of a step's own
+    assert sum(fixed.values()) - fixed["copies of weights"] == _measured(_config(), 1)[0]
 
 
 @pytest.mark.parametrize("overrides", [(), ("precision.dtype=bf16",), ("speed.recompute=true",)], ids=str)
