@@ -6,7 +6,6 @@ this order. An unknown key is an error that names the nearest key.
 
 import copy
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dist_deeplab.config.problems import sentence
 from dist_deeplab.config.schema import RunConfig, Section
 from dist_deeplab.errors import UserError
 
@@ -96,12 +96,7 @@ def config_from_dict(values: dict[str, Any], *, where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problems = [
-            (f"{'.'.join(map(str, e['loc']))} = {_without_passwords(repr(e['input']))}: " if e["loc"] else "")
-            + e["msg"].removeprefix("Value error, ")
-            for e in error.errors()
-        ]
-        raise UserError(f"configuration from {where} (with overrides): {'; '.join(problems)}") from None
+        raise UserError(f"configuration from {where} (with overrides): {sentence(error)}") from None
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
@@ -152,10 +147,6 @@ def recipe_differences(saved: dict[str, Any], current: RunConfig) -> list[str]:
         for key in new
         if old[key] != new[key] and not key.startswith(_FREE_TO_CHANGE) and not isinstance(new[key], dict)
     ]
-
-
-def _without_passwords(text: str) -> str:
-    return re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1***@", text)
 
 
 def _yaml_line(key: str, value: Any) -> str:

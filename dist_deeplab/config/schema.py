@@ -241,7 +241,7 @@ class TrackingConfig(Section):
     """Record load, memory, network and GPUs of every node each 10 s."""
     log_model: bool = False
     """After the last step log the best checkpoint as an MLflow model: image in, mask out."""
-    register_as: Annotated[Text, Field(pattern=r"^[^/:]*$")] = ""
+    register_as: Text = ""
     """Name in MLflow's model registry under which that model becomes a new version (implies log_model); no / or :."""
     parent: Text = ""
     """Folder of the sweep that this run is of, seen from its own; launch/sweep.sh sets it."""
@@ -256,9 +256,16 @@ class TrackingConfig(Section):
             )
         return value
 
+    @field_validator("register_as")
+    @classmethod
+    def _registry_takes(cls, value: str) -> str:
+        if re.search("[/:]", value):
+            raise ValueError("must not hold / or :, which MLflow's addresses of models are made of; e.g. voc-deeplab")
+        return value
+
 
 class RunConfig(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "voc_resnet101"
+    name: str = "voc_resnet101"
     """Folder of the run under output_dir, and its name in MLflow."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Fixes sample order, augmentation and initial weights."""
@@ -268,7 +275,7 @@ class RunConfig(Section):
     """Save and stop (exit code 75) after so many hours since the launch: before a known limit. Empty: no limit."""
     output_dir: str = "runs"
     """Folder of all runs."""
-    resume: Annotated[str, Field(min_length=1)] = "auto"
+    resume: str = "auto"
     """auto: go on from the run's newest checkpoint; never: refuse a used folder; PATH: start a new folder from it."""
     resume_anyway: bool = False
     """Go on although the recipe or the training samples are not the checkpoint's; what differs is logged."""
@@ -286,6 +293,23 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     distributed: DistributedConfig = DistributedConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_of_a_folder(cls, value: str) -> str:
+        if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError(
+                "must hold only letters A-Z and a-z, digits and . _ -, and begin with a letter or digit, e.g. "
+                "voc_run-2; the folder above it is output_dir"
+            )
+        return value
+
+    @field_validator("resume")
+    @classmethod
+    def _says_from_where(cls, value: str) -> str:
+        if not value:
+            raise ValueError("must be auto, never or the path of a checkpoint")
+        return value
 
     @model_validator(mode="after")
     def _scaled_crops_on_grid(self) -> "RunConfig":
