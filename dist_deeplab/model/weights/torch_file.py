@@ -20,6 +20,12 @@ METADATA_KEY = "dist_deeplab"
 _INNER = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights")
 """Under which keys the scripts people use put a network's state dict."""
 
+_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")
+"""The number 0x1950a86a20f9469cfc6c as a pickle of its own, with which torch.save began before it wrote archives."""
+_MAGIC_WITHIN = 24  # before it only the pickle's protocol, and a frame's length
+
+_TEXT = frozenset({*range(0x20, 0x7F), *b"\t\n\r\f", *range(0x80, 0x100)})
+
 
 @dataclass(frozen=True)
 class NamedTensors:
@@ -39,6 +45,8 @@ def load_file(path: str | Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
             _require_stored(path)
+        else:
+            _require_magic(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no weights file at {path}") from None
@@ -46,12 +54,36 @@ def load_file(path: str | Path) -> Any:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise UserError(
             f"{path} holds more than tensors and plain values{f' ({found[1]})' if found else ''}, which might run "
-            "code, or is no torch file; where you trust it, save its state dict alone and give that"
+            "code; where you trust it, save its state dict alone and give that"
         ) from None
     except UserError:
         raise
     except Exception as error:  # an unpickler that meets arbitrary bytes may raise anything
-        raise UserError(f"{path} can't be read as a torch file ({first_line(error)}); is it whole?") from None
+        reason = "it ends too early" if isinstance(error, EOFError | IndexError) else first_line(error)
+        raise UserError(f"{path} can't be read as a torch file ({reason}); is it whole?") from None
+
+
+def _require_magic(path: Path) -> None:
+    """Refuse what does not begin as a file of torch.save does that is no archive (older than torch 1.6).
+
+    Raises:
+        UserError: another file, called what it is where that can be told.
+    """
+    with path.open("rb") as file:
+        head = file.read(512)
+    if _MAGIC in head[:_MAGIC_WITHIN]:
+        return
+    if head.startswith(b"PK\x03\x04"):
+        raise UserError(
+            f"{path} is the beginning of an archive, as torch.save writes them; its end is missing: fetch it again"
+        )
+    if head.startswith(b"\x80"):
+        what = "a pickle that torch.save did not write"
+    elif all(byte in _TEXT for byte in head):
+        what = "a text"
+    else:
+        what = "of no kind that can be read"
+    raise UserError(f"{path} holds no weights: it is {what}; {KNOWN}")
 
 
 def _require_stored(path: Path) -> None:
