@@ -63,12 +63,21 @@ def convolve_and_normalize(conv: nn.Conv2d, norm: nn.Module, x: torch.Tensor) ->
     """Return `norm(conv(x))`, float [B, C, H, W].
 
     In training a frozen batch norm goes into the convolution's weights: so it makes no pass over the activations,
-    neither forward nor backward, and keeps none of them. Hooks of the two modules are not called then.
+    neither forward nor backward, and keeps none of them. Hooks of the two modules are not called then. Not in float16,
+    whose range the gradient of such weights leaves where the variance is large.
     """
-    if not (isinstance(norm, FrozenBatchNorm) and norm.training):
+    if not (isinstance(norm, FrozenBatchNorm) and norm.training) or _runs_in_half(x):
         return norm(conv(x))
     scale, shift = norm.line()
     return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), shift)
+
+
+def _runs_in_half(x: torch.Tensor) -> bool:
+    """Return whether a convolution of `x` runs in float16 here."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind) == torch.float16
+    return x.dtype == torch.float16
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):

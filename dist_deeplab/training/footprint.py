@@ -90,10 +90,11 @@ def throwaway_network(config: RunConfig, variant: Variant) -> DeepLabV2:
 def _autocast_bytes(net: DeepLabV2) -> int:
     """Return the bytes of the backbone's weights in lower precision, kept until backward is through with them.
 
-    Not where batch norm is frozen: the weights that a convolution then gets are made for it, see `_kept_for_backward`.
+    Not where batch norm is part of them (`convolve_and_normalize`): `_kept_for_backward` sees those.
     """
     frozen = any(isinstance(module, FrozenBatchNorm) for module in net.modules())
-    return 0 if frozen else _bytes(m.weight for m in net.backbone.modules() if isinstance(m, nn.Conv2d))
+    part = frozen and next(net.parameters()).dtype != torch.float16
+    return 0 if part else _bytes(m.weight for m in net.backbone.modules() if isinstance(m, nn.Conv2d))
 
 
 def _kept_for_backward(net: DeepLabV2, length: int) -> tuple[int, int]:

@@ -199,6 +199,18 @@ def test_frozen_within_the_convolution_is_frozen_after_it() -> None:
     torch.testing.assert_close(gradients, expected)
 
 
+def test_frozen_stays_outside_the_convolution_in_float16_so_that_no_gradient_overflows() -> None:
+    frozen = FrozenBatchNorm(3)
+    frozen.running_var.fill_(1e6)
+    conv = nn.Conv2d(2, 3, 1, bias=False)
+    for dtype in (torch.float16, torch.bfloat16):
+        conv.weight.grad = None
+        with torch.autocast("cpu", dtype=dtype):
+            y = convolve_and_normalize(conv, frozen, torch.full((1, 2, 30, 30), 50.0))
+        y.backward(torch.full_like(y, 10.0))  # 900 x 50 x 10 is beyond float16, a thousandth of it is not
+        torch.testing.assert_close(conv.weight.grad, torch.full_like(conv.weight, 450.0), rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["sync", "local"])
 @pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
 def test_statistics_of_accumulated_micro_batches_move_as_far_as_those_of_one_large_batch(
