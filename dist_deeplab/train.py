@@ -125,7 +125,7 @@ def train(
     precision = build_precision(config, env, net, optimizer)
     state = TrainState(net, optimizer, precision, build_loss_window(config, env), split.micro_size)
     if saved:
-        restore(state, saved, val_set)
+        restore(state, saved, config, val_set)
     describe(config, env, split, train_set, val_set, state, variant)
     run.report("running", state.step)
     if state.step >= config.max_steps and not state.owes_evaluation:
@@ -145,6 +145,9 @@ def train(
         if state.owes_evaluation and val_set:
             is_best = validate(config, env, state, variant, val_set, tracker, run)
             save_checkpoint(config, checkpoints, state, variant, train_set, val_set, is_best=is_best, wait=True)
+            if state.owes_evaluation:
+                status = "KILLED"
+                return stop_early(run, state)
         meter.start(images_per_s_at_peak(config, env, net))
         for _, micro_batches in meter.timed(profiled(batches, trace)):
             rates = set_lr(optimizer, poly_lr(state.schedule_step, config.optim, max_steps=config.max_steps))
@@ -174,9 +177,7 @@ def train(
                 tracker.log(state.step, checkpoints.pop_values())
             if stopping:
                 status = "KILLED"
-                run.report("stopped", state.step)
-                log.warning("stopped (%s), saved step %d; the same command goes on from there", stop.reason, state.step)
-                return STOPPED_EARLY
+                return stop_early(run, state)
         status = "FINISHED"
         run.report("done", state.step)
         tracker.log_files(
@@ -226,6 +227,13 @@ def validate(
     if miou is not None:
         tracker.log(state.step, {"val/best_mIoU": state.best_miou})
     return is_best
+
+
+def stop_early(run: Session, state: TrainState) -> int:
+    """Say that the run was asked to stop and is saved, and return the exit code."""
+    run.report("stopped", state.step)
+    log.warning("stopped (%s), saved step %d; the same command goes on from there", run.stop.reason, state.step)
+    return STOPPED_EARLY
 
 
 def is_due(step: int, every: int) -> bool:

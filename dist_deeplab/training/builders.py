@@ -71,6 +71,7 @@ def build_tracker(config: RunConfig, env: DistEnv, info: dict[str, object]) -> t
         experiment=config.tracking.experiment,
         config_yaml=config_to_yaml(config),
         run_info=info,
+        system_metrics=config.tracking.system_metrics,
     )
 
 

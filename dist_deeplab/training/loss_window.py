@@ -102,7 +102,9 @@ class LossWindow:
         "train/loss", "train/loss_<output>" where there are several, "train/grad_norm", and of the whole run
         "train/num_skipped" and "train/num_nonfinite" updates; with fp16 "train/loss_scale" of the last step.
         """
-        names = list(self.rows[0]["losses"])
+        names = list(self.rows[-1]["losses"])
+        # A run that goes on with other multi_scale.scales may have begun the window with other losses.
+        self.rows = [row for row in self.rows if list(row["losses"]) == names]
         means = {name: _mean([row["losses"][name] for row in self.rows]) for name in names}
         values = {"train/loss": math.fsum(means.values())}
         if len(names) > 1:

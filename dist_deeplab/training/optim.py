@@ -91,8 +91,12 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, object]) -> None:
     """Take back an optimizer's `state_dict`, each momentum in the memory format of its parameter.
 
     torch's fused SGD walks through raw memory: with other strides it would pair up wrong elements without a word.
+    Settings stay as they are here: torch would put back those that were saved, whatever the configuration says by now.
     """
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
     for parameter, values in optimizer.state.items():
         if values.get("momentum_buffer") is not None:
             values["momentum_buffer"] = torch.empty_like(parameter).copy_(values["momentum_buffer"])

@@ -39,14 +39,18 @@ def rehearse(config: RunConfig, env: DistEnv, run: Callable[[RunConfig, DistEnv]
 
 
 def _shortened(config: RunConfig, folder: Path) -> RunConfig:
-    """Return the configuration of the rehearsal."""
+    """Return the configuration of the rehearsal, which starts at step 0, from the weights of `resume=PATH`."""
+    starts_elsewhere = config.resume not in ("auto", "never") and not any(config.run_dir.glob("checkpoints/step_*.pt"))
+    init = config.resume if starts_elsewhere else config.model.init
     return config.model_copy(
         update={
             "output_dir": str(folder),
             "max_steps": STEPS,
+            "resume": "auto",
+            "model": config.model.model_copy(update={"init": init}),
             "data": config.data.model_copy(update={"val": ""}),
             "checkpoint": config.checkpoint.model_copy(update={"every": STEPS}),
-            "tracking": config.tracking.model_copy(update={"uri": "none", "log_every": 1}),
+            "tracking": config.tracking.model_copy(update={"uri": "none", "log_every": 1, "system_metrics": False}),
         }
     )
 

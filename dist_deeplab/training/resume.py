@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_deeplab.config import RunConfig, config_to_dict, recipe_differences
+from dist_deeplab.config import RunConfig, config_from_dict, config_to_dict, recipe_differences
 from dist_deeplab.data.shards import Manifest
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.model.weights import Variant
@@ -72,6 +72,8 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
             return None
         path = Path(config.resume).expanduser()  # a start for an empty folder; from then on its own checkpoints count
     saved = read_checkpoint(path)
+    if path.parent.resolve() != folder.path.resolve():
+        saved["best_miou"] = -1.0  # the file with that score stays behind; this folder gets a best.pt of its own
     changes = recipe_differences(saved["config"], config)
     if saved["train_keys_sha256"] != train_set.keys_sha256:
         changes.append("data.train: other samples")
@@ -85,8 +87,8 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
     return saved
 
 
-def restore(state: TrainState, saved: dict[str, Any], val_set: Manifest | None) -> None:
-    """Set `state` to a checkpoint's. A best score of other validation images is no measure, and is forgotten.
+def restore(state: TrainState, saved: dict[str, Any], config: RunConfig, val_set: Manifest | None) -> None:
+    """Set `state` to a checkpoint's. A best score of other images, or by other means, is no measure and is forgotten.
 
     Raises:
         UserError: it is of a network or optimizer of another shape (possible with resume_anyway only).
@@ -98,13 +100,23 @@ def restore(state: TrainState, saved: dict[str, Any], val_set: Manifest | None) 
             f"the checkpoint of step {saved['step']} does not fit this network and optimizer ({first_line(error)}); to "
             "start from its weights alone choose another name= and set model.init to it"
         ) from None
-    if val_set and saved.get("val_keys_sha256", "") not in ("", val_set.keys_sha256):
-        log.warning("the validation images are other ones than before: the best score so far no longer counts")
+    state.owes_evaluation = state.owes_evaluation and val_set is not None
+    other_images = val_set and saved.get("val_keys_sha256", "") not in ("", val_set.keys_sha256)
+    other_means = _scored_by(config_from_dict(saved["config"], where="the checkpoint")) != _scored_by(config)
+    if state.best_miou >= 0 and (other_images or other_means):
+        what = "the validation images are other ones" if other_images else "eval.* or crf.* scores in another way"
+        log.warning("%s than before: the best score so far no longer counts", what)
         state.best_miou = -1.0
     versions = installed_versions(_LIBRARIES)
     for name, old in saved.get("versions", {}).items():
         if versions.get(name) != old:
             log.warning("%s is %s now, it was %s: numbers may differ in the last digits", name, versions.get(name), old)
+
+
+def _scored_by(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that an image's score depends on: of the network's prediction, and of the CRF."""
+    means = config.eval.model_dump(exclude={"every", "batch_size", "num_panels"})
+    return means, config.crf.model_dump(exclude={"num_workers"}) if config.eval.crf else {}
 
 
 def save_checkpoint(

@@ -77,7 +77,7 @@ def log_progress(step: int, max_steps: int, values: dict[str, float]) -> None:
         step,
         max_steps,
         values["train/loss"],
-        values["lr/backbone"],
+        next(value for name, value in values.items() if name.startswith("lr/")),
         values["images_per_s"],
         share,
         remaining,

@@ -1,0 +1,131 @@
+"""What a configuration says happens in a real run: the whole command in this process, one rank, a few small steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_deeplab import train
+from dist_deeplab.runtime import tracking
+from dist_deeplab.runtime.checkpoint import write_sidecar, write_tensors
+from dist_deeplab.runtime.session import Session
+from tests.commands import exit_code
+
+SMALL = [
+    *("model.backbone=resnet_tiny", "data.crop_size=33", "data.num_workers=0", "batch.global_size=2", "optim.lr=1e-3"),
+    *("tracking.uri=none", "tracking.log_every=2", "eval.every=0", "eval.num_panels=0"),
+]
+
+
+class Runs:
+    """Starts runs on drawn data in a folder of their own."""
+
+    def __init__(self, shards: Path, folder: Path) -> None:
+        self.shards, self.folder = shards, folder
+
+    def __call__(self, name: str, *arguments: str, validated: bool = False) -> int:
+        data = [f"data.train={self.shards}/train.json", *([f"data.val={self.shards}/val.json"] if validated else [])]
+        return exit_code(train.main, *SMALL, *data, f"output_dir={self.folder}", f"name={name}", *arguments)
+
+    def checkpoint(self, name: str, step: int) -> Path:
+        return self.folder / name / "checkpoints" / f"step_{step:08d}.pt"
+
+    def saved(self, name: str, step: int) -> dict[str, Any]:
+        content: dict[str, Any] = torch.load(self.checkpoint(name, step), weights_only=True)
+        return content
+
+    def journal(self, name: str, key: str) -> dict[int, float]:
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return {r["step"]: r["value"] for r in map(json.loads, lines) if r.get("key") == key}
+
+
+@pytest.fixture
+def runs(sample_shards: Path, tmp_path: Path) -> Runs:
+    return Runs(sample_shards, tmp_path)
+
+
+@pytest.fixture
+def first(runs: Runs) -> Path:
+    """A checkpoint of two steps, in whose batch norms something was learnt."""
+    assert runs("first", "max_steps=2") == 0
+    return runs.checkpoint("first", 2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "stands_still"),
+    [
+        ("model.train_only=head", lambda name: name.startswith("backbone.")),
+        ("model.batch_norm=frozen", lambda name: ".bn" in name or ".downsample.1." in name),
+    ],
+)
+def test_what_shall_stand_still_does_so_in_a_real_run(
+    runs: Runs, first: Path, argument: str, stands_still: Any
+) -> None:
+    assert runs("second", "max_steps=2", f"model.init={first}", argument) == 0
+    before, after = runs.saved("first", 2)["model"], runs.saved("second", 2)["model"]
+    assert {name for name in before if torch.equal(before[name], after[name])} == set(filter(stands_still, before))
+    assert 2 in runs.journal("second", "lr/head_weight")
+
+
+def test_system_metrics_are_recorded_where_wanted_and_not_of_a_rehearsal(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Path] = []
+    monkeypatch.setattr(tracking, "start_system_metrics", lambda run_dir, node: started.append(run_dir))
+    assert runs("plain", "max_steps=1") == 0
+    assert runs("watched", "max_steps=1", "tracking.system_metrics=true", "--dry-run") == 0
+    assert not started
+    assert runs("watched", "max_steps=1", "tracking.system_metrics=true") == 0
+    assert started == [runs.folder / "watched"]
+
+
+def test_a_run_that_goes_on_anyway_has_the_new_settings(runs: Runs, first: Path) -> None:
+    new = ["optim.momentum=0.5", "optim.weight_decay=0.01", "resume_anyway=true"]
+    assert runs("first", "max_steps=4", *new) == 0
+    groups = runs.saved("first", 4)["optimizer"]["param_groups"]
+    assert [group["momentum"] for group in groups] == [0.5] * 4
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0, 0.01, 0.0]
+
+
+@pytest.mark.parametrize("scales", [("[]", "[1.0,0.5]"), ("[1.0,0.5]", "[]")])
+def test_other_scales_may_come_in_the_midst_of_a_log_line(runs: Runs, scales: tuple[str, str]) -> None:
+    before, after = (f"multi_scale.scales={each}" for each in scales)
+    assert runs("run", "max_steps=4", before, "max_hours=1e-9", "tracking.log_every=3") == train.STOPPED_EARLY
+    assert runs("run", "max_steps=4", after, "resume_anyway=true", "tracking.log_every=3") == 0
+    assert sorted(runs.journal("run", "train/loss")) == [3, 4]
+    parts = [runs.journal("run", f"train/loss_{name}") for name in ("fused", "scale_1", "scale_0.5")]
+    if scales[1] != "[]":
+        assert runs.journal("run", "train/loss")[3] == pytest.approx(sum(part[3] for part in parts))
+
+
+def test_an_evaluation_that_is_cut_short_again_is_still_owed(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop_now(run: Session) -> bool:
+        run.stop.hear("SIGTERM")
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "asks_to_stop", stop_now)
+        for _ in range(2):
+            assert runs("run", "max_steps=2", validated=True) == train.STOPPED_EARLY
+            assert runs.saved("run", 2)["owes_evaluation"]
+    assert not runs.journal("run", "val/mIoU")
+    assert runs("run", "max_steps=4", "resume_anyway=true") == 0  # without a set there is nothing to make up for
+    assert not runs.saved("run", 4)["owes_evaluation"]
+
+
+def test_a_best_score_counts_for_its_folder_its_images_and_its_way_of_scoring(runs: Runs, first: Path) -> None:
+    content = torch.load(first, weights_only=True) | {"best_miou": 0.99}
+    digest = write_tensors(first, content)
+    write_sidecar(first, step=2, digests=[digest])
+    anyway = ["max_steps=3", "resume_anyway=true"]
+    assert runs("elsewhere", f"resume={first}", *anyway, validated=True) == 0
+    assert runs.checkpoint("elsewhere", 3).with_name("best.pt").exists()
+    assert runs("first", "eval.flip=true", *anyway, validated=True) == 0
+    assert 0 <= runs.saved("first", 3)["best_miou"] < 0.99
+
+
+def test_a_dry_run_starts_from_the_weights_that_a_run_would_go_on_from(runs: Runs, first: Path) -> None:
+    assert runs("second", "max_steps=2", f"resume={first}", "--dry-run") == 0
+    assert not (runs.folder / "second").exists()
