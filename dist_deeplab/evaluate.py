@@ -29,6 +29,7 @@ from dist_deeplab.evaluation.evaluator import Evaluation, Panel, draw_panels, ev
 from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings, load_network
 from dist_deeplab.evaluation.overlap import find_overlap
 from dist_deeplab.model.weights import Variant
+from dist_deeplab.outputs import prepare_file, prepare_folder
 from dist_deeplab.runtime.distributed import (
     DistEnv,
     exit_with_crash,
@@ -56,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifest = load_manifest(arguments.data, cache=build_cache(settings.data))
         require_crf(settings.eval.crf)
         check_classes(saved, manifest, arguments.checkpoint)
-        prepare_output([report_folder(arguments, settings), *([arguments.json.parent] if arguments.json else [])])
+        prepare_folder(report_folder(arguments, settings), remedy="choose another --out")
+        if arguments.json:
+            prepare_file(arguments.json, remedy="choose another --json")
         with process_group(env):
             score(env, saved, settings, manifest, arguments)
         return 0
@@ -142,19 +145,6 @@ def report_folder(arguments: argparse.Namespace, settings: configuration.RunConf
     checkpoint: Path = arguments.checkpoint
     name = f"{checkpoint.stem}_{Path(arguments.data).stem}{inference_name(settings.eval)}"
     return arguments.out or checkpoint.parent.parent / "eval" / name
-
-
-def prepare_output(folders: Sequence[Path]) -> None:
-    """Make the folders that will be written to, before the work.
-
-    Raises:
-        UserError: they can't be made.
-    """
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out or --json") from None
 
 
 def check_classes(saved: dict[str, Any], manifest: Manifest, checkpoint: Path) -> None:

@@ -26,12 +26,13 @@ import torch
 from PIL import Image
 
 import dist_deeplab
+from dist_deeplab.config import config_from_dict
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import serving
 from dist_deeplab.runtime.mlflow_run import MirrorState
-from dist_deeplab.runtime.mlflow_store import explain, full_uri, no_telemetry, take_credentials
+from dist_deeplab.runtime.mlflow_store import explain, full_uri, no_telemetry, require_known_store, take_credentials
 from dist_deeplab.runtime.provenance import redact
-from dist_deeplab.runtime.run_files import mlflow_run_id, read_mlflow_file
+from dist_deeplab.runtime.run_files import RUN_FILE, mlflow_run_id, read_mlflow_file
 from dist_deeplab.training.resume import read_checkpoint
 
 _LIBRARIES = ("torch", "numpy", "opencv-python-headless", "Pillow", "pydantic", "pyyaml", "pandas", "filelock", "rich")
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         uri = arguments.uri or str(read_mlflow_file(arguments.run_dir).get("uri", ""))
+        require_known_store(full_uri(uri))
+        config_from_dict({"tracking": {"register_as": arguments.register_as}}, where="--register-as")
         os.environ.update(environment())
         print(log_best(arguments.run_dir, uri=full_uri(uri), register_as=arguments.register_as))
     except UserError as error:
@@ -74,8 +77,10 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
     """Log the best checkpoint, without a validation set the newest, and return the model's address.
 
     Raises:
-        UserError: the run is not in MLflow, or has no checkpoint.
+        UserError: no run is there, or it is not in MLflow, or has no checkpoint.
     """
+    if not (run_dir / RUN_FILE).is_file():
+        raise UserError(f"{run_dir} is no run's folder: it has no {RUN_FILE}; give one that training has made")
     run_id = mlflow_run_id(run_dir)
     if not run_id:
         raise UserError(f"{run_dir} is not in MLflow yet; send it with python tools/sync_mlflow.py {run_dir}")

@@ -32,6 +32,7 @@ from dist_deeplab.evaluation.inference import Predictor, inference_settings, loa
 from dist_deeplab.evaluation.prediction import Prediction, Windows, predict_images
 from dist_deeplab.evaluation.result_files import EXTRAS, ResultFiles
 from dist_deeplab.model.weights import Variant
+from dist_deeplab.outputs import prepare_folder
 from dist_deeplab.runtime.distributed import (
     DistEnv,
     exit_with_crash,
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.list:
             sources = listed(sources, arguments.list)
         results = result_files(arguments, saved["class_names"])
+        prepare_folder(arguments.out, remedy="choose another --out")
         with process_group(env):
             wanted = results.wanted(sources, overwrite=arguments.overwrite, skip_existing=arguments.skip_existing)
             sources = gather_to_all(wanted)[0]  # every rank has looked before one writes
@@ -145,12 +147,15 @@ def listed(sources: Sequence[Source], list_file: Path) -> list[Source]:
     """Return the sources whose names are in a list, one a line.
 
     Raises:
-        UserError: no such file, or a name in it that no picture has.
+        UserError: no such file, no name in it, or one that no picture has.
     """
     try:
         names = {line.split()[0] for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {list_file}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"cannot read the list {list_file}: {reason}; give a text file with a name a line") from None
+    if not names:
+        raise UserError(f"the list {list_file} holds no name; give a text file with a name a line")
     missing = sorted(names - {source.name for source in sources})
     if missing:
         raise UserError(f"{len(missing)} of the {len(names)} names in {list_file} have no picture, e.g. {missing[0]}")
@@ -170,7 +175,6 @@ def report(problems: Sequence[str], total: int, arguments: argparse.Namespace) -
         log.info("packed %s", submission.pack(arguments.out))
     log.info("%d pictures predicted, results in %s", total - len(problems), arguments.out)
     if problems:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "unreadable.txt").write_text("".join(f"{line}\n" for line in problems), encoding="utf-8")
         log.error(
             "%d of %d files could not be read (all in %s):\n  %s",
@@ -202,6 +206,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     is_override = [("=" in text and not Path(text).exists()) for text in arguments.images]
     arguments.overrides = [text for text, override in zip(arguments.images, is_override) if override]
     arguments.images = [text for text, override in zip(arguments.images, is_override) if not override]
+    if arguments.overwrite and arguments.skip_existing:
+        parser.error("--overwrite and --skip-existing are opposites; give one of them")
     if not arguments.images:
         parser.error("no pictures: give image files, folders of them or quoted patterns")
     if arguments.window < 33 or not 0 <= arguments.overlap < arguments.window:

@@ -33,6 +33,7 @@ from dist_deeplab.comparison.record import read_folder
 from dist_deeplab.config import RunConfig
 from dist_deeplab.config.grid import expand
 from dist_deeplab.errors import UserError
+from dist_deeplab.outputs import prepare_folder
 from dist_deeplab.runtime import run_files, tracking
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.logs import setup_logging
@@ -91,7 +92,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--child", type=int, metavar="I", help="print training's arguments of run I, each ended by NUL")
     parser.add_argument("--report", action="store_true", help="run nothing: compare what there is")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value[,value...]", help="settings and the grid")
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.nproc_per_node < 1:
+        parser.error(f"--nproc-per-node must be 1 or more, not {arguments.nproc_per_node}")
+    return arguments
 
 
 def plan(config_file: str | None, overrides: Sequence[str]) -> Sweep:
@@ -113,7 +117,7 @@ def plan(config_file: str | None, overrides: Sequence[str]) -> Sweep:
 
 def prepare(sweep: Sweep) -> None:
     """Make the folder of the sweep's own run; a larger grid under the same name adds to it."""
-    sweep.folder.mkdir(parents=True, exist_ok=True)
+    prepare_folder(sweep.folder, remedy="choose another output_dir=")
     attempt = run_files.read_run_file(sweep.folder).get("attempt", 0)
     run_files.write_run_file(sweep.folder, attempt=attempt, **about(sweep))
 
@@ -204,10 +208,10 @@ def journal_size(child: Child) -> int:
 
 def conclude(sweep: Sweep) -> int:
     """Print and keep the comparison of the runs that began, also in MLflow; return 0 if all of them are finished."""
-    sweep.folder.mkdir(parents=True, exist_ok=True)
     begun = [c.config.run_dir for c in sweep.children if (c.config.run_dir / run_files.RUN_FILE).exists()]
     if not begun:
-        raise UserError(f"no run of {sweep.folder.name} has begun")
+        raise UserError(f"no run of {sweep.folder.name} has begun in {sweep.folder.parent}; nothing to compare")
+    sweep.folder.mkdir(exist_ok=True)
     records = [read_folder(folder) for folder in begun]
     everything_done = all(is_finished(child) for child in sweep.children)
     report.print_report(records, Console(width=None if sys.stdout.isatty() else 160))

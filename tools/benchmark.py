@@ -20,6 +20,7 @@ from benchmarks import batch_norm, crf, evaluate, loader, scaling, step
 from benchmarks.harness import machine, show, write_json
 
 from dist_deeplab.errors import UserError
+from dist_deeplab.outputs import prepare_file
 from dist_deeplab.runtime.distributed import DistEnv
 
 COMMANDS = {
@@ -35,6 +36,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
+        if arguments.json:
+            prepare_file(arguments.json, remedy="choose another --json")
         report = COMMANDS[arguments.command].run(arguments)
         env = DistEnv.from_environ()  # of several ranks (batch_norm) one speaks
         where = machine()

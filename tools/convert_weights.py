@@ -26,6 +26,7 @@ from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.weights import Report, Weights, backbone_of, fit_weights, load_weights
 from dist_deeplab.model.weights.export import FORMATS, export
+from dist_deeplab.outputs import prepare_file
 from dist_deeplab.runtime.checkpoint import write_sidecar, write_tensors
 
 CHECKPOINT = "checkpoint"
@@ -92,7 +93,6 @@ def write_checkpoint(net: DeepLabV2, weights: Weights, path: Path, class_names: 
         "train_keys_sha256": "",
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         digest = write_tensors(path, content)
         write_sidecar(path, step=0, digests=[digest])
     except OSError as error:
@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.target.exists() and not arguments.overwrite:
             raise UserError(f"{arguments.target} is there already; choose another name, or add --overwrite")
+        prepare_file(arguments.target, remedy="choose another OUT")
         weights = load_weights(arguments.source)
         net, report = network_of(weights)
         random = {name.rpartition(".")[0] for name in report.missing if name.startswith("backbone.")}

@@ -32,6 +32,7 @@ from dist_deeplab.evaluation.exportable import Exportable
 from dist_deeplab.evaluation.images import find_images, read_image
 from dist_deeplab.evaluation.inference import Predictor, load_network
 from dist_deeplab.model.weights import Variant
+from dist_deeplab.outputs import prepare_file
 from dist_deeplab.training.resume import read_checkpoint
 
 Model = Callable[[np.ndarray], np.ndarray]
@@ -85,7 +86,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     missing = [name for name in _NEEDED_FOR_ONNX if importlib.util.find_spec(name) is None]
     if arguments.out.suffix == ".onnx" and missing:
         raise UserError(f"ONNX needs {', '.join(missing)}; pip install -e '.[export]' -c constraints.txt")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    prepare_file(arguments.out, remedy="choose another OUT")
 
 
 def describe(saved: dict[str, Any], variant: Variant, checkpoint: Path) -> dict[str, str]:

@@ -39,6 +39,7 @@ from dist_deeplab.data.sources import read_voc_list
 from dist_deeplab.data.voc_download import Archive
 from dist_deeplab.downloads import Progress
 from dist_deeplab.errors import UserError
+from dist_deeplab.outputs import prepare_folder
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(arguments: argparse.Namespace) -> None:
     """Do all steps that are not done yet."""
     out = arguments.out
+    prepare_folder(out, remedy="choose another --out")
     # 1. Archives
     path = fetch_archive(chosen(voc_download.VOC2012, arguments.voc_archive, arguments.voc_md5), out)
     root = voc_download.unpack(

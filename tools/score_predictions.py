@@ -27,12 +27,17 @@ from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.boundaries import NUM_BANDS, band_map
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious, scores
 from dist_deeplab.evaluation.evaluator import Evaluation, ImageScore
+from dist_deeplab.outputs import prepare_file, prepare_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         names = read_class_names(arguments.class_names)
+        if arguments.json:
+            prepare_file(arguments.json, remedy="choose another --json")
+        if arguments.out:
+            prepare_folder(arguments.out, remedy="choose another --out")
         keys = find_keys(arguments.predictions, arguments.labels, arguments.list)
         evaluation = score_files(
             arguments.predictions, arguments.labels, keys, num_classes=len(names), ignore_label=arguments.ignore_label

@@ -17,8 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dist_deeplab.errors import UserError
 from dist_deeplab.runtime import run_files
 from dist_deeplab.runtime.journal import JOURNAL
+from dist_deeplab.runtime.mlflow_store import require_known_store
 
 
 def main() -> int:
@@ -29,6 +31,10 @@ def main() -> int:
     runs = [folder for folder in arguments.folders if (folder / run_files.RUN_FILE).is_file()]
     if not runs:
         parser.error(f"no run's folder among {len(arguments.folders)}: none has a {run_files.RUN_FILE}")
+    try:
+        require_known_store(arguments.uri)
+    except UserError as error:
+        parser.error(str(error))
     # Sweeps first: their runs name them as parents.
     runs.sort(key=lambda folder: "children" not in run_files.read_run_file(folder))
     failed = [folder for folder in runs if not sync(folder, arguments.uri)]

@@ -33,6 +33,7 @@ from dist_deeplab.evaluation.evaluator import content_of
 from dist_deeplab.evaluation.inference import Predictor, inference_settings, load_network
 from dist_deeplab.evaluation.prediction import probabilities
 from dist_deeplab.model.weights import Variant
+from dist_deeplab.outputs import prepare_file
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.parallel import place_model
 from dist_deeplab.training.resume import read_checkpoint
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = inference_settings(saved, arguments.overrides)
         if list(manifest.class_names) != saved["class_names"]:
             raise UserError(f"{arguments.checkpoint} and {manifest.path} name other classes")
+        if arguments.json:
+            prepare_file(arguments.json, remedy="choose another --json")
         points = [base_point(settings) | point for point in grid]
         print(f"{len(points)} points on {min(arguments.num_images, manifest.num_samples)} images of {manifest.path}")
         mious, without = search(saved, settings, manifest, points, num_images=arguments.num_images)

@@ -81,9 +81,11 @@ def load_config(
     if path is not None:
         values = _read_yaml(Path(path))
         _check_keys(values, where=str(path))
+    overrides = list(overrides)
     for override in overrides:
         _apply_override(values, override)
-    return config_from_dict(values, where=str(path) if path is not None else "the command line")
+    where = "the command line" if path is None else f"{path} (with overrides)" if overrides else str(path)
+    return config_from_dict(values, where=where)
 
 
 def config_from_dict(values: dict[str, Any], *, where: str) -> RunConfig:
@@ -96,7 +98,7 @@ def config_from_dict(values: dict[str, Any], *, where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"configuration from {where} (with overrides): {sentence(error)}") from None
+        raise UserError(f"configuration from {where}: {sentence(error)}") from None
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
@@ -198,7 +200,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"cannot read the value in {override!r}: it is not YAML; quote it for the shell") from None
+        is_text = not any("\ud800" <= letter <= "\udfff" for letter in text)  # how Python marks bytes that are no UTF-8
+        remedy = "it is not YAML; quote it for the shell" if is_text else "it is not UTF-8; rename the file"
+        raise UserError(f"cannot read the value in {override!r}: {remedy}") from None
     target = values
     for parent in parents:
         target = target.setdefault(parent, {})

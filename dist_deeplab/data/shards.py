@@ -153,7 +153,8 @@ def _parse(path: Path, origin: dict[str, Any]) -> Manifest:
             f"there is no manifest at {path}; tools/make_shards.py makes one from VOC folders (see README)"
         ) from None
     except (OSError, ValueError) as error:
-        raise ShardError(f"{path} can't be read as a manifest ({error}); give the .json beside the shards") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise ShardError(f"{path} can't be read as a manifest ({reason}); give the .json beside the shards") from None
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise ShardError(f"{path} is not a {FORMAT!r} manifest; tools/make_shards.py writes one")
     try:

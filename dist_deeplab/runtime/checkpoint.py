@@ -41,8 +41,10 @@ def verify(path: Path) -> None:
     Raises:
         UserError: file or sidecar missing, or digest wrong.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, no checkpoint; give a file, e.g. RUN/checkpoints/best.pt")
     if not path.is_file():
-        raise UserError(f"there is no checkpoint at {path}")
+        raise UserError(f"there is no checkpoint at {path}; those of a run are RUN/checkpoints/*.pt")
     expected = sidecar_digests(path)
     if not expected:
         raise UserError(

@@ -34,7 +34,7 @@ def require_known_store(uri: str) -> None:
     plugins = {point.name for point in importlib.metadata.entry_points(group="mlflow.tracking_store")}
     if scheme not in _SCHEMES | plugins:
         raise UserError(
-            f"tracking.uri={redact(uri)}: MLflow knows no store of the kind {scheme!r}; use http(s)://HOST:PORT, "
+            f"{redact(uri)}: MLflow knows no store of the kind {scheme!r}; use http(s)://HOST:PORT, "
             "sqlite:///FILE, postgresql, mysql, mssql, or none for no MLflow"
         )
 

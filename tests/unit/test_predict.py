@@ -147,7 +147,9 @@ def test_a_submission_is_the_tree_and_the_tar_that_pascal_takes(
     ("arguments", "reason"),
     [
         (["optim.lr=1"], "no meaning here"),
-        (["--list", "nowhere.txt"], "cannot read the list"),
+        (["--list", "nowhere.txt"], "cannot read the list nowhere.txt: No such file or directory; give a text"),
+        (["--list", "/dev/null"], "the list /dev/null holds no name"),
+        (["--out", f"{__file__}/out"], "test_predict.py/out: Not a directory; choose another --out"),
         (["eval.scale=[1.0]"], "did you mean 'eval.scales'"),
     ],
 )

@@ -171,6 +171,18 @@ def test_wrong_settings_of_any_run_are_said_before_anything_is_trained(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_process_at_all_and_a_place_that_is_none_are_refused(
+    trainings: Trainings, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--nproc-per-node", "0"])
+    assert "--nproc-per-node must be 1 or more, not 0" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*arguments, f"output_dir={tmp_path}/file"]) == 2
+    assert "Not a directory; choose another output_dir=" in capsys.readouterr().err
+    assert trainings.started == []
+
+
 def test_slurm_s_tasks_ask_for_the_number_of_runs_and_for_each_run_s_arguments(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,7 +134,6 @@ def show(report: Report, where: Mapping[str, object]) -> None:
 
 def write_json(report: Report, where: Mapping[str, object], path: Path) -> None:
     """Write report and machine to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**asdict(report), "machine": where}, indent=1) + "\n", encoding="utf-8")
 
 

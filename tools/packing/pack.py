@@ -11,6 +11,7 @@ from dist_deeplab.data.shard_writer import DEFAULT_SAMPLES, check_samples, write
 from dist_deeplab.data.shards import ShardError
 from dist_deeplab.data.sources import SourceSample
 from dist_deeplab.data.survey import survey_masks
+from dist_deeplab.outputs import prepare_folder
 from packing.arguments import add_label_arguments, add_workers, check_label_arguments, parser_of, require_plain_name
 from packing.printing import print_manifest, print_survey, show_progress
 
@@ -79,6 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         print_survey(survey, labels, title=f"{split}: {len(samples)} samples")
     if arguments.dry_run or labels is None:
         return
+    prepare_folder(arguments.out, remedy="choose another --out")
     per_shard = arguments.samples_per_shard or (_NO_LIMIT if arguments.shard_mb else DEFAULT_SAMPLES)
     for split, (samples, _) in found.items():
         manifest = write_shards(

@@ -92,6 +92,8 @@ def _first_bytes(path: Path) -> bytes:
             head = file.read(512)
     except FileNotFoundError:
         raise UserError(f"there is no weights file at {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not weights; give a file, e.g. RUN/checkpoints/best.pt") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

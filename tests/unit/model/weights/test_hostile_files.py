@@ -201,7 +201,7 @@ def test_wrong_files_are_called_what_they_are(tmp_path: Path, content: bytes, se
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no weights file at .*absent\.pth"):
         load_weights(tmp_path / "absent.pth")
-    with pytest.raises(UserError, match="can't be read: Is a directory"):
+    with pytest.raises(UserError, match="is a folder, not weights; give a file"):
         load_weights(tmp_path)
     (tmp_path / "m.ckpt.meta").write_bytes(b"graph")
     with pytest.raises(UserError, match=r"put m\.ckpt\.index beside it"):

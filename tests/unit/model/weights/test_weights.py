@@ -159,7 +159,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match="is a folder, not weights"):
         load_weights(tmp_path)
 
 
