@@ -167,7 +167,7 @@ def test_an_incomplete_manifest_says_what_is_missing(key: str, own_set: Path) ->
 
 def test_an_empty_set_is_refused(own_set: Path) -> None:
     change_manifest(own_set, num_samples=0)
-    with pytest.raises(ShardError, match="empty"):
+    with pytest.raises(ShardError, match=r"the set .*train\.json is empty; make"):
         load_manifest(own_set)
 
 
@@ -253,7 +253,7 @@ def test_an_index_that_names_a_shard_too_many_is_noticed(own_set: Path) -> None:
     index["shard"][4] = 3
     np.save(path, index)
     reader = ShardReader(load_manifest(own_set))
-    with pytest.raises(ShardError, match="index"):
+    with pytest.raises(ShardError, match=r"sample 4 of .* is in no shard of the set"):
         reader.read(4)
 
 

@@ -48,7 +48,7 @@ def test_another_value_is_a_warning_a_counter_and_a_tag_and_the_journal_keeps_th
 
 def test_rounding_is_called_rounding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     replayed(tmp_path, {"train/loss": 2.0 + 1e-9})
-    assert "rounding" in caplog.text
+    assert "(relative difference 5.0e-10): rounding" in caplog.text
 
 
 def test_a_long_replay_warns_a_handful_of_times(caplog: pytest.LogCaptureFixture) -> None:
