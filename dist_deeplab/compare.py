@@ -21,6 +21,7 @@ from dist_deeplab.comparison import report
 from dist_deeplab.comparison.record import RunRecord, children, read_folder
 from dist_deeplab.comparison.store import Store
 from dist_deeplab.errors import UserError
+from dist_deeplab.outputs import prepare_file
 from dist_deeplab.runtime.run_files import RUN_FILE
 from dist_deeplab.runtime.tracking import resolve_uri
 
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("comparison.png"), metavar="FILE", help="the figure")
     arguments = parser.parse_args(argv)
     try:
+        prepare_file(arguments.out, remedy="choose another --out")
+        if not arguments.out.suffix:
+            raise UserError(f"the figure {arguments.out} needs an ending that says its kind, e.g. {arguments.out}.png")
         records = collect(arguments.runs, arguments.uri)
         report.print_report(records, Console(width=None if sys.stdout.isatty() else 160))
         report.save_figure(records, arguments.out)
@@ -57,6 +61,8 @@ def collect(names: Sequence[str], uri: str) -> list[RunRecord]:
         if (folder / RUN_FILE).exists():
             folders = children(folder)
             found = [read_folder(each) for each in ([folder] if folders is None else folders)]
+        elif folder.is_file():
+            raise UserError(f"{name} is a file; give the folder of a run or sweep")
         elif folder.is_dir() and re.search(r"[/.]", name):
             raise UserError(f"{name} is no run's folder: it has no {RUN_FILE}")
         else:

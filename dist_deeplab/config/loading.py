@@ -181,7 +181,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"cannot read the configuration file {path}: {error.strerror}; the project's own are in configs/"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; give a YAML file, e.g. one of configs/") from None
+    except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

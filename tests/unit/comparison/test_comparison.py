@@ -170,15 +170,23 @@ def test_the_folder_of_a_sweep_means_its_runs_that_have_begun(runs: list[Path], 
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("./no_run", "it has no run.json"), ("nothing", "no MLflow store at"), ("./file", "no MLflow")]
+    ("arguments", "says"),
+    [
+        (["./no_run"], "it has no run.json"),
+        (["nothing"], "no MLflow store at"),
+        (["./file"], "./file is a file; give the folder of a run or sweep"),
+        (["nothing", "--out", "no_run"], "cannot write the file no_run: it is a folder; choose another --out"),
+        (["nothing", "--out", "figure"], "needs an ending that says its kind, e.g. figure.png"),
+    ],
 )
 def test_what_is_no_run_is_refused_in_one_sentence(
-    name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "no_run").mkdir()
-    assert compare.main([name]) == 2
+    (tmp_path / "file").write_text("")
+    assert compare.main(arguments) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "runs").exists(), "nothing is made by looking"
 
