@@ -42,6 +42,7 @@ from dist_deeplab.runtime.late_results import add_to_run
 from dist_deeplab.runtime.logs import setup_logging
 from dist_deeplab.runtime.parallel import place_model
 from dist_deeplab.training.builders import build_cache
+from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint
 
 log = logging.getLogger("dist_deeplab.evaluate")
@@ -84,6 +85,7 @@ def score(
         notes.append(f"NOTE on these weights: {variant.note}")
     for note in notes:
         log.warning("%s", note)
+    allow_tf32(settings.precision.dtype)
     net = place_model(load_network(saved), env.device)
     predictor = Predictor.build(net, variant.preprocessing, settings.eval)
     num_panels, num_workers, batch_size = settings.eval.num_panels, settings.data.num_workers, settings.eval.batch_size

@@ -44,6 +44,7 @@ from dist_deeplab.runtime.distributed import (
 )
 from dist_deeplab.runtime.logs import setup_logging
 from dist_deeplab.runtime.parallel import place_model
+from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint
 
 _SHOWN = 50  # unreadable files listed in the terminal; unreadable.txt has all
@@ -90,6 +91,7 @@ def predict(
     """Predict this rank's share, write the results, and return what could not be read on any rank."""
     setup_logging(is_main=env.is_main, rank=env.rank, folder=None)
     variant = Variant.from_plain(saved["variant"])
+    allow_tf32(settings.precision.dtype)
     net = place_model(load_network(saved), env.device)
     own = sources[env.rank :: env.world_size]
     log.info("%d pictures (%d on this rank) to %s", len(sources), len(own), arguments.out)

@@ -36,6 +36,7 @@ from dist_deeplab.model.weights import Variant
 from dist_deeplab.outputs import prepare_file
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.parallel import place_model
+from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint
 
 DEFAULT_GRID = ("crf.bi_w=3,4,5", "crf.bi_xy_std=50,67,80", "crf.bi_rgb_std=3,5")
@@ -131,6 +132,7 @@ def search(
 ) -> tuple[list[float], float]:
     """Return the mIoU of each point, and the one without a CRF."""
     device = DistEnv().device
+    allow_tf32(settings.precision.dtype)
     net = place_model(load_network(saved), device)
     predictor = Predictor.build(net, Variant.from_plain(saved["variant"]).preprocessing, settings.eval)
     dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)

@@ -21,7 +21,7 @@ class Precision:
     def __init__(self, dtype: str, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
+        allow_tf32(dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -66,6 +66,14 @@ class Precision:
         """Take back what `state_dict` returned; another precision's state is left alone."""
         if state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state)
+
+
+def allow_tf32(dtype: str) -> None:
+    """Set torch's global matmul and convolution precision for a `precision.dtype`; its own defaults differ for the two.
+
+    Whoever scores a finished network calls this too, so that it is the arithmetic of the run's own evaluations.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
 
 
 def poisoned(loss: torch.Tensor) -> torch.Tensor:

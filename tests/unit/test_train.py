@@ -1,13 +1,14 @@
 """What a configuration says happens in a real run: the whole command in this process, one rank, a few small steps."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dist_deeplab import train
+from dist_deeplab import evaluate, predict, train
 from dist_deeplab.runtime import tracking
 from dist_deeplab.runtime.checkpoint import write_sidecar, write_tensors
 from dist_deeplab.runtime.session import Session
@@ -39,6 +40,14 @@ class Runs:
     def journal(self, name: str, key: str) -> dict[int, float]:
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
         return {r["step"]: r["value"] for r in map(json.loads, lines) if r.get("key") == key}
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_tf32() -> Iterator[None]:
+    """Commands set torch's global flags; leave them as they were."""
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
 
 
 @pytest.fixture
@@ -129,3 +138,18 @@ def test_a_best_score_counts_for_its_folder_its_images_and_its_way_of_scoring(ru
 def test_a_dry_run_starts_from_the_weights_that_a_run_would_go_on_from(runs: Runs, first: Path) -> None:
     assert runs("second", "max_steps=2", f"resume={first}", "--dry-run") == 0
     assert not (runs.folder / "second").exists()
+
+
+def test_a_finished_network_is_asked_with_the_arithmetic_of_its_run(
+    runs: Runs, first: Path, sample_shards: Path
+) -> None:
+    pictures = sample_shards.parent / "VOCdevkit/VOC2012/JPEGImages/sample_000000.jpg"
+    commands = [
+        (evaluate.main, ("--data", sample_shards / "val.json", "--no-mlflow", "eval.num_panels=0")),
+        (predict.main, (pictures, "--out", runs.folder / "masks")),
+    ]
+    for main, arguments in commands:  # on a GPU, torch would let fp32 convolutions round to tf32, and products not
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        assert exit_code(main, first, *arguments) == 0
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
