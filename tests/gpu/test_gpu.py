@@ -11,7 +11,7 @@ from torch import nn
 
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.batch import Batch, blank_batch
-from dist_deeplab.model import batch_norm
+from dist_deeplab.model import sync_batch_norm
 from dist_deeplab.model.batch_norm import EPS, MOMENTUM, SyncBatchNorm, norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
@@ -147,8 +147,8 @@ class EchoWorld:
 @pytest.fixture
 def two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     world = EchoWorld()
-    monkeypatch.setattr(batch_norm, "dist", world)
-    monkeypatch.setattr(batch_norm, "_all_gather", world.all_gather)
+    monkeypatch.setattr(sync_batch_norm, "dist", world)
+    monkeypatch.setattr(sync_batch_norm, "_all_gather", world.all_gather)
 
 
 def _filled(make: Callable[[int], nn.BatchNorm2d], device: str) -> nn.BatchNorm2d:
@@ -159,7 +159,13 @@ def _filled(make: Callable[[int], nn.BatchNorm2d], device: str) -> nn.BatchNorm2
     return layer
 
 
-@pytest.mark.usefixtures("two_equal_ranks")
+@pytest.fixture(params=[True, False], ids=["kernels", "portable"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to synchronise on a GPU: torch's kernels, and what a CPU and a compiled graph take."""
+    monkeypatch.setattr(sync_batch_norm, "has_kernels", lambda input: request.param)
+
+
+@pytest.mark.usefixtures("two_equal_ranks", "way")
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)], ids=str
 )
@@ -194,7 +200,34 @@ def test_sync_batch_norm_equals_batch_norm_over_both_ranks(
     close(layer.running_var, reference.running_var, 1e-5)
 
 
-@pytest.mark.usefixtures("two_equal_ranks")
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("own_images", [0, 3])
+def test_a_rank_without_images_counts_as_nothing(own_images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks, one of them with three images, the other with none: as torch's batch norm of the three."""
+    generator = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(3, 8, 9, 7, generator=generator) + 5
+    layer = _filled(SyncBatchNorm, "cuda")
+    reference = _filled(lambda n: nn.BatchNorm2d(n, eps=EPS, momentum=MOMENTUM), "cpu")
+    expected = reference(x)
+
+    def exchange(own: torch.Tensor) -> torch.Tensor:
+        """What the rank of the other number of images sends, by a layer that listens to what it sends."""
+        sent = []
+        other = _filled(SyncBatchNorm, "cuda")
+        with monkeypatch.context() as patch:
+            patch.setattr(sync_batch_norm, "_gather", lambda tensor: sent.append(tensor) or torch.cat([own, own]))
+            other((x[:0] if own_images else x).cuda())
+        return torch.cat([own, sent[0]])
+
+    monkeypatch.setattr(sync_batch_norm, "is_alone", lambda: False)
+    monkeypatch.setattr(sync_batch_norm, "_gather", exchange)
+    y = layer(x[:own_images].cuda())
+    torch.testing.assert_close(y.cpu(), expected[:own_images], rtol=1e-4, atol=1e-4)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(layer, name).cpu(), getattr(reference, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("two_equal_ranks", "way")
 def test_sync_batch_norm_never_waits_for_the_device() -> None:
     layer = SyncBatchNorm(8).cuda()
     x = torch.randn(2, 8, 9, 9, device="cuda", requires_grad=True)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncNormalize
 
 from benchmarks.harness import Report, Row, interleave, ratio_column, synchronizer
-from dist_deeplab.model import batch_norm
+from dist_deeplab.model import batch_norm, sync_batch_norm
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.runtime.distributed import DistEnv, process_group
 
@@ -49,9 +49,12 @@ def measure(arguments: argparse.Namespace, env: DistEnv) -> Report:
     dtype = DTYPES[arguments.dtype]
     memory_format = torch.channels_last
     inputs = [torch.randn(s, device=device, dtype=dtype).to(memory_format=memory_format) for s in shapes]
-    makers: dict[str, Callable[[int], nn.Module]] = {"BatchNorm2d": nn.BatchNorm2d, "ours": batch_norm.SyncBatchNorm}
+    makers: dict[str, Callable[[int], nn.Module]] = {
+        "BatchNorm2d": nn.BatchNorm2d,
+        "ours": sync_batch_norm.SyncBatchNorm,
+    }
     if device.type == "cuda":
-        makers["torch_sync"] = TorchSync
+        makers |= {"ours_portable": PortableSync, "torch_sync": TorchSync}
     competitors = {name: Pass([make(s[1]).to(device) for s in shapes], inputs) for name, make in makers.items()}
     timings = interleave(competitors, rounds=arguments.rounds, warmup=3, synchronize=synchronizer(device))
     rows: list[Row] = [
@@ -97,6 +100,15 @@ class Pass:
             y.backward(y.detach())
 
 
+class PortableSync(sync_batch_norm.SyncBatchNorm):
+    """Ours on a GPU the way a CPU and a compiled graph take, without torch's kernels for it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the normalised input."""
+        with mock.patch.object(sync_batch_norm, "has_kernels", return_value=False):
+            return super().forward(input)
+
+
 class TorchSync(nn.SyncBatchNorm):
     """torch's, on its synchronised path at world size 1 too."""
 
@@ -125,7 +137,7 @@ def one_rank_group(env: DistEnv) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with mock.patch.object(batch_norm, "is_alone", return_value=False):
+        with mock.patch.object(sync_batch_norm, "is_alone", return_value=False):
             yield
     finally:
         dist.destroy_process_group()

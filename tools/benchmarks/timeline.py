@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.network import Event
 from dist_deeplab.data.loader import Batch
-from dist_deeplab.model import batch_norm
+from dist_deeplab.model import batch_norm, sync_batch_norm
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.runtime.distributed import DistEnv
@@ -79,9 +79,9 @@ class NoOthers:
 def synchronised_with_nobody() -> Iterator[None]:
     """Let SyncBatchNorm do the arithmetic of several ranks, which is more than BatchNorm2d's, without messages."""
     with (
-        mock.patch.object(batch_norm, "is_alone", return_value=False),
-        mock.patch.object(batch_norm, "dist", NoOthers),
-        mock.patch.object(batch_norm, "_all_gather", lambda output, tensor: output.copy_(tensor.view_as(output))),
+        mock.patch.object(sync_batch_norm, "is_alone", return_value=False),
+        mock.patch.object(sync_batch_norm, "dist", NoOthers),
+        mock.patch.object(sync_batch_norm, "_all_gather", lambda output, tensor: output.copy_(tensor.view_as(output))),
     ):
         yield
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dist_deeplab.errors import UserError
-from dist_deeplab.model import batch_norm
+from dist_deeplab.model import sync_batch_norm
 from dist_deeplab.model.batch_norm import (
     EPS,
     MOMENTUM,
@@ -21,15 +21,20 @@ from dist_deeplab.model.batch_norm import (
     convolve_and_normalize,
     norm_factory,
 )
+from tests.unit.model import norm_kernels
 
 TIMEOUT_S = 30.0  # a rank that fails breaks the barrier for the others instead of leaving them waiting
 
 
 class ThreadWorld:
-    """Ranks as threads of one process; has the part of `torch.distributed` that SyncBatchNorm uses."""
+    """Ranks as threads of one process; has the part of `torch.distributed` that SyncBatchNorm uses.
 
-    def __init__(self, size: int) -> None:
+    kernels: they go the way of CUDA tensors.
+    """
+
+    def __init__(self, size: int, *, kernels: bool = False) -> None:
         self.size = size
+        self.kernels = kernels
         self.barrier = threading.Barrier(size)
         self.local = threading.local()
         self.board: dict[int, torch.Tensor] = {}
@@ -65,8 +70,10 @@ class ThreadWorld:
                 raise
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(batch_norm, "dist", self)
-            patch.setattr(batch_norm, "_all_gather", self.all_gather)
+            patch.setattr(sync_batch_norm, "dist", self)
+            patch.setattr(sync_batch_norm, "_all_gather", self.all_gather)
+            if self.kernels:
+                norm_kernels.use(patch)
             with ThreadPoolExecutor(self.size) as pool:
                 futures = [pool.submit(on_rank, rank) for rank in range(self.size)]
             errors = [error for future in futures if (error := future.exception()) is not None]
@@ -111,14 +118,17 @@ def test_sync_in_one_process_is_batch_norm_forward_backward_and_statistics() -> 
         torch.testing.assert_close(ours[name], value, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("kernels", [False, True])
 @settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(0, 3), min_size=2, max_size=4).filter(lambda sizes: sum(sizes) > 0))
-def test_sync_over_any_split_of_a_batch_is_batch_norm_over_the_whole(sizes: list[int]) -> None:
+def test_sync_over_any_split_of_a_batch_is_batch_norm_over_the_whole(kernels: bool, sizes: list[int]) -> None:
     x, weight = _input(sum(sizes), 3, 2, 4), _input(sum(sizes), 3, 2, 4, seed=2)
     reference = _train_once(_fill(nn.BatchNorm2d(3, eps=EPS, momentum=MOMENTUM).double()), x, weight)
     parts, weights = x.split(sizes), weight.split(sizes)
     layers = [_fill(SyncBatchNorm(3).double()) for _ in sizes]
-    ranks = ThreadWorld(len(sizes)).run(lambda rank: _train_once(layers[rank], parts[rank], weights[rank]))
+    ranks = ThreadWorld(len(sizes), kernels=kernels).run(
+        lambda rank: _train_once(layers[rank], parts[rank], weights[rank])
+    )
     close = {"rtol": 1e-10, "atol": 1e-10}
     for name in ("output", "input.grad"):
         torch.testing.assert_close(torch.cat([rank[name] for rank in ranks]), reference[name], **close, msg=name)
@@ -140,11 +150,12 @@ def test_sync_variance_does_not_cancel_where_the_mean_is_large() -> None:
     torch.testing.assert_close(layers[0].running_var.double(), expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_sync_keeps_dtype_and_memory_format_and_has_float32_statistics(dtype: torch.dtype) -> None:
+def test_sync_keeps_dtype_and_memory_format_and_has_float32_statistics(dtype: torch.dtype, kernels: bool) -> None:
     x = _input(2, 4, 6, 6).to(dtype).to(memory_format=torch.channels_last)
     layers = [SyncBatchNorm(4) for _ in range(2)]
-    outputs = ThreadWorld(2).run(lambda rank: layers[rank](x))
+    outputs = ThreadWorld(2, kernels=kernels).run(lambda rank: layers[rank](x))
     for y in outputs:
         assert isinstance(y, torch.Tensor)
         assert y.dtype == dtype
@@ -152,11 +163,12 @@ def test_sync_keeps_dtype_and_memory_format_and_has_float32_statistics(dtype: to
     assert layers[0].running_mean.dtype == layers[0].running_var.dtype == torch.float32
 
 
-def test_sync_refuses_a_single_value_per_channel_over_all_ranks() -> None:
+@pytest.mark.parametrize("kernels", [False, True])
+def test_sync_refuses_a_single_value_per_channel_over_all_ranks(kernels: bool) -> None:
     parts = _input(1, 3, 1, 1).split([1, 0])
     layers = [SyncBatchNorm(3).double() for _ in parts]
     with pytest.raises(ValueError, match="value"):
-        ThreadWorld(2).run(lambda rank: layers[rank](parts[rank]))
+        ThreadWorld(2, kernels=kernels).run(lambda rank: layers[rank](parts[rank]))
 
 
 @pytest.mark.parametrize("mode", ["sync", "local", "frozen"])
