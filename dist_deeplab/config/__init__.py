@@ -9,7 +9,9 @@ from dist_deeplab.config.loading import (
     load_config,
     recipe_differences,
 )
-from dist_deeplab.config.schema import CrfConfig, DataConfig, EvalConfig, OptimConfig, RunConfig, grid_size
+from dist_deeplab.config.results import CrfConfig, EvalConfig
+from dist_deeplab.config.schema import RunConfig
+from dist_deeplab.config.training import DataConfig, OptimConfig, grid_size
 
 __all__ = [
     "CrfConfig",

@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 
 from dist_deeplab.config.problems import sentence
-from dist_deeplab.config.schema import RunConfig, Section
+from dist_deeplab.config.schema import RunConfig
+from dist_deeplab.config.section import Section
 from dist_deeplab.errors import UserError
 
 _FREE_TO_CHANGE = (

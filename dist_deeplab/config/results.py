@@ -1,0 +1,96 @@
+"""The sections about what comes of a run: its scores, its checkpoints, and where they are reported."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from dist_deeplab.config.section import NonNegative, Positive, Section, Text
+
+
+class EvalConfig(Section):
+    every: NonNegative = 1000
+    """Steps between evaluations on data.val; one more at the end. 0: only at the end."""
+    batch_size: Positive = 4
+    """Images of one size taken through the network at once; what an image scores does not depend on it."""
+    scales: tuple[Annotated[float, Field(gt=0, le=4)], ...] = (1.0,)
+    """Input scales whose logits are fused, e.g. [0.5, 0.75, 1.0] (the paper's)."""
+    fusion: Literal["max", "mean"] = "max"
+    """How logits of several scales become one: max is the paper's."""
+    flip: bool = False
+    """Average with the prediction on the mirrored image."""
+    align_corners: bool = True
+    """true: logits sit on pixels, as in training; false: half-pixel resizing, unpadded images (kazuto1011's way)."""
+    crf: bool = False
+    """Refine by a dense CRF (section crf); about a second of a core per image, in processes beside the GPU."""
+    num_panels: NonNegative = 4
+    """Validation images shown as image | label | prediction | errors."""
+
+    @field_validator("scales")
+    @classmethod
+    def _distinct_scales(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("must hold one or more scales, each once")
+        return value
+
+
+class CrfConfig(Section):
+    """The dense CRF of eval.crf; defaults are DeepLab-v2's for VOC 2012."""
+
+    iterations: Positive = 10
+    """Mean-field iterations."""
+    pos_w: Annotated[float, Field(ge=0)] = 3.0
+    """Weight of the smoothness kernel."""
+    pos_xy_std: Annotated[float, Field(gt=0)] = 1.0
+    """Its standard deviation in pixels."""
+    bi_w: Annotated[float, Field(ge=0)] = 4.0
+    """Weight of the appearance kernel, which looks at colours too."""
+    bi_xy_std: Annotated[float, Field(gt=0)] = 67.0
+    """Its standard deviation in pixels."""
+    bi_rgb_std: Annotated[float, Field(gt=0)] = 3.0
+    """Its standard deviation in colour values of 0..255."""
+    num_workers: Positive | None = None
+    """CRF processes per rank; empty: this rank's share of the cores."""
+
+
+class CheckpointConfig(Section):
+    every: Positive = 500
+    """Steps between checkpoints; one more at the end."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints kept, beside the best; at least 2, so that a damaged one leaves another."""
+    keep_every: NonNegative = 0
+    """Keep those of steps that this divides for good, e.g. 5000; 0: none."""
+
+
+class TrackingConfig(Section):
+    uri: Text = ""
+    """MLflow store; empty: MLFLOW_TRACKING_URI, else SQLite in <output_dir>/mlflow.db; none: no MLflow."""
+    experiment: str = "dist_deeplab"
+    """MLflow experiment that holds the run."""
+    log_every: Positive = 20
+    """Steps between log lines and metric points; each costs one CPU-GPU synchronisation."""
+    system_metrics: bool = False
+    """Record load, memory, network and GPUs of every node each 10 s."""
+    log_model: bool = False
+    """After the last step log the best checkpoint as an MLflow model: image in, mask out."""
+    register_as: Text = ""
+    """Name in MLflow's model registry under which that model becomes a new version (implies log_model); no / or :."""
+    parent: Text = ""
+    """Folder of the sweep that this run is of, seen from its own; launch/sweep.sh sets it."""
+
+    @field_validator("uri")
+    @classmethod
+    def _without_password(cls, value: str) -> str:
+        if re.search(r"://[^/@\s]*:[^/@\s]*@", value):
+            raise ValueError(
+                "must not hold a password, which would end up in files and records; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or for a database MLFLOW_TRACKING_URI"
+            )
+        return value
+
+    @field_validator("register_as")
+    @classmethod
+    def _registry_takes(cls, value: str) -> str:
+        if re.search("[/:]", value):
+            raise ValueError("must not hold / or :, which MLflow's addresses of models are made of; e.g. voc-deeplab")
+        return value

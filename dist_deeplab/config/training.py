@@ -1,0 +1,147 @@
+"""The sections that shape an optimizer step: data, network, batch, optimizer, precision, speed, processes."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dist_deeplab.config.section import NonNegative, Positive, Section, Text
+
+
+class DataConfig(Section):
+    train: Text = ""
+    """Manifest of the training shards, e.g. data/voc/train.json (tools/make_shards.py writes it)."""
+    val: Text = ""
+    """Manifest of the validation shards; empty: train without evaluation."""
+    num_classes: Annotated[int, Field(ge=2, le=255)] = 21
+    """Classes including background; labels are 0 .. num_classes-1."""
+    ignore_label: Annotated[int, Field(ge=0, le=255)] = 255
+    """Label of void pixels: no loss, no score. Padding gets it too."""
+    scale_range: tuple[float, float] = (0.5, 1.5)
+    """Random scale is uniform in [low, high]."""
+    mirror: bool = True
+    """Mirror left-right with probability 1/2."""
+    crop_size: Annotated[int, Field(ge=1, le=8193)] = 321
+    """Side of the square training crop in pixels; 8k+1 keeps logits on the pixel grid."""
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 4
+    """Loader processes per rank; 0 decodes in the training process."""
+    access: Literal["indexed", "stream"] = "indexed"
+    """indexed: exact order, any split, exact resume; stream: best effort, for sets that fit on no disk of a node."""
+    cache_dir: Text = ""
+    """Folder on a disk of each node for the shards of data.train and data.val that are URLs."""
+    cache_gib: Annotated[float, Field(gt=0)] = 200.0
+    """Largest size of that folder in GiB; shards unused for longest go first."""
+    max_bad_samples: NonNegative = 0
+    """Training samples that may be damaged: they are replaced, counted and listed; one more ends the run."""
+
+    @field_validator("crop_size")
+    @classmethod
+    def _crop_on_grid(cls, value: int) -> int:
+        if value % 8 != 1 or value < 33:
+            raise ValueError(f"must be 8k+1 and at least 33, so that logits sit on pixels; nearest: {grid_size(value)}")
+        return value
+
+    @field_validator("scale_range")
+    @classmethod
+    def _ordered_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("must be [low, high] with 0 < low <= high")
+        return value
+
+
+class ModelConfig(Section):
+    backbone: Literal["resnet101", "resnet50", "resnet_tiny"] = "resnet101"
+    """resnet101 is the paper's; resnet_tiny is a small bottleneck network for trying things out on a CPU."""
+    batch_norm: Literal["sync", "frozen", "local"] = "sync"
+    """sync: statistics over all ranks; frozen: stored statistics and affine kept (paper); local: per rank."""
+    sync_bn: Literal["own", "torch"] = "own"
+    """Implementation behind `sync`; torch's own works on CUDA only."""
+    init: Text = ""
+    """Weights to start from, a file of any known family or its URL (#sha256=HEX checks it); empty: random weights."""
+    train_only: Literal["all", "head"] = "all"
+    """head: train the last layers alone on a backbone that stands still, its batch norm too (fine_tune.py)."""
+    restore_last: bool = True
+    """Take the last layer from `init` too; false for a data set with other classes (not_restore_last)."""
+
+
+class BatchConfig(Section):
+    global_size: Positive = 10
+    """Images of one optimizer step, over all ranks and accumulation steps; any number from that of the ranks on."""
+    micro_size: Positive | Literal["auto"] | None = None
+    """The most images a rank takes through the network at once; empty: its share; auto: what fits, by trying."""
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 2.5e-4
+    """Base learning rate: x1 backbone, x10 head weights, x20 head biases."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """L2 on convolution weights; biases and batch norm have none."""
+    power: Annotated[float, Field(ge=0)] = 0.9
+    """Exponent of the poly schedule lr * (1 - step / max_steps) ^ power."""
+    warmup_steps: NonNegative = 0
+    """Steps over which the rate rises linearly to the schedule; the paper has none."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest L2 norm of the whole gradient; 0: no clipping."""
+    implementation: Literal["torch", "apex"] = "torch"
+    """Who makes the update, which is the same: torch's fused SGD, or FusedSGD of NVIDIA apex (on a GPU)."""
+
+
+class MultiScaleConfig(Section):
+    scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    """Input scales trained together, e.g. [1.0, 0.75, 0.5]; each and their max get a loss. Empty: one scale."""
+
+    @field_validator("scales")
+    @classmethod
+    def _has_full_scale(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if value and (1.0 not in value or len(set(value)) != len(value) or len(value) < 2):
+            raise ValueError("must hold 1.0 and one or more other scales, each once, or be empty")
+        return value
+
+
+class PrecisionConfig(Section):
+    dtype: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass; bf16 and fp16 by torch.amp, fp16 with a gradient scaler."""
+    backend: Literal["torch", "apex"] = "torch"
+    """Who mixes precisions: torch.amp, or apex.amp (fp16 on a GPU; in NVIDIA apex until May 2025)."""
+    max_nonfinite_steps: Positive = 10
+    """Steps in a row with a loss or gradient that is not finite before the run stops; their updates are skipped."""
+
+    @model_validator(mode="after")
+    def _apex_is_fp16(self) -> "PrecisionConfig":
+        if self.backend == "apex" and self.dtype != "fp16":
+            raise ValueError("precision.backend=apex mixes fp32 with fp16: set precision.dtype=fp16 too")
+        return self
+
+
+class SpeedConfig(Section):
+    channels_last: bool = True
+    """Channels-last memory, which tensor cores and CPU kernels want."""
+    cudnn_benchmark: bool = True
+    """Let cuDNN try its algorithms on the first steps; false: its default choice, the same in each run."""
+    compile: bool = False
+    """torch.compile the network: a minute or more at each start, faster steps after it."""
+    recompute: bool = False
+    """Recompute activations in the backward pass: a third more arithmetic for a fraction of the memory."""
+    compress_gradients: bool = False
+    """All-reduce gradients in bf16: half the traffic between nodes, rounded gradients."""
+    static_graph: bool = False
+    """Promise DDP that the network never changes: the same gradients; no faster on two CPU ranks."""
+
+    @model_validator(mode="after")
+    def _compile_or_recompute(self) -> "SpeedConfig":
+        if self.compile and self.recompute:
+            raise ValueError("compile and recompute do not go together; the compiler has its own recomputation")
+        return self
+
+
+class DistributedConfig(Section):
+    startup_timeout_s: Annotated[float, Field(ge=1)] = 600.0
+    """How long to wait at the start until all processes have met; then the missing ones are named."""
+    hang_timeout_s: Annotated[float, Field(ge=1)] = 1800.0
+    """A run without progress for so long ends: the stuck rank is named and all stacks are in logs/."""
+
+
+def grid_size(value: int) -> int:
+    """Return the size 8k+1 (at least 33) nearest to `value`: corner-aligned sizes of an output stride of 8."""
+    return max(33, round((value - 1) / 8) * 8 + 1)
