@@ -7,9 +7,10 @@ an evaluation): SIGKILL of a rank, of all, of torchrun; SIGTERM and SIGUSR1 to a
 SIGSTOP of a rank, which the watchdog must find. With --mlflow the run is tracked in a SQLite store, where there must be
 one run with the same curves in the end; with --remote its shards come from a slow HTTP server into a cache, and the
 first fault strikes while they do. With either, single child processes of a rank are killed too (what feeds MLflow, what
-fetches shards, a loader worker). The same command is started again until it is done. Then the final
-weights' SHA-256 and the logged curves must be those of the undisturbed run, to the last bit. Everything is drawn from
-the seed and printed. (When a signal arrives depends on the machine's load too: a seed is no exact replay.)
+fetches shards, a loader worker). The same command is started again until it is done. Then the final weights' SHA-256
+and the logged curves must be those of the undisturbed run, to the last bit. Everything is drawn from the seed and
+printed. (When a signal arrives depends on the machine's load too: a seed is no exact replay.) Ended by SIGTERM or
+Ctrl-C, the killer ends all that it started.
 """
 
 import argparse
@@ -41,6 +42,7 @@ SMALL = [
 LAUNCHES = 12  # a round needs more than this only if something is broken
 ROUND_TIMEOUT_S = 420
 SERVER_BYTES_PER_S = 40_000  # a shard of the sample takes a second or two
+MARK = "DIST_DEEPLAB_KILLER"  # in the environment of all that a round starts: the run's folder
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,16 @@ def command(
     return [*launcher, f"--max-restarts={max_restarts}", "-m", "dist_deeplab.train", *data, *SMALL, *more]
 
 
-def environ() -> dict[str, str]:
-    return command_environ() | {"PET_MONITOR_INTERVAL": "0.1"}
+def environ(run_dir: Path) -> dict[str, str]:
+    return command_environ() | {"PET_MONITOR_INTERVAL": "0.1", MARK: str(run_dir)}
 
 
 def undisturbed(shards: Path, out: Path, *, ranks: int) -> Path:
     """Train without faults and return the run's folder."""
     arguments = command(shards, out, "undisturbed", ranks=ranks, max_restarts=0)
-    subprocess.run(arguments, env=environ(), check=True, capture_output=True, timeout=ROUND_TIMEOUT_S)
+    subprocess.run(
+        arguments, env=environ(out / "undisturbed"), check=True, capture_output=True, timeout=ROUND_TIMEOUT_S
+    )
     return out / "undisturbed"
 
 
@@ -119,7 +123,9 @@ def play_round(shards: Path, out: Path, name: str, faults: list[Fault], *, ranks
     for launch in range(1, LAUNCHES + 1):
         with (out / f"{name}.log").open("ab") as log:
             arguments = command(shards, out, name, ranks=ranks, max_restarts=3, more=more)
-            with subprocess.Popen(arguments, env=environ(), stdout=log, stderr=log, start_new_session=True) as agent:
+            with subprocess.Popen(
+                arguments, env=environ(run_dir), stdout=log, stderr=log, start_new_session=True
+            ) as agent:
                 try:
                     while agent.poll() is None:
                         if time.monotonic() > deadline:
@@ -131,7 +137,7 @@ def play_round(shards: Path, out: Path, name: str, faults: list[Fault], *, ranks
                         time.sleep(0.005)
                 finally:
                     if agent.poll() is None:
-                        os.killpg(agent.pid, signal.SIGKILL)
+                        end_all(run_dir)
             if agent.returncode == 0:
                 return launch
     raise AssertionError(f"{name} is not done after {LAUNCHES} launches; see {out / name}.log")
@@ -180,13 +186,34 @@ def strike(fault: Fault, agent: int) -> None:
 def ranks_of(agent: int) -> Iterator[tuple[int, int]]:
     """Yield (rank, pid) of the agent's workers."""
     for pid in children_of(agent):
-        try:
-            pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        values = environ_of(pid)
         if "RANK" in values:
             yield int(values["RANK"]), pid
+
+
+def end_all(folder: Path) -> None:
+    """Kill all that works on a run at or below `folder`: torchrun, its ranks in sessions of their own, their children.
+
+    They are known by their environment, so what lost its parent to a fault is found too.
+    """
+    for _ in range(200):
+        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+        left = [pid for pid in pids if Path(environ_of(pid).get(MARK, "/")).is_relative_to(folder)]
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def environ_of(pid: int) -> dict[str, str]:
+    """Return the environment that a process was started with, nothing of one that is gone or another user's."""
+    try:
+        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
 
 def one_child(parent: int) -> list[int]:
@@ -244,8 +271,18 @@ def main() -> int:
     parser.add_argument("--remote", action="store_true", help="shards come from an HTTP server to a cache")
     parser.add_argument("--hangs", action="store_true", help="stop ranks too: each costs the watchdog's 30 s")
     arguments = parser.parse_args()
-    out = arguments.out or Path(tempfile.mkdtemp(prefix="killer-"))
+    out = (arguments.out or Path(tempfile.mkdtemp(prefix="killer-"))).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # through the `finally` below
+    try:
+        return play(arguments, out)
+    finally:
+        end_all(out)
+
+
+def play(arguments: argparse.Namespace, out: Path) -> int:
+    """Play all rounds in `out`, tell what came of them, and return the exit code."""
     shards = make_sample_shards(out / "data")
     reference = undisturbed(shards, out, ranks=arguments.ranks)
     print(f"undisturbed: weights {weights_sha256(reference)[:16]}, in {out}", flush=True)
