@@ -7,7 +7,10 @@ Decoding and the upload are in it, starting the loader's processes as well; draw
 
 import argparse
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,6 +22,7 @@ from dist_deeplab.data import voc
 from dist_deeplab.data.loader import EvalDataset, eval_loader
 from dist_deeplab.data.shard_writer import LabelSpace, SourceSample, write_shards
 from dist_deeplab.data.shards import Manifest, load_manifest
+from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation.evaluator import evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.batch_norm import norm_factory
@@ -28,6 +32,12 @@ from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.parallel import place_model
 
 SUMMARY = "evaluation: images/s at one and several scales"
+_PAPER = (0.5, 0.75, 1.0)
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours_3_scales": {"scales": _PAPER},
+    "ours_3_scales_flip": {"scales": _PAPER, "flip": True},
+}
 _SHAPES = ((375, 500), (500, 375), (333, 500), (375, 500))  # VOC's usual sizes, the commonest twice
 
 
@@ -43,31 +53,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=4 if on_gpu else 0, help="loader processes; default: %(default)s"
     )
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=["loop", *_SETTINGS], metavar="ROW", help="rows to leave out"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="timed evaluations of each; default: %(default)s")
 
 
 def run(arguments: argparse.Namespace) -> Report:
+    if {"loop", *_SETTINGS} <= set(arguments.without):
+        raise UserError("--without leaves no row; name fewer")
     device = best_device()
     net = place_model(DeepLabV2(arguments.backbone, 21, norm=norm_factory("frozen")), device).eval()
     with tempfile.TemporaryDirectory() as folder:
         manifest = load_manifest(arguments.data) if arguments.data else draw(Path(folder), arguments)
         options = {"num_workers": arguments.workers, "batch_size": arguments.batch_size}
-        paper = (0.5, 0.75, 1.0)
-        predictors = {
-            "ours": Predictor(net, CAFFE),
-            "ours_3_scales": Predictor(net, CAFFE, paper),
-            "ours_3_scales_flip": Predictor(net, CAFFE, paper, flip=True),
+        competitors: dict[str, Callable[[], object]] = {
+            "loop": partial(plain_loop, net, manifest, device, arguments.workers),
+            **{
+                name: partial(evaluate, Predictor(net, CAFFE, **setting), manifest, DistEnv(), **options)
+                for name, setting in _SETTINGS.items()
+            },
         }
-        competitors = {"loop": lambda: plain_loop(net, manifest, device, arguments.workers)} | {
-            name: lambda predictor=predictor: evaluate(predictor, manifest, DistEnv(), **options)
-            for name, predictor in predictors.items()
-        }
+        competitors = {name: work for name, work in competitors.items() if name not in arguments.without}
         timings = interleave(competitors, rounds=arguments.rounds, synchronize=synchronizer(device))
     rows: list[Row] = [
         {"evaluation": name, "images_per_s": manifest.num_samples / timing.median, "spread": timing.spread}
         for name, timing in timings.items()
     ]
-    ratio_column(rows, of="images_per_s", to="loop", name="x_loop")
+    if "loop" in competitors:
+        ratio_column(rows, of="images_per_s", to="loop", name="x_loop")
     title = f"{manifest.num_samples} images, {arguments.backbone}, float32, batches of {arguments.batch_size}"
     return Report(title, rows, ["loop: one image at a time, counted on the host; all others are this project's"])
 

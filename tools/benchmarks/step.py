@@ -3,7 +3,8 @@
 eager: float32, contiguous NCHW images normalised on the CPU, labels resized on the CPU, BatchNorm2d, plain SGD, the
 loss read back every step. amp: autocast (bf16) and channels-last memory, logits upsampled to the image and scored
 there, the loss read back every step (the form of torchvision's segmentation reference). ours_*: this project's
-`TrainStep`, as training runs it. Data loading is not in it (see `loader`); uploading is.
+`TrainStep`, as training runs it. Loading is not in it (see `loader`; what training waits for it, `--dry-run` tells);
+uploading is.
 
     python tools/benchmark.py step --ours each alone        # a row for each choice, together with all and by itself
     torchrun --standalone --nproc_per_node 2 tools/benchmark.py step --ours each     # those between ranks too
@@ -109,7 +110,8 @@ def measure(arguments: argparse.Namespace, env: DistEnv, ours: list[Variant]) ->
         f"{flops / 1e9:.3g} GFLOP an image, forward and backward (two a multiply-add, convolutions only)",
         f"matmul peak measured: {peak / 1e12:.3g} TFLOP/s in {'bf16' if device.type == 'cuda' else 'fp32'}",
         "first_s: the first step, with what is loaded, compiled and chosen in it",
-        "parts are measured one step at a time with a wait after each, so they add up to more than the step",
+        "parts are measured one step at a time with a wait after each, so they add up to more than the step; data is "
+        "the upload, rest the labels and the loss",
         *(f"+{option}: {OPTIONS[option]}" for option in OPTIONS if any(option in one.options for one in ours)),
     ]
     if env.world_size > 1:
@@ -136,7 +138,7 @@ def row(
         "images_per_s": rate,
         "step_ms": 1e3 * timing.median,
         "spread": timing.spread,
-        **{f"{part}_ms": parts.get(part) for part in ("forward", "backward", "collectives", "update", "rest")},
+        **{f"{part}_ms": parts.get(part) for part in ("data", "forward", "backward", "collectives", "update", "rest")},
         "work_gib": working_memory_gib(competitor, env.device),
         "of_peak": rate * flops / peak / env.world_size,
     }
@@ -178,7 +180,7 @@ class Spans:
 
 
 def measure_parts(ours: Ours, synchronize: Callable[[], None], repeats: int = 3) -> dict[str, float]:
-    """Return mean milliseconds a step of forward, backward, collectives, update and the rest (upload, labels, loss).
+    """Return mean milliseconds a step of data (its upload), forward, backward, collectives, update and the rest.
 
     collectives: what backward takes longer than without the sum of gradients over the ranks, so what does not overlap.
     """
@@ -194,11 +196,14 @@ def measure_parts(ours: Ours, synchronize: Callable[[], None], repeats: int = 3)
 def _spans(ours: Ours, synchronize: Callable[[], None], repeats: int) -> dict[str, float]:
     spans = Spans(synchronize)
     backward, update, forward = ours.precision.backward, ours.precision.step, ours.model.forward
+    upload = ours.step.upload
     ours.precision.backward = spans.around("backward", backward)  # type: ignore[method-assign, assignment]
     ours.precision.step = spans.around("update", update)  # type: ignore[method-assign, assignment]
     ours.model.forward = spans.around("forward", forward)
+    ours.step.upload = spans.around("data", upload)  # type: ignore[assignment]
     whole = interleave({"step": ours}, rounds=repeats, warmup=0, synchronize=synchronize)["step"]
     ours.precision.backward, ours.precision.step, ours.model.forward = backward, update, forward  # type: ignore[method-assign]
+    ours.step.upload = upload
     parts = {name: sum(times) / repeats for name, times in spans.milliseconds.items()}
     return {**parts, "rest": 1e3 * sum(whole.seconds) / repeats - sum(parts.values())}
 

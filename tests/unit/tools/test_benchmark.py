@@ -63,6 +63,7 @@ def test_step_measures_both_baselines_and_ours(tmp_path: Path) -> None:
     assert list(rows) == ["eager", "amp", "ours_fp32", "ours_fp32+nchw+forloop+recompute"]
     assert all(row["images_per_s"] > 0 and row["of_peak"] > 0 for row in rows.values())
     assert rows["ours_fp32"]["backward_ms"] > 0
+    assert rows["ours_fp32"]["data_ms"] > 0
     assert rows["ours_fp32"]["x_eager"] == pytest.approx(
         rows["ours_fp32"]["images_per_s"] / rows["eager"]["images_per_s"]
     )
