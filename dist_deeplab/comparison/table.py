@@ -130,10 +130,15 @@ def _cost_line(winner: RunRecord, scored: Sequence[RunRecord]) -> list[str]:
 
 
 def _reason_line(winner: RunRecord, scored: Sequence[RunRecord]) -> list[str]:
-    """Say whether the winner also fitted the training data best: fitting and generalising are different reasons."""
+    """Say whether the winner also fitted the training data best: fitting and generalising are different reasons.
+
+    Not where the runs' losses are sums of different parts, of one output or of several.
+    """
     losses = {record.source: record.last("train/loss") for record in scored}
     if None in losses.values():
         return []
+    if len({record.settings.get("multi_scale.scales") for record in scored}) > 1:
+        return _peak_line(winner)
     own = losses[winner.source]
     assert own is not None
     lower = sum(value is not None and value < own for value in losses.values())

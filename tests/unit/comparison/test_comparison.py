@@ -64,6 +64,15 @@ def cells(text: str, word: str) -> list[str]:
     return [cell.strip() for cell in re.split("[│┃]", line.strip("│┃"))]
 
 
+def test_losses_of_other_parts_are_no_reason(runs: list[Path]) -> None:
+    about = json.loads((runs[0] / "run.json").read_text())
+    about["parameters"]["multi_scale.scales"] = [1.0, 0.5]
+    (runs[0] / "run.json").write_text(json.dumps(about))
+    text = " ".join(table.verdict([read_folder(run) for run in runs]))
+    assert "loss" not in text
+    assert "its best was at step 10" in text
+
+
 def test_a_run_s_score_is_its_best_with_the_classes_of_that_step(records: list[RunRecord]) -> None:
     mid = records[2]
     assert mid.best == (10, 0.51)
