@@ -84,6 +84,8 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
         )
     for change in changes:
         log.warning("going on from %s with a change: %s", path, change)
+    if config.model.init not in ("", saved["config"]["model"]["init"]):
+        log.warning("model.init is not read by a run that goes on: its weights are those of %s", path)
     return saved
 
 

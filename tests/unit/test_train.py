@@ -91,8 +91,9 @@ def test_system_metrics_are_recorded_where_wanted_and_not_of_a_rehearsal(
 
 
 def test_a_run_that_goes_on_anyway_has_the_new_settings(runs: Runs, first: Path) -> None:
-    new = ["optim.momentum=0.5", "optim.weight_decay=0.01", "resume_anyway=true"]
+    new = ["optim.momentum=0.5", "optim.weight_decay=0.01", "resume_anyway=true", "model.init=other.pth"]
     assert runs("first", "max_steps=4", *new) == 0
+    assert "model.init is not read by a run that goes on" in (runs.folder / "first/logs/rank_0.log").read_text()
     groups = runs.saved("first", 4)["optimizer"]["param_groups"]
     assert [group["momentum"] for group in groups] == [0.5] * 4
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0, 0.01, 0.0]
