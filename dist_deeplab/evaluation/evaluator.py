@@ -169,7 +169,7 @@ def _predictions(
         logits = ((b, predictor.logits(b.image.to(env.device, non_blocking=True), b.content)) for b in loaded)
         if crf is None:
             for batch, own in logits:
-                yield batch, own.argmax(1).to(torch.uint8)
+                yield batch, own.max(dim=1).indices.to(torch.uint8)  # argmax takes four times as long on a CPU
         else:
             for batch, pred in crf.predict(_split_for_crf(logits)):
                 yield batch, torch.from_numpy(pred)[None].to(env.device)

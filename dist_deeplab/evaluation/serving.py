@@ -54,7 +54,7 @@ class SegmentationModel:
         padded = np.pad(image, [*padding, (0, 0)])
         batch = torch.from_numpy(padded).permute(2, 0, 1)[None].contiguous().to(self.device)
         logits = self.predictor.logits(batch, torch.tensor([[height, width]]))
-        return logits[0, :, :height, :width].argmax(0).to(torch.uint8).cpu().numpy()
+        return logits[0, :, :height, :width].max(dim=0).indices.to(torch.uint8).cpu().numpy()
 
 
 def encode_mask(mask: np.ndarray) -> bytes:
