@@ -11,6 +11,7 @@ Exit codes: 0 done, 1 error, 2 wrong arguments or configuration, 75 stopped earl
 """
 
 import argparse
+import functools
 import logging
 import sys
 from collections.abc import Sequence
@@ -138,13 +139,14 @@ def train(
     update = build_step(config, env, split, state, model, variant)
     bad_samples = BadSamples.open(config.run_dir, config.data.max_bad_samples, env, start=state.step)
     tracker = build_tracker(config, env, run_info(config, env, split, train_set, val_set))
+    score = functools.partial(validate, config, env, state, variant, val_set, tracker, run)
+    save = functools.partial(save_checkpoint, config, checkpoints, state, variant, train_set, val_set)
 
     # --- 4. The loop: one turn is one optimizer step ------------------------------------------------------------------
     status = "FAILED"
     try:
-        if state.owes_evaluation and val_set:
-            is_best = validate(config, env, state, variant, val_set, tracker, run)
-            save_checkpoint(config, checkpoints, state, variant, train_set, val_set, is_best=is_best, wait=True)
+        if state.owes_evaluation:
+            save(is_best=score(), wait=True)
             if state.owes_evaluation:
                 status = "KILLED"
                 return stop_early(run, state)
@@ -165,15 +167,11 @@ def train(
                 tracker.log(state.step, values)
                 log_progress(state.step, config.max_steps, values)
             with meter.paused():
-                is_best = False
-                if val_set and (last or is_due(state.step, config.eval.every)):
-                    is_best = validate(config, env, state, variant, val_set, tracker, run)
+                is_best = (last or is_due(state.step, config.eval.every)) and score()
                 stopping = (result.stop and not last) or state.owes_evaluation
                 ending = last or stopping
                 if ending or is_best or is_due(state.step, config.checkpoint.every):
-                    save_checkpoint(
-                        config, checkpoints, state, variant, train_set, val_set, is_best=is_best, wait=ending
-                    )
+                    save(is_best=is_best, wait=ending)
                 tracker.log(state.step, checkpoints.pop_values())
             if stopping:
                 status = "KILLED"
@@ -211,14 +209,16 @@ def validate(
     env: DistEnv,
     state: TrainState,
     variant: Variant,
-    val_set: Manifest,
+    val_set: Manifest | None,
     tracker: Tracker,
     run: Session,
 ) -> bool:
-    """Score the network on `val_set` and return whether it is the best so far; every rank calls it.
+    """Score the network on `val_set`, if there is one, and return whether it is the best so far; every rank calls it.
 
     Asked to stop meanwhile, it leaves off, and `state` owes an evaluation to the next start.
     """
+    if val_set is None:
+        return False
     miou = validation.score(
         state.net, val_set, config, env, variant.preprocessing, tracker, step=state.step, should_stop=run.asks_to_stop
     )
