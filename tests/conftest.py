@@ -61,7 +61,7 @@ def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_sample_shards(tmp_path_factory.mktemp("sample_voc"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks() -> Run:
     """Return a function that runs `python target...` on so many ranks and returns the finished process."""
 

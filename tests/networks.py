@@ -1,9 +1,16 @@
 """Small networks for tests of what comes after training."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
+from dist_deeplab.config import RunConfig, config_to_dict
+from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.model.weights import SCRATCH
+from dist_deeplab.runtime.checkpoint import write_sidecar, write_tensors
 
 
 def discerning_network(num_classes: int, images: torch.Tensor | None = None) -> DeepLabV2:
@@ -20,3 +27,16 @@ def discerning_network(num_classes: int, images: torch.Tensor | None = None) -> 
     with torch.no_grad():
         net.train()(100 * torch.randn(4, 3, 65, 65) if images is None else images)
     return net.eval()
+
+
+def checkpoint_of(net: DeepLabV2) -> dict[str, Any]:
+    """Return what a checkpoint of a resnet_tiny for VOC's classes holds, but for an optimizer's state."""
+    config = RunConfig.model_validate({"model": {"backbone": "resnet_tiny"}, "data": {"num_workers": 0}})
+    content = {"model": net.state_dict(), "variant": SCRATCH.to_plain(), "config": config_to_dict(config)}
+    return content | {"optimizer": {}, "step": 7, "class_names": list(CLASS_NAMES), "train_keys_sha256": ""}
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> Path:
+    """Write a checkpoint and its sidecar, and return its path."""
+    write_sidecar(path, step=content["step"], digests=[write_tensors(path, content)])
+    return path

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.conftest import command_environ, make_sample_shards
 from tests.distributed.same_run import compare, compare_in_mlflow, weights_sha256
 from tests.file_server import FileServer, serve
+from tests.processes import children_of, environ_of, ranks_of
 
 MAX_STEPS = 12
 SMALL = [
@@ -183,14 +184,6 @@ def strike(fault: Fault, agent: int) -> None:
             os.kill(pid, fault.number)
 
 
-def ranks_of(agent: int) -> Iterator[tuple[int, int]]:
-    """Yield (rank, pid) of the agent's workers."""
-    for pid in children_of(agent):
-        values = environ_of(pid)
-        if "RANK" in values:
-            yield int(values["RANK"]), pid
-
-
 def end_all(folder: Path) -> None:
     """Kill all that works on a run at or below `folder`: torchrun, its ranks in sessions of their own, their children.
 
@@ -207,15 +200,6 @@ def end_all(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def environ_of(pid: int) -> dict[str, str]:
-    """Return the environment that a process was started with, nothing of one that is gone or another user's."""
-    try:
-        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return {}
-    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-
-
 def one_child(parent: int) -> list[int]:
     """Return a child of a process, chosen at random and told; none if it has none for seconds."""
     for _ in range(50):
@@ -227,14 +211,6 @@ def one_child(parent: int) -> list[int]:
                 return [child]
         time.sleep(0.1)
     return []
-
-
-def children_of(parent: int) -> list[int]:
-    """Return the direct children of a process, none of one that is gone."""
-    try:
-        return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-    except OSError:
-        return []
 
 
 def one_round(
@@ -264,7 +240,7 @@ def one_round(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ranks", type=int, default=2, choices=[1, 2, 4])
+    parser.add_argument("--ranks", type=int, default=2, choices=[1, 2, 3, 4])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the runs (default: a temporary one)")
     parser.add_argument("--mlflow", action="store_true", help="track in a SQLite store, and compare what it holds")

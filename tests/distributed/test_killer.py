@@ -11,7 +11,6 @@ from tests.distributed.killer import (
     draw_faults,
     end_all,
     environ,
-    environ_of,
     from_server,
     play_round,
     undisturbed,
@@ -19,13 +18,14 @@ from tests.distributed.killer import (
 )
 from tests.distributed.same_run import compare, compare_in_mlflow
 from tests.file_server import serve
+from tests.processes import environ_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-RANKS = 4  # with two ranks there is one order of summation only; DDP's buckets matter from three on
+RANKS = 3  # with two there is one order of summation only; DDP's buckets matter from three on
 
 
-@pytest.mark.parametrize("seed", [7])  # a rank while shards come; a child of a rank; rank 0 during an evaluation
+@pytest.mark.parametrize("seed", [223])  # a rank while shards come; a child of rank 0; rank 0 during an evaluation
 def test_a_run_killed_at_random_ends_with_the_undisturbed_weights_and_curves_here_and_in_mlflow(
     sample_shards: Path, tmp_path: Path, seed: int
 ) -> None:

@@ -1,7 +1,7 @@
 """Promises P1 to P4 on real torchrun processes: any split of the work, one result."""
 
 import json
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from tests.conftest import Run
+from tests.networks import checkpoint_of, discerning_network, write_checkpoint
 
 pytestmark = pytest.mark.distributed
 WORKERS = Path(__file__).parent / "workers"
+
+Trained = Callable[[int, str], dict[str, Any]]
 
 
 def relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -21,9 +24,9 @@ def relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     return float((difference / sum(expected[k].double().square().sum() for k in got)).sqrt())
 
 
-@pytest.mark.parametrize("sizes", [(2,), (2, 2), (3, 1), (2, 0, 3), (1, 2, 1, 3)])
-def test_sync_batch_norm_equals_batch_norm_on_the_whole_batch(run_ranks: Run, sizes: tuple[int, ...]) -> None:
-    result = run_ranks(len(sizes), WORKERS / "sync_batch_norm.py", *map(str, sizes))
+@pytest.mark.parametrize(("ranks", "sizes"), [(1, ["2"]), (2, ["2,2", "3,1"]), (3, ["2,0,3"]), (4, ["1,2,1,3"])])
+def test_sync_batch_norm_equals_batch_norm_on_the_whole_batch(run_ranks: Run, ranks: int, sizes: list[str]) -> None:
+    result = run_ranks(ranks, WORKERS / "sync_batch_norm.py", *sizes)
     assert result.returncode == 0, result.stderr
 
 
@@ -51,27 +54,40 @@ def test_a_bad_sample_of_one_rank_skips_the_update_of_all_and_a_rank_that_differ
     assert (tmp_path / "error_0").read_text() == (tmp_path / "error_1").read_text()
 
 
-@pytest.fixture
-def train_split(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> Any:
-    def train(ranks: int, micro_size: int, batch_norm: str, steps: int, *scales: str) -> dict[str, Any]:
-        out = tmp_path / f"{ranks}x{micro_size}.pt"
-        arguments = [sample_shards / "train.json", out, micro_size, batch_norm, steps, *scales]
-        result = run_ranks(ranks, WORKERS / "gradients.py", *map(str, arguments))
-        assert result.returncode == 0, result.stderr
-        return torch.load(out, weights_only=True)
-
-    return train
+SPLITS = {
+    1: ("8,frozen,10", "3,frozen,10", "8,sync,1", "8,frozen,1,1.0,0.75,0.5"),
+    2: ("4,frozen,10", "2,frozen,10", "4,sync,1", "4,local,1"),
+    3: ("2,frozen,10", "1,frozen,10", "3,sync,1", "1,frozen,1,1.0,0.75,0.5"),
+    4: ("1,frozen,10",),
+}
+"""Per number of ranks, 8 images a step: the most at once on a rank, batch norm, steps, input scales."""
 
 
-def test_every_split_of_a_batch_has_the_same_samples_gradient_and_weights(train_split: Any) -> None:
+@pytest.fixture(scope="module")
+def trained(run_ranks: Run, sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Return what gives the outcome of one of SPLITS; all those of a number of ranks share their processes."""
+    folders: dict[int, Path] = {}
+
+    def outcome(ranks: int, split: str) -> dict[str, Any]:
+        if ranks not in folders:
+            folders[ranks] = tmp_path_factory.mktemp(f"ranks_{ranks}")
+            target = WORKERS / "gradients.py", sample_shards / "train.json", folders[ranks]
+            result = run_ranks(ranks, *target, *SPLITS[ranks])
+            assert result.returncode == 0, result.stderr
+        return torch.load(folders[ranks] / f"{split}.pt", weights_only=True)
+
+    return outcome
+
+
+def test_every_split_of_a_batch_has_the_same_samples_gradient_and_weights(trained: Trained) -> None:
     """8 images on so many ranks, so many at once at most; batch norm frozen.
 
     On three ranks the parts are 2 2 1 1 1 1 or, one by one, nine for eight images: one of them is empty.
     """
-    expected = train_split(1, 8, "frozen", 20)
-    assert sorted(expected["seen"]) == list(range(160))
+    expected = trained(1, "8,frozen,10")
+    assert sorted(expected["seen"]) == list(range(80))
     for ranks, micro_size in ((1, 3), (2, 4), (2, 2), (4, 1), (3, 2), (3, 1)):
-        got = train_split(ranks, micro_size, "frozen", 20)
+        got = trained(ranks, f"{micro_size},frozen,10")
         assert got["seen"] == expected["seen"], "other samples, or other pixels of them"
         assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert relative_error(got["grads"], expected["grads"]) < 1e-5
@@ -79,49 +95,41 @@ def test_every_split_of_a_batch_has_the_same_samples_gradient_and_weights(train_
         assert relative_error(got["moved"], expected["moved"]) < 1e-3
 
 
-def test_sync_batch_norm_makes_ranks_equal_one_process(train_split: Any) -> None:
+def test_sync_batch_norm_makes_ranks_equal_one_process(trained: Trained) -> None:
     """With trained batch norm and no accumulation, gradients and running statistics are those of one large batch.
 
     Three ranks take 3, 3 and 2 images.
     """
-    expected = train_split(1, 8, "sync", 1)
-    for ranks, micro_size in ((2, 4), (3, 3)):
-        got = train_split(ranks, micro_size, "sync", 1)
+    expected = trained(1, "8,sync,1")
+    for ranks, split in ((2, "4,sync,1"), (3, "3,sync,1")):
+        got = trained(ranks, split)
         assert relative_error(got["grads"], expected["grads"]) < 1e-4
         assert relative_error(got["model"], expected["model"]) < 1e-5
 
 
-def test_local_batch_norm_does_not(train_split: Any) -> None:
+def test_local_batch_norm_does_not(trained: Trained) -> None:
     """The test above can fail: statistics per rank give another gradient."""
-    expected = train_split(1, 8, "sync", 1)
-    assert relative_error(train_split(2, 4, "local", 1)["grads"], expected["grads"]) > 1e-2
+    assert relative_error(trained(2, "4,local,1")["grads"], trained(1, "8,sync,1")["grads"]) > 1e-2
 
 
-def test_four_multi_scale_losses_do_not_depend_on_the_split(train_split: Any) -> None:
-    expected = train_split(1, 8, "frozen", 1, "1.0", "0.75", "0.5")
+def test_four_multi_scale_losses_do_not_depend_on_the_split(trained: Trained) -> None:
+    expected = trained(1, "8,frozen,1,1.0,0.75,0.5")
     assert list(expected["losses"]) == ["fused", "scale_1", "scale_0.75", "scale_0.5"]
-    got = train_split(3, 1, "frozen", 1, "1.0", "0.75", "0.5")
+    got = trained(3, "1,frozen,1,1.0,0.75,0.5")
     assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert relative_error(got["grads"], expected["grads"]) < 1e-5
 
 
 def test_evaluation_is_the_same_on_any_number_of_ranks(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
     """7 images on 1, 2 and 3 ranks: each once, so the confusion matrices are identical."""
-    arguments = [f"data.train={sample_shards}/train.json", f"output_dir={tmp_path}", "name=run", "max_steps=2"]
-    arguments += ["model.backbone=resnet_tiny", "data.crop_size=65", "batch.global_size=4", "data.num_workers=0"]
-    trained = run_ranks(1, "-m", "dist_deeplab.train", *arguments, "tracking.uri=none", "optim.lr=1e-3")
-    assert trained.returncode == 0, trained.stderr
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002.pt"
+    checkpoint = write_checkpoint(tmp_path / "best.pt", checkpoint_of(discerning_network(21)))
     reports = []
     for ranks in (1, 2, 3):
         file = tmp_path / f"{ranks}.json"
-        scored = evaluate(run_ranks, ranks, checkpoint, sample_shards / "val.json", file)
+        target = checkpoint, "--data", sample_shards / "val.json", "--json", file, "--out", tmp_path / "report"
+        scored = run_ranks(ranks, "-m", "dist_deeplab.evaluate", *target, "--no-mlflow")
         assert scored.returncode == 0, scored.stderr
         reports.append(json.loads(file.read_text()))
     assert reports[0]["num_images"] == 7
     assert reports[1] == reports[0]
     assert reports[2] == reports[0]
-
-
-def evaluate(run: Run, ranks: int, checkpoint: Path, data: Path, file: Path) -> subprocess.CompletedProcess[str]:
-    return run(ranks, "-m", "dist_deeplab.evaluate", checkpoint, "--data", data, "--json", file)

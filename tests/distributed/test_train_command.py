@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dist_deeplab import train
 from dist_deeplab.runtime import run_lock
 from dist_deeplab.runtime.session import Session
 from tests.conftest import Run, command_environ, torchrun_command
+from tests.processes import ranks_of
 
 pytestmark = pytest.mark.distributed
 
@@ -129,9 +129,9 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_curve(
     command = torchrun_command(2, "-m", "dist_deeplab.train", *arguments)
     with subprocess.Popen(command, env=command_environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as agent:
         wait_for_step(tmp_path / "run", 6)
-        rank_of = {pid: environ["RANK"] for pid, environ in children_with(agent.pid, "RANK")}
-        for pid in [p for p, rank in rank_of.items() if rank == "1" or victim == "all"]:
-            os.kill(pid, signal.SIGKILL)
+        for rank, pid in list(ranks_of(agent.pid)):
+            if rank == 1 or victim == "all":
+                os.kill(pid, signal.SIGKILL)
         if victim == "all":
             agent.kill()
         agent.communicate(timeout=120)
@@ -288,15 +288,6 @@ def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:
                 return
         time.sleep(0.02)
     raise AssertionError(f"{run_dir} did not come to step {step}")
-
-
-def children_with(parent: int, variable: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (pid, environment) of the direct children that have an environment variable."""
-    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-        environ = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-        if variable in environ:
-            yield int(pid), environ
 
 
 # --- wrong input: one sentence, exit code 2, nothing written ----------------------------------------------------------

@@ -10,14 +10,11 @@ import torch
 from PIL import Image
 
 from dist_deeplab import predict as command
-from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data.voc import CLASS_NAMES, PALETTE
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.model.weights import SCRATCH
-from dist_deeplab.runtime.checkpoint import write_sidecar, write_tensors
-from tests.networks import discerning_network
+from tests.networks import checkpoint_of, discerning_network, write_checkpoint
 
 SIZES = {"a": (40, 57), "b": (33, 41), "sub/c": (40, 57), "d": (70, 90)}
 
@@ -34,12 +31,7 @@ def net() -> DeepLabV2:
 
 @pytest.fixture(scope="module")
 def checkpoint(net: DeepLabV2, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoints") / "best.pt"
-    config = RunConfig.model_validate({"model": {"backbone": "resnet_tiny"}, "data": {"num_workers": 0}})
-    content = {"model": net.state_dict(), "variant": SCRATCH.to_plain(), "config": config_to_dict(config)}
-    content |= {"optimizer": {}, "step": 7, "class_names": list(CLASS_NAMES), "train_keys_sha256": ""}
-    write_sidecar(path, step=7, digests=[write_tensors(path, content)])
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "best.pt", checkpoint_of(net))
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""Train a small network for a few steps under one split of the batch; the main rank saves what came out.
+"""Train a small network for a few steps under one split of the batch after another; the main rank saves what came out.
 
-Arguments: MANIFEST OUT MICRO_SIZE BATCH_NORM STEPS [SCALE ...]. OUT gets the first step's gradients and losses, the
-final weights and their way from the start, and the keys and pixel digests of every sample by global position.
+Arguments: MANIFEST OUT SPLIT ..., where a SPLIT is MICRO_SIZE,BATCH_NORM,STEPS[,SCALE ...]. OUT/SPLIT.pt gets the first
+step's gradients and losses, the final weights and their way from the start, and the keys and pixel digests of every
+sample by global position.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep
 
 
-def main(env: DistEnv, manifest: str, out: str, micro_size: str, batch_norm: str, steps: str, *scales: str) -> None:
+def train(env: DistEnv, manifest: str, out: Path, micro_size: str, batch_norm: str, steps: str, *scales: str) -> None:
     torch.manual_seed(3)
     split = BatchSplit.derive(global_size=8, micro_size=int(micro_size), world_size=env.world_size)
     net = DeepLabV2("resnet_tiny", 21, norm=norm_factory(batch_norm, accumulation=split.accumulation))  # type: ignore[arg-type]
@@ -56,13 +57,12 @@ def main(env: DistEnv, manifest: str, out: str, micro_size: str, batch_norm: str
         everyone |= part
     if env.is_main:
         moved = {name: p.detach() - start[name] for name, p in net.named_parameters()}
-        torch.save(
-            {"moved": moved, "grads": first, "losses": losses, "model": net.state_dict(), "seen": everyone}, Path(out)
-        )
+        torch.save({"moved": moved, "grads": first, "losses": losses, "model": net.state_dict(), "seen": everyone}, out)
 
 
 if __name__ == "__main__":
     this = DistEnv.from_environ()
     with process_group(this):
-        main(this, *sys.argv[1:])
+        for job in sys.argv[3:]:
+            train(this, sys.argv[1], Path(sys.argv[2]) / f"{job}.pt", *job.split(","))
     leave(0)

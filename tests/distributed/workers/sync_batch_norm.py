@@ -1,6 +1,7 @@
 """On each rank: compare SyncBatchNorm on this rank's part with BatchNorm2d on the whole batch, in float64.
 
-Arguments: the number of images of each rank. Exits non-zero with the difference where one is above 1e-12.
+Arguments: one or more SIZE,SIZE..., the number of images of each rank. Exits non-zero with the difference where one is
+above 1e-12.
 """
 
 import sys
@@ -58,6 +59,7 @@ def check(sizes: list[int], memory_format: torch.memory_format) -> None:
 
 env = DistEnv.from_environ()
 with process_group(env):
-    for layout in (torch.contiguous_format, torch.channels_last):
-        check([int(size) for size in sys.argv[1:]], layout)
+    for sizes in sys.argv[1:]:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            check([int(size) for size in sizes.split(",")], layout)
 leave(0)

@@ -11,30 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.evaluation.exportable import Exportable
 from dist_deeplab.evaluation.inference import Predictor, load_network
 from dist_deeplab.model.preprocessing import CAFFE, TORCHVISION, Preprocessing
-from dist_deeplab.model.weights import SCRATCH
-from dist_deeplab.runtime.checkpoint import write_sidecar, write_tensors
 from tests.conftest import REPO
-from tests.networks import discerning_network
+from tests.networks import checkpoint_of, discerning_network, write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def saved() -> dict[str, object]:
-    config = RunConfig.model_validate({"model": {"backbone": "resnet_tiny"}})
-    plain = {"variant": SCRATCH.to_plain(), "config": config_to_dict(config), "class_names": list(CLASS_NAMES)}
-    return plain | {"model": discerning_network(21).state_dict(), "optimizer": {}, "step": 7, "train_keys_sha256": ""}
+    return checkpoint_of(discerning_network(21))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(saved: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoints") / "best.pt"
-    write_sidecar(path, step=7, digests=[write_tensors(path, saved)])
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "best.pt", saved)
 
 
 def python(*arguments: object) -> str:

@@ -1,0 +1,29 @@
+"""Looking at running processes, for tests that kill them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def ranks_of(agent: int) -> Iterator[tuple[int, int]]:
+    """Yield (rank, pid) of a torchrun's workers."""
+    for pid in children_of(agent):
+        rank = environ_of(pid).get("RANK")
+        if rank is not None:
+            yield int(rank), pid
+
+
+def children_of(parent: int) -> list[int]:
+    """Return the direct children of a process, none of one that is gone."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def environ_of(pid: int) -> dict[str, str]:
+    """Return the environment that a process was started with, nothing of one that is gone or another user's."""
+    try:
+        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
