@@ -36,11 +36,13 @@ from dist_deeplab.model.weights import Variant
 from dist_deeplab.outputs import prepare_file
 from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.runtime.parallel import place_model
+from dist_deeplab.training.builders import build_cache
 from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint
 
 DEFAULT_GRID = ("crf.bi_w=3,4,5", "crf.bi_xy_std=50,67,80", "crf.bi_rgb_std=3,5")
 SHOWN = 20
+_NO_AXIS = "crf.num_workers="  # no parameter of a CRF, wherever it stands
 
 Point = dict[str, float]
 
@@ -50,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_crf()
         grid = parse_grid(arguments.grid or DEFAULT_GRID)
-        manifest, saved = load_manifest(arguments.data), read_checkpoint(arguments.checkpoint)
+        saved = read_checkpoint(arguments.checkpoint)
         settings = inference_settings(saved, arguments.overrides)
+        manifest = load_manifest(arguments.data, cache=build_cache(settings.data))
         if list(manifest.class_names) != saved["class_names"]:
             raise UserError(f"{arguments.checkpoint} and {manifest.path} name other classes")
         if arguments.json:
@@ -78,7 +81,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="tools/tune_crf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file with its .json beside it")
-    parser.add_argument("--data", required=True, type=Path, metavar="MANIFEST", help="shards to tune on")
+    parser.add_argument("--data", required=True, metavar="MANIFEST", help="shards to tune on, or a URL of them")
     parser.add_argument("--num-images", type=int, default=100, metavar="N", help="evenly spread; default: 100")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to this file")
     parser.add_argument(
@@ -92,8 +95,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [text for text in given if text.startswith("-") or "=" not in text]
     if unknown or arguments.num_images < 1:
         parser.error(f"unknown argument {unknown[0]}" if unknown else "--num-images must be 1 or more")
-    arguments.overrides = [text for text in given if not text.startswith("crf.") or text in rest]
-    arguments.grid = [text for text in arguments.grid or [] if text.startswith("crf.")]
+    grid = [text for text in arguments.grid or [] if text.startswith("crf.") and not text.startswith(_NO_AXIS)]
+    arguments.overrides = [text for text in given if text in rest or text not in grid]
+    arguments.grid = grid
     return arguments
 
 

@@ -34,6 +34,14 @@ def test_a_grid_that_cannot_be_is_refused(text: str) -> None:
         tool.parse_grid([text])
 
 
+def test_what_is_no_parameter_of_the_crf_is_no_axis_and_a_set_may_be_a_url() -> None:
+    url, axis = "https://example.org/val.json", "crf.bi_w=3,4"
+    given = ["x.pt", "--data", url, "--grid", axis, "crf.num_workers=1", "eval.flip=true"]
+    arguments = tool.parse_arguments([*given, "--num-images", "2"])
+    assert (arguments.grid, arguments.overrides) == ([axis], ["crf.num_workers=1", "eval.flip=true"])
+    assert arguments.data == url
+
+
 def test_each_point_scores_as_a_direct_call(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pydensecrf", reason="pydensecrf2 (the extra crf) is not installed")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
