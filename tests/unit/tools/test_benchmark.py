@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmark
 import pytest
 from benchmarks.batch_norm import layer_shapes
 from benchmarks.competitors import Variant, expand, variants
@@ -94,10 +95,16 @@ def test_a_variant_that_does_not_exist_is_refused(text: str) -> None:
         variants(text)
 
 
-def test_a_share_that_does_not_divide_is_refused() -> None:
-    done = run_benchmark("step", "--images", 3, "--accumulation", 2)
-    assert done.returncode == 2
-    assert "--images 3 is no multiple of --accumulation 2" in done.stderr
+def test_a_share_that_does_not_divide_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["step", "--images", "3", "--accumulation", "2"]) == 2
+    assert "--images 3 is no multiple of --accumulation 2" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(["step", "--json", str(tmp_path)]) == 2
+    assert f"cannot write the file {tmp_path}: it is a folder; choose another --json" in capsys.readouterr().err
 
 
 def test_batch_norm_takes_the_synchronised_path_alone_too(tmp_path: Path) -> None:
