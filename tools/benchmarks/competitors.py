@@ -1,18 +1,10 @@
-"""The competitors of `step`: the two loops that others write, and ours with choices put on, left out or taken back."""
+"""Our own step as a competitor of `step`, with choices put on, left out or taken back."""
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Optimizer
-
+from benchmarks.peers import IGNORE_LABEL, flags, unfused
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.batch import Batch
 from dist_deeplab.errors import UserError
@@ -24,7 +16,6 @@ from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep
 
-IGNORE_LABEL = 255
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 OPTIONS = {
     "nchw": "contiguous memory instead of channels-last (speed.channels_last=false)",
@@ -98,79 +89,6 @@ def expand(wanted: list[str | Variant], *, on_gpu: bool, ranks: int) -> list[Var
     return list(dict.fromkeys(found))
 
 
-@contextlib.contextmanager
-def flags(*, benchmark: bool, tf32_matmul: bool, tf32_conv: bool) -> Iterator[None]:
-    """Set torch's global switches for one competitor, and put them back."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, matmul.allow_tf32, cudnn.allow_tf32
-    cudnn.benchmark, matmul.allow_tf32, cudnn.allow_tf32 = benchmark, tf32_matmul, tf32_conv
-    try:
-        yield
-    finally:
-        cudnn.benchmark, matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-def with_peers_defaults() -> contextlib.AbstractContextManager[None]:
-    """torch's defaults (convolutions in tf32 where a GPU has it), and cuDNN's benchmark, which peers switch on."""
-    return flags(benchmark=True, tf32_matmul=False, tf32_conv=True)
-
-
-def plain_ddp(model: nn.Module, env: DistEnv) -> nn.Module:
-    """Return the model as peers wrap it, where there are other ranks."""
-    return DistributedDataParallel(model) if env.world_size > 1 else model
-
-
-class Fp32Eager:
-    """The loop of most DeepLab repositories."""
-
-    def __init__(self, net: DeepLabV2, batches: list[Batch], env: DistEnv) -> None:
-        self.net, self.device = plain_ddp(net.to(env.device).train(), env), env.device
-        self.optimizer = unfused(build_optimizer(net, OptimConfig()), foreach=None)
-        mean = torch.tensor(CAFFE.mean).view(1, 3, 1, 1)
-        self.batches = [((b.image.flip(1).float() - mean).contiguous(), b.label) for b in batches]
-
-    def __call__(self) -> float:
-        with with_peers_defaults():
-            self.optimizer.zero_grad()
-            total = 0.0
-            for image, label in self.batches:
-                logits = self.net(image.to(self.device))
-                resized = [
-                    Image.fromarray(one.numpy()).resize(logits.shape[:1:-1], Image.Resampling.NEAREST) for one in label
-                ]
-                target = torch.from_numpy(np.stack([np.asarray(one) for one in resized])).long().to(self.device)
-                loss = F.cross_entropy(logits, target, ignore_index=IGNORE_LABEL) / len(self.batches)
-                loss.backward()
-                total += loss.item()
-            self.optimizer.step()
-            return total
-
-
-class AmpChannelsLast:
-    """The mixed-precision loop of torchvision's segmentation reference, in bf16 and channels-last memory."""
-
-    def __init__(self, net: DeepLabV2, batches: list[Batch], env: DistEnv) -> None:
-        net = net.to(env.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        self.net, self.device = plain_ddp(net, env), env.device
-        self.optimizer = unfused(build_optimizer(net, OptimConfig()), foreach=None)
-        mean = torch.tensor(CAFFE.mean).view(1, 3, 1, 1)
-        self.batches = [(b.image.flip(1).float() - mean, b.label.long()) for b in batches]
-
-    def __call__(self) -> float:
-        with with_peers_defaults():
-            self.optimizer.zero_grad()
-            total = 0.0
-            for image, label in self.batches:
-                image, label = image.to(self.device, memory_format=torch.channels_last), label.to(self.device)
-                with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                    logits = F.interpolate(self.net(image), size=label.shape[1:], mode="bilinear", align_corners=False)
-                    loss = F.cross_entropy(logits, label, ignore_index=IGNORE_LABEL) / len(self.batches)
-                loss.backward()
-                total += loss.item()
-            self.optimizer.step()
-            return total
-
-
 class Ours:
     """This project's step, as training runs it but for what the variant changes."""
 
@@ -203,16 +121,6 @@ class Ours:
     def __call__(self) -> object:
         with flags(**self.flags):
             return self.step(self.batches)
-
-
-def unfused(optimizer: Optimizer, *, foreach: bool | None) -> Optimizer:
-    """Return the same SGD in torch's other implementations; None: the one torch would choose."""
-    keys = ("params", "lr", "weight_decay", "momentum")
-    return SGD([{key: group[key] for key in keys} | _named(group) for group in optimizer.param_groups], foreach=foreach)
-
-
-def _named(group: dict[str, object]) -> dict[str, object]:
-    return {"name": group["name"], "lr_mult": group["lr_mult"]}
 
 
 Competitor = Callable[[], object]

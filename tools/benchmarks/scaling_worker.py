@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.competitors import IGNORE_LABEL
 from benchmarks.network import Network, simulate
+from benchmarks.peers import IGNORE_LABEL
 from benchmarks.step import NUM_CLASSES, draw_batches
 from benchmarks.timeline import measure_runs, slowest_events
 from dist_deeplab.config import OptimConfig

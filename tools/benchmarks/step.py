@@ -1,10 +1,10 @@
 """One optimizer step, ours against the two loops that others write, on the same images and network.
 
-eager: float32, contiguous NCHW images normalised on the CPU, labels resized on the CPU, BatchNorm2d, plain SGD, the
-loss read back every step. amp: autocast (bf16) and channels-last memory, logits upsampled to the image and scored
-there, the loss read back every step (the form of torchvision's segmentation reference). ours_*: this project's
-`TrainStep`, as training runs it. Loading is not in it (see `loader`; what training waits for it, `--dry-run` tells);
-uploading is.
+eager: float32, contiguous NCHW images normalised on the CPU, labels resized on the CPU, plain SGD, the loss read back
+every step. amp: autocast (bf16) and channels-last memory, logits upsampled to the image and scored there, the loss
+read back every step (the form of torchvision's segmentation reference). Both train the network in torch's layers
+alone: four convolutions as the head, batch norm in passes of its own. ours_*: this project's `TrainStep`, as training
+runs it. Loading is not in it (see `loader`; what training waits for it, `--dry-run` tells); uploading is.
 
     python tools/benchmark.py step --ours each alone        # a row for each choice, together with all and by itself
     torchrun --standalone --nproc_per_node 2 tools/benchmark.py step --ours each     # those between ranks too
@@ -19,18 +19,16 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.competitors import (
-    IGNORE_LABEL,
     OPTIONS,
     PRECISIONS,
-    AmpChannelsLast,
     Competitor,
-    Fp32Eager,
     Ours,
     Variant,
     expand,
     variants,
 )
 from benchmarks.harness import Report, Row, Timing, interleave, ratio_column, synchronizer
+from benchmarks.peers import IGNORE_LABEL, AmpChannelsLast, Fp32Eager, plain_network
 from dist_deeplab.data.batch import Batch
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
@@ -50,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", type=int, default=10 if on_gpu else 4, help="images of a step; default: %(default)s"
     )
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step; default: %(default)s")
+    parser.add_argument(
+        "--batch-norm", default="local", choices=["local", "frozen"], help="of all rows; default: %(default)s"
+    )
     parser.add_argument(
         "--ours",
         nargs="+",
@@ -78,11 +79,11 @@ def measure(arguments: argparse.Namespace, env: DistEnv, ours: list[Variant]) ->
     """Return the table; every rank calls it."""
     device = env.device
     torch.manual_seed(0)
-    net = DeepLabV2(arguments.backbone, NUM_CLASSES, norm=norm_factory("local"))
+    net = DeepLabV2(arguments.backbone, NUM_CLASSES, norm=norm_factory(arguments.batch_norm))
     batches = draw_batches(arguments.images // arguments.accumulation, arguments.accumulation, arguments.crop)
     competitors: dict[str, Competitor] = {
-        "eager": Fp32Eager(copy.deepcopy(net), batches, env),
-        "amp": AmpChannelsLast(copy.deepcopy(net), batches, env),
+        "eager": Fp32Eager(plain_network(net, arguments.backbone), batches, env),
+        "amp": AmpChannelsLast(plain_network(net, arguments.backbone), batches, env),
         **{variant.name: Ours(copy.deepcopy(net), batches, env, variant) for variant in ours},
     }
     for skipped in arguments.without:
@@ -115,7 +116,7 @@ def measure(arguments: argparse.Namespace, env: DistEnv, ours: list[Variant]) ->
         *(f"+{option}: {OPTIONS[option]}" for option in OPTIONS if any(option in one.options for one in ours)),
     ]
     if env.world_size > 1:
-        notes.append(f"{env.world_size} ranks with such a share each; batch norm is local in all (see batch_norm)")
+        notes.append(f"{env.world_size} ranks with such a share each; batch norm talks to nobody (see batch_norm)")
     return Report(f"optimizer step of {arguments.backbone}, {shape}", rows, notes)
 
 

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import benchmark
 import pytest
+import torch
 from benchmarks.batch_norm import layer_shapes
 from benchmarks.competitors import Variant, expand, variants
 from benchmarks.harness import Row, Timing, interleave, ratio_column
+from benchmarks.peers import plain_network
 
 from dist_deeplab.data.shards import Manifest
 from dist_deeplab.errors import UserError
+from dist_deeplab.model.batch_norm import norm_factory
+from dist_deeplab.model.deeplabv2 import DeepLabV2
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -69,6 +73,22 @@ def test_step_measures_both_baselines_and_ours(tmp_path: Path) -> None:
         rows["ours_fp32"]["images_per_s"] / rows["eager"]["images_per_s"]
     )
     assert found["machine"]["torch"] and "benchmark.py step --crop 33" in found["machine"]["command"]
+
+
+@pytest.mark.parametrize("batch_norm", ["local", "frozen"])
+def test_the_peers_network_computes_what_ours_does(batch_norm: str) -> None:
+    torch.manual_seed(0)
+    net = DeepLabV2("resnet_tiny", 3, norm=norm_factory(batch_norm)).double().train()
+    plain = plain_network(net, "resnet_tiny").double().train()
+    image = torch.randn(2, 3, 33, 41, dtype=torch.float64)
+    ours, theirs = net(image), plain(image)
+    torch.testing.assert_close(theirs, ours)
+    slope = torch.randn_like(ours)
+    gradients = [
+        torch.autograd.grad(logits, [p for p in which.parameters() if p.requires_grad], slope)
+        for which, logits in ((net, ours), (plain, theirs))
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_each_choice_is_a_row_together_with_the_others_and_by_itself() -> None:
