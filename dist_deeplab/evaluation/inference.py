@@ -1,5 +1,6 @@
 """A checkpoint as a network that scores, predicts and is exported; and how images become logits at their own size."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,8 @@ class Predictor:
     both are of logits, not of probabilities) and resized once to the image. Mirroring does all this again with the
     image reversed, and averages.
 
-    `align_corners=False` is kazuto1011's way: images as they are, sizes floor(n s), half-pixel centres throughout.
+    `align_corners=False` is kazuto1011's way: images as they are, sizes floor(n s) (at least 1), half-pixel centres
+    throughout.
     """
 
     net: DeepLabV2
@@ -119,7 +121,9 @@ class Predictor:
         if scale == 1.0:
             return self.net(x).float()
         if not self.align_corners:
-            return self.net(F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)).float()
+            size = tuple(math.floor(length * scale) for length in x.shape[2:])
+            how = {"scale_factor": scale} if min(size) > 0 else {"size": tuple(max(1, length) for length in size)}
+            return self.net(F.interpolate(x, **how, mode="bilinear", align_corners=False)).float()
         return self.net(
             upsample(x, (nearest_grid_size(x.shape[2], scale), nearest_grid_size(x.shape[3], scale)))
         ).float()

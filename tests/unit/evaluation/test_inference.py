@@ -151,3 +151,13 @@ def test_each_way_of_asking_has_a_name(keys: dict[str, object], name: str) -> No
 def test_scales_that_cannot_be_are_refused(scales: list[float]) -> None:
     with pytest.raises(ValueError, match="scales"):
         EvalConfig.model_validate({"scales": scales})
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 40)])
+def test_half_pixel_scales_of_a_picture_of_a_few_pixels_have_at_least_one(
+    net: DeepLabV2, image: torch.Tensor, size: tuple[int, int]
+) -> None:
+    predictor = Predictor(net, CAFFE, (0.25, 1.0), align_corners=False)
+    logits = predictor.logits(image[:1], torch.tensor([size]))
+    assert logits.shape == (1, NUM_CLASSES, *size)
+    assert logits.isfinite().all()
