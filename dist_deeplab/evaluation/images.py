@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         ImageError: no picture.
     """
-    with _reading(path), Image.open(path) as image:
+    with _reading(str(path)), Image.open(path) as image:
         width, height = image.size
         return (width, height) if image.getexif().get(_ORIENTATION_TAG, 1) >= 5 else (height, width)
 
@@ -83,10 +84,23 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         ImageError: unreadable, damaged, or of floating-point values.
     """
-    with _reading(path), Image.open(path) as file:
+    return _upright_rgb(path, name=str(path))
+
+
+def decode_picture(data: bytes) -> np.ndarray:
+    """Return the picture in a file's bytes as `read_image` does.
+
+    Raises:
+        ImageError: as there.
+    """
+    return _upright_rgb(io.BytesIO(data), name=f"the image ({len(data)} bytes)")
+
+
+def _upright_rgb(where: Path | io.BytesIO, *, name: str) -> np.ndarray:
+    with _reading(name), Image.open(where) as file:
         image: Image.Image = ImageOps.exif_transpose(file)
         if image.mode == "F":
-            raise ImageError(f"{path} holds floating-point values; save it with 8 or 16 bits")
+            raise ImageError(f"{name} holds floating-point values; save it with 8 or 16 bits")
         if image.mode in _SIXTEEN_BIT:
             values = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
             return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
@@ -97,13 +111,13 @@ def read_image(path: Path) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what Pillow may raise into one sentence."""
+def _reading(name: str) -> Iterator[None]:
+    """Turn what Pillow may raise into one sentence about the picture of this name."""
     try:
         yield
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{path} is no picture of a known kind") from None
+        raise ImageError(f"{name} is no picture of a known kind") from None
     except Exception as error:  # decoders of damaged files raise nearly anything
-        raise ImageError(f"{path} can't be read ({first_line(error)})") from None
+        raise ImageError(f"{name} can't be read ({first_line(error)})") from None

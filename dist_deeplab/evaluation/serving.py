@@ -2,8 +2,9 @@
 
 `dist_deeplab.log_model` writes the folder that this reads; MLflow calls `_load_pyfunc` on it, here or on a server that
 has nothing but the code in the model. The frame that goes in has a column `image`, each cell the bytes of a JPEG or PNG
-file; the one that comes out has a column `mask`, each cell a palette PNG of the image's own size, whose indices are
-classes (named in the model's metadata). Over HTTP both are base64.
+file, read as `dist_deeplab.predict` reads it (upright by its EXIF orientation); the one that comes out has a column
+`mask`, each cell a palette PNG of the upright image's size, whose indices are classes (named in the model's metadata).
+Over HTTP both are base64.
 """
 
 import io
@@ -15,8 +16,8 @@ import torch
 from PIL import Image
 
 from dist_deeplab.config import config_from_dict
-from dist_deeplab.data.decode import decode_image
 from dist_deeplab.data.voc import PALETTE
+from dist_deeplab.evaluation.images import decode_picture
 from dist_deeplab.evaluation.inference import Predictor, load_network
 from dist_deeplab.model.weights import Variant
 
@@ -44,7 +45,7 @@ class SegmentationModel:
         """
         import pandas
 
-        masks = [encode_mask(self.segment(decode_image(bytes(data)))) for data in model_input["image"]]
+        masks = [encode_mask(self.segment(decode_picture(bytes(data)))) for data in model_input["image"]]
         return pandas.DataFrame({"mask": masks})
 
     def segment(self, image: np.ndarray) -> np.ndarray:

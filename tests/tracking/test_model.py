@@ -22,8 +22,8 @@ import uvicorn
 from PIL import Image
 
 from dist_deeplab.config import config_from_dict
-from dist_deeplab.data.decode import decode_image
 from dist_deeplab.data.voc import CLASS_NAMES
+from dist_deeplab.evaluation.images import read_image
 from dist_deeplab.evaluation.inference import Predictor, load_network
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.training.resume import read_checkpoint
@@ -76,7 +76,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def expected_mask(run: Path, picture: Path) -> np.ndarray:
     """Return what the checkpoint's network says of the picture, padded to the right and below by hand."""
     saved = read_checkpoint(run / "checkpoints" / "best.pt")
-    image = torch.from_numpy(decode_image(picture.read_bytes())).permute(2, 0, 1)
+    image = torch.from_numpy(read_image(picture)).permute(2, 0, 1)
     _, height, width = image.shape
     padded = torch.zeros(1, 3, height + (1 - height) % 8, width + (1 - width) % 8, dtype=torch.uint8)
     padded[0, :, :height, :width] = image
