@@ -37,7 +37,7 @@ def describe(
     log.info(
         "network %s, %s batch norm, %s, %s",
         config.model.backbone,
-        config.model.batch_norm,
+        "frozen" if config.model.train_only == "head" else config.model.batch_norm,
         config.precision.dtype,
         variant.family,
     )

@@ -76,6 +76,7 @@ def test_what_shall_stand_still_does_so_in_a_real_run(
     before, after = runs.saved("first", 2)["model"], runs.saved("second", 2)["model"]
     assert {name for name in before if torch.equal(before[name], after[name])} == set(filter(stands_still, before))
     assert 2 in runs.journal("second", "lr/head_weight")
+    assert "network resnet_tiny, frozen batch norm" in (runs.folder / "second" / "logs" / "rank_0.log").read_text()
 
 
 def test_system_metrics_are_recorded_where_wanted_and_not_of_a_rehearsal(
