@@ -27,6 +27,7 @@ from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import validation
 from dist_deeplab.evaluation.crf import require_crf
 from dist_deeplab.model.weights import SCRATCH, Variant
+from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
 from dist_deeplab.runtime.distributed import (
     DistEnv,
     exit_with_crash,
@@ -58,7 +59,7 @@ from dist_deeplab.training.builders import (
 from dist_deeplab.training.memory import explained_out_of_memory, settle_micro_size
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.rehearsal import rehearse
-from dist_deeplab.training.resume import find_checkpoint, restore, save_checkpoint
+from dist_deeplab.training.resume import find_checkpoint, forget_lost_best, restore, save_checkpoint
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.summary import describe, log_progress, run_info
 
@@ -139,8 +140,8 @@ def train(
     update = build_step(config, env, split, state, model, variant)
     bad_samples = BadSamples.open(config.run_dir, config.data.max_bad_samples, env, start=state.step)
     tracker = build_tracker(config, env, run_info(config, env, split, train_set, val_set))
-    score = functools.partial(validate, config, env, state, variant, val_set, tracker, run)
-    save = functools.partial(save_checkpoint, config, checkpoints, state, variant, train_set, val_set)
+    score = functools.partial(validate, config, env, state, variant, val_set, tracker, run, checkpoints)
+    save = functools.partial(save_checkpoint, config, checkpoints, state, variant, train_set)
 
     # --- 4. The loop: one turn is one optimizer step ------------------------------------------------------------------
     status = "FAILED"
@@ -212,6 +213,7 @@ def validate(
     val_set: Manifest | None,
     tracker: Tracker,
     run: Session,
+    checkpoints: CheckpointFolder,
 ) -> bool:
     """Score the network on `val_set`, if there is one, and return whether it is the best so far; every rank calls it.
 
@@ -223,7 +225,8 @@ def validate(
         state.net, val_set, config, env, variant.preprocessing, tracker, step=state.step, should_stop=run.asks_to_stop
     )
     state.owes_evaluation = miou is None
-    is_best = miou is not None and state.take_score(miou)
+    forget_lost_best(state, checkpoints)
+    is_best = miou is not None and state.take_score(miou, val_set.keys_sha256)
     if miou is not None:
         tracker.log(state.step, {"val/best_mIoU": state.best_miou})
     return is_best

@@ -43,6 +43,9 @@ class CheckpointFolder:
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None  # of the save in flight or the last one
+        self._asks_for_best = False  # the last save was the best one, and nobody has asked yet what became of it
+        self._best_failed = False
+        self._waited_s = 0.0
         self._values: collections.deque[tuple[str, float]] = collections.deque()  # the thread appends, the run pops
 
     # --- saving ---------------------------------------------------------------------------------------------------
@@ -69,7 +72,9 @@ class CheckpointFolder:
             copy = self._snapshot.take(content)
             self._thread = threading.Thread(target=self._write, args=(copy, step, is_best), name="checkpoint")
             self._thread.start()
-            self._values.append(("time/checkpoint_stall_s", time.perf_counter() - started))
+            self._values.append(("time/checkpoint_stall_s", self._waited_s + time.perf_counter() - started))
+            self._waited_s = 0.0
+        self._asks_for_best |= is_best
         if wait:
             self._join()
             problem = broadcast_from_main(str(self._error or ""))
@@ -78,6 +83,19 @@ class CheckpointFolder:
                     f"the checkpoint of step {step} could not be written ({problem}); make room in {self.path}, then "
                     "the same command goes on from the one before"
                 )
+
+    def lost_best(self) -> bool:
+        """Return, once, whether the best checkpoint could not be written, so that `best.pt` is an older one or none.
+
+        Every rank must call it. It waits for the save in flight only where that is the best one.
+        """
+        if not self._asks_for_best:
+            return False
+        self._asks_for_best = False
+        started = time.perf_counter()
+        self._join()
+        self._waited_s += time.perf_counter() - started
+        return broadcast_from_main(self._best_failed)
 
     def pop_values(self) -> dict[str, float]:
         """Return metric points of the saves since the last call; on ranks that don't write there are none."""
@@ -98,12 +116,14 @@ class CheckpointFolder:
         """Write the pair, best included, and prune: what the thread does."""
         started = time.perf_counter()
         self._error = None
+        self._best_failed = is_best
         path = self.path / f"step_{step:08d}.pt"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             digest = write_tensors(path, content)
             if is_best:
                 self._link_best(path, step=step, digest=digest)
+                self._best_failed = False
             write_sidecar(path, step=step, digests=[digest])  # last: only now can the step be found, best included
             self._set_later_aside(step)
             self._prune()

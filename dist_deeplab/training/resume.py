@@ -25,9 +25,7 @@ _LIBRARIES = ("torch", "numpy", "opencv-python-headless")  # those that a run's 
 log = logging.getLogger(__name__)
 
 
-def checkpoint_content(
-    config: RunConfig, state: TrainState, variant: Variant, train_set: Manifest, val_set: Manifest | None
-) -> dict[str, Any]:
+def checkpoint_content(config: RunConfig, state: TrainState, variant: Variant, train_set: Manifest) -> dict[str, Any]:
     """Return tensors and plain values: the state, and what evaluation, prediction and a resume need to know."""
     return {
         **state.state_dict(),
@@ -36,7 +34,6 @@ def checkpoint_content(
         "class_names": list(train_set.class_names),
         "train_keys_sha256": train_set.keys_sha256,
         "train_key_hashes": torch.from_numpy(train_set.key_hashes.view(np.int64)),  # for evaluation/overlap.py
-        "val_keys_sha256": val_set.keys_sha256 if val_set else "",
         "mlflow_run_id": mlflow_run_id(config.run_dir),
         "versions": installed_versions(_LIBRARIES),
     }
@@ -103,7 +100,7 @@ def restore(state: TrainState, saved: dict[str, Any], config: RunConfig, val_set
             "start from its weights alone choose another name= and set model.init to it"
         ) from None
     state.owes_evaluation = state.owes_evaluation and val_set is not None
-    other_images = val_set and saved.get("val_keys_sha256", "") not in ("", val_set.keys_sha256)
+    other_images = val_set and state.scored_keys_sha256 not in ("", val_set.keys_sha256)
     other_means = _scored_by(config_from_dict(saved["config"], where="the checkpoint")) != _scored_by(config)
     if state.best_miou >= 0 and (other_images or other_means):
         what = "the validation images are other ones" if other_images else "eval.* or crf.* scores in another way"
@@ -127,7 +124,6 @@ def save_checkpoint(
     state: TrainState,
     variant: Variant,
     train_set: Manifest,
-    val_set: Manifest | None,
     *,
     is_best: bool,
     wait: bool,
@@ -141,5 +137,20 @@ def save_checkpoint(
     check_replicas(state.net, buffers=not local, when=f"at step {state.step}")
     if local:
         share_buffers(state.net)
-    content = checkpoint_content(config, state, variant, train_set, val_set)
+    forget_lost_best(state, checkpoints)
+    content = checkpoint_content(config, state, variant, train_set)
     checkpoints.save(content, step=state.step, is_best=is_best, wait=wait)
+
+
+def forget_lost_best(state: TrainState, checkpoints: CheckpointFolder) -> None:
+    """Take the best score back where its checkpoint could not be written; every rank calls it.
+
+    Otherwise a run would wait for a still higher one, and until then have no `best.pt`, or one that is not the best.
+    """
+    if checkpoints.lost_best():
+        log.warning(
+            "the best score so far, mIoU %.2f, no longer counts: its checkpoint could not be written, best.pt is %s",
+            100 * state.best_miou,
+            f"that of {100 * state.best_before:.2f}" if state.best_before >= 0 else "not there yet",
+        )
+        state.best_miou = state.best_before

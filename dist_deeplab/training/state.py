@@ -27,6 +27,8 @@ class TrainState:
     step: optimizer steps done, skipped ones too.
     micro_size: the most images of a micro-batch, which a run that found it out keeps.
     num_skipped: those of them whose update was skipped, int64 [] on the device, or 0.
+    best_before: the best score before `best_miou`, for a run that could not write the checkpoint with that.
+    scored_keys_sha256: which images `best_miou` is a score of.
     """
 
     net: DeepLabV2
@@ -37,6 +39,8 @@ class TrainState:
     step: int = 0
     num_skipped: torch.Tensor | int = 0
     best_miou: float = -1.0
+    best_before: float = -1.0
+    scored_keys_sha256: str = ""
     owes_evaluation: bool = False  # asked to stop in the midst of one: the next start makes up for it
 
     @property
@@ -50,11 +54,13 @@ class TrainState:
         self.step += 1
         self.num_skipped = self.num_skipped + result.skipped.long()
 
-    def take_score(self, miou: float) -> bool:
-        """Remember the best mIoU; return whether this is it."""
-        is_best = miou > self.best_miou
-        self.best_miou = max(miou, self.best_miou)
-        return is_best
+    def take_score(self, miou: float, keys_sha256: str) -> bool:
+        """Remember the best mIoU, and of which images; return whether this is it."""
+        self.scored_keys_sha256 = keys_sha256
+        if miou <= self.best_miou:
+            return False
+        self.best_before, self.best_miou = self.best_miou, miou
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values for a checkpoint."""
@@ -67,6 +73,7 @@ class TrainState:
             "step": self.step,
             "num_skipped": int(self.num_skipped),
             "best_miou": self.best_miou,
+            "val_keys_sha256": self.scored_keys_sha256,
             "owes_evaluation": self.owes_evaluation,
         }
 
@@ -83,4 +90,5 @@ class TrainState:
         self.step = state["step"]
         self.num_skipped = state["num_skipped"]
         self.best_miou = state["best_miou"]
+        self.scored_keys_sha256 = state.get("val_keys_sha256", "")
         self.owes_evaluation = state.get("owes_evaluation", False)

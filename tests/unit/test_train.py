@@ -1,5 +1,6 @@
 """What a configuration says happens in a real run: the whole command in this process, one rank, a few small steps."""
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from dist_deeplab import evaluate, predict, train
+from dist_deeplab.evaluation import validation
 from dist_deeplab.runtime import tracking
 from dist_deeplab.runtime.checkpoint import write_sidecar, write_tensors
+from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
 from dist_deeplab.runtime.session import Session
 from tests.commands import exit_code
 
@@ -135,6 +138,37 @@ def test_a_best_score_counts_for_its_folder_its_images_and_its_way_of_scoring(ru
     assert runs.checkpoint("elsewhere", 3).with_name("best.pt").exists()
     assert runs("first", "eval.flip=true", *anyway, validated=True) == 0
     assert 0 <= runs.saved("first", 3)["best_miou"] < 0.99
+
+
+def test_a_best_score_whose_checkpoint_could_not_be_written_is_forgotten(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a lower score would leave the run without best.pt for ever."""
+    link_best = CheckpointFolder._link_best
+
+    def full_at_first(folder: CheckpointFolder, path: Path, *, step: int, digest: str) -> None:
+        if step == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        link_best(folder, path, step=step, digest=digest)
+
+    monkeypatch.setattr(CheckpointFolder, "_link_best", full_at_first)
+    monkeypatch.setattr(validation, "score", lambda *_, step, **__: {1: 0.5, 2: 0.3, 3: 0.2}[step])
+    assert runs("run", "max_steps=3", "eval.every=1", validated=True) == 0
+    best = torch.load(runs.checkpoint("run", 2).with_name("best.pt"), weights_only=True)
+    assert (best["step"], best["best_miou"]) == (2, 0.3)
+    assert runs.saved("run", 3)["best_miou"] == 0.3
+
+
+def test_a_best_score_is_of_its_images_also_after_a_time_without_any(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "score", lambda *_, step, **__: {1: 0.5, 3: 0.3}[step])
+    assert runs("run", "max_steps=1", validated=True) == 0
+    assert runs("run", "max_steps=2", "resume_anyway=true") == 0
+    assert runs.saved("run", 2)["best_miou"] == 0.5
+    others = f"data.val={runs.shards}/train.json"
+    assert runs("run", "max_steps=3", "resume_anyway=true", others) == 0
+    assert runs.saved("run", 3)["best_miou"] == 0.3
 
 
 def test_a_dry_run_starts_from_the_weights_that_a_run_would_go_on_from(runs: Runs, first: Path) -> None:

@@ -342,6 +342,23 @@ def test_a_write_that_fails_inside_torch_says_what_the_system_said(
     assert read_tree(folder.path) == before
 
 
+def test_a_best_checkpoint_that_failed_is_told_once(
+    folder: CheckpointFolder, file_size_limit: Callable[[int], None]
+) -> None:
+    folder.save(content_of(1), step=1, is_best=True)
+    assert not folder.lost_best()
+    file_size_limit(1000)
+    folder.save(content_of(2), step=2, is_best=False)
+    folder.close()
+    assert not folder.lost_best(), "not the best one"
+    folder.save(content_of(3), step=3, is_best=True)
+    assert folder.lost_best()
+    assert not folder.lost_best()
+    file_size_limit(resource.RLIM_INFINITY)
+    folder.save(content_of(4), step=4, is_best=True)
+    assert not folder.lost_best()
+
+
 # --- in the background ------------------------------------------------------------------------------------------------
 
 
