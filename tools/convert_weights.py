@@ -16,8 +16,10 @@ What is missing, damaged or of another network is refused as in training. Exit c
 
 import argparse
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data import voc
@@ -26,10 +28,12 @@ from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.weights import Report, Weights, backbone_of, fit_weights, load_weights
 from dist_deeplab.model.weights.export import FORMATS, export
+from dist_deeplab.model.weights.torch_file import load_file
 from dist_deeplab.outputs import prepare_file
-from dist_deeplab.runtime.checkpoint import write_sidecar, write_tensors
+from dist_deeplab.runtime.checkpoint import FORMAT, write_sidecar, write_tensors
 
 CHECKPOINT = "checkpoint"
+_DESCRIPTION = ("step", "config", "class_names", "train_keys_sha256", "train_key_hashes", "best_miou")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -60,8 +64,18 @@ def network_of(weights: Weights) -> tuple[DeepLabV2, Report]:
     return net, fit_weights(net, weights, restore_last=True)
 
 
+def own_description(path: str) -> dict[str, Any]:
+    """Return what a checkpoint of ours says of its weights, the images that they were trained on included."""
+    if not zipfile.is_zipfile(path):  # as torch.save writes it
+        return {}
+    content = load_file(path)
+    if not (isinstance(content, dict) and content.get("format") == FORMAT):
+        return {}
+    return {key: content[key] for key in _DESCRIPTION if key in content}
+
+
 def write_checkpoint(net: DeepLabV2, weights: Weights, path: Path, class_names: Path | None) -> None:
-    """Write the network as a checkpoint without a run, and its sidecar.
+    """Write the network as a checkpoint without a run, and its sidecar; what one of ours says of itself stays.
 
     Raises:
         UserError: no last layer, no name for each class, or a file that cannot be written.
@@ -71,7 +85,8 @@ def write_checkpoint(net: DeepLabV2, weights: Weights, path: Path, class_names: 
     num_classes = len(weights.tensors["head.branches.0.weight"])
     if path.suffix != ".pt":
         raise UserError(f"a checkpoint's name must end in .pt, not {path.name}")
-    names = list(voc.CLASS_NAMES)
+    own = own_description(weights.path)
+    names = list(own.get("class_names", voc.CLASS_NAMES))
     if class_names:
         try:
             names = [line.strip() for line in class_names.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -89,12 +104,13 @@ def write_checkpoint(net: DeepLabV2, weights: Weights, path: Path, class_names: 
         "step": 0,
         "variant": weights.variant.to_plain(),
         "config": config_to_dict(config),
-        "class_names": names,
         "train_keys_sha256": "",
+        **own,
+        "class_names": names,
     }
     try:
         digest = write_tensors(path, content)
-        write_sidecar(path, step=0, digests=[digest])
+        write_sidecar(path, step=content["step"], digests=[digest])
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
 

@@ -11,6 +11,7 @@ from dist_deeplab.data import voc
 from dist_deeplab.evaluation.inference import load_network
 from dist_deeplab.model.weights import load_weights
 from dist_deeplab.training.resume import read_checkpoint
+from tests.networks import checkpoint_of, discerning_network, write_checkpoint
 from tests.unit.model.weights import writers
 from tests.unit.model.weights.networks import (
     CaffeNetBuilder,
@@ -104,6 +105,19 @@ def test_published_weights_become_a_checkpoint_that_is_scored(convert: Any, tmp_
     assert float((logits - expected).detach().abs().max()) < 1e-4 * float(expected.abs().max())
     assert saved["class_names"] == list(voc.CLASS_NAMES)
     assert "trained on VOC 2012 val too" in saved["variant"]["note"]
+
+
+def test_a_checkpoint_that_lost_its_sidecar_keeps_what_it_says_of_itself(convert: Any, tmp_path: Path) -> None:
+    content = checkpoint_of(discerning_network(3)) | {"class_names": ["sky", "sea", "sand"], "best_miou": 0.5}
+    content["config"]["data"]["num_classes"] = 3
+    content |= {"train_keys_sha256": "of these", "train_key_hashes": torch.arange(5)}
+    source = write_checkpoint(tmp_path / "in.pt", content)
+    source.with_suffix(".json").unlink()
+    assert convert([str(source), str(tmp_path / "out.pt"), "--to", "checkpoint"]) == 0
+    saved = read_checkpoint(tmp_path / "out.pt")
+    for key in ("step", "config", "class_names", "train_keys_sha256", "best_miou"):
+        assert saved[key] == content[key], key
+    assert torch.equal(saved["train_key_hashes"], torch.arange(5))
 
 
 @pytest.mark.parametrize(
