@@ -153,6 +153,7 @@ def run_all(sweep: Sweep, *, num_processes: int) -> int:
         name = f"run {number} of {len(sweep.children)}: {child.config.name}"
         if is_finished(child):
             log.info("%s is finished", name)
+            warn_of_other_origin(child)
             continue
         log.info("%s", name)
         before = journal_size(child)
@@ -196,8 +197,24 @@ def is_finished(child: Child) -> bool:
     folder = child.config.run_dir
     if not (folder / run_files.RUN_FILE).exists() or read_folder(folder).status != "FINISHED":
         return False
-    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return not configuration.recipe_differences(saved, child.config)
+    return not configuration.recipe_differences(read_config(child), child.config)
+
+
+def warn_of_other_origin(child: Child) -> None:
+    """Say what a finished run was trained or scored from, where something else is asked for now."""
+    for key in ("data.train", "data.val", "model.init", "model.restore_last"):
+        section, leaf = key.split(".")
+        old, new = read_config(child)[section][leaf], getattr(getattr(child.config, section), leaf)
+        if new not in ("", old):
+            log.warning(
+                "it was trained with %s=%s; %s=%s is not read: for that choose another name=", key, old, key, new
+            )
+
+
+def read_config(child: Child) -> dict[str, Any]:
+    """Return the configuration that the run was started with."""
+    saved: dict[str, Any] = yaml.safe_load((child.config.run_dir / "config.yaml").read_text(encoding="utf-8"))
+    return saved
 
 
 def journal_size(child: Child) -> int:

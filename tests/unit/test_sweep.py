@@ -94,6 +94,18 @@ def test_finished_runs_are_skipped(trainings: Trainings, arguments: list[str]) -
     assert trainings.started == []
 
 
+def test_a_finished_run_says_that_it_started_from_other_weights(
+    trainings: Trainings, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*arguments, "model.init=a.pth"])
+    for init, warned in (("a.pth", False), ("", False), ("b.pth", True)):
+        capsys.readouterr()
+        main([*arguments, f"model.init={init}"])
+        printed = "".join(capsys.readouterr())
+        assert ("trained with model.init=a.pth; model.init=b.pth is not read" in printed) == warned
+    assert trainings.started == ALL
+
+
 def test_a_larger_grid_trains_only_what_is_new_and_compares_all(
     trainings: Trainings, arguments: list[str], tmp_path: Path
 ) -> None:
