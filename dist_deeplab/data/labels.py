@@ -106,7 +106,8 @@ def read_label_map(
     name; `void` (or ignore, unlabeled) is the void label.
 
     Raises:
-        ShardError: no such file, a line that is neither, a colour named twice, a name that is not in `class_names`.
+        ShardError: no such file, a line that is neither, a colour named twice, a name that is not in `class_names`;
+            a class would get the index of void.
     """
     labels: dict[tuple[int, ...], int] = {}
     names = list(class_names or [])
@@ -128,6 +129,11 @@ def read_label_map(
                 raise ShardError(f"line {number} of {path} names the class {name!r}, which the class names do not hold")
             names.append(name)
         labels[levels] = names.index(name)
+    if class_names is None and ignore_label < len(names):
+        raise ShardError(
+            f"--ignore-label {ignore_label} is the index of the class {names[ignore_label]!r} of {path}, whose pixels "
+            "would be void; take another (255), and call what is void `void`"
+        )
     if len(set(labels.values()) - {ignore_label}) < 2:
         raise ShardError(f"{path} names fewer than two classes; write one `R G B name` or `LEVEL name` a line")
     return LabelMap(path, labels), tuple(names)

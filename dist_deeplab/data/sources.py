@@ -130,8 +130,12 @@ def read_folders(images: Path, masks: Path, *, image_suffix: str = "", mask_suff
     return [samples[key] for key in sorted(samples)]
 
 
-def read_tree(root: Path, split: str) -> tuple[list[SourceSample], Layout]:
+def read_tree(
+    root: Path, split: str, *, image_suffix: str | None = None, mask_suffix: str | None = None
+) -> tuple[list[SourceSample], Layout]:
     """Return the samples of a split in a tree of a known layout, and which layout it is.
+
+    Suffixes take the place of the layout's own.
 
     Raises:
         ShardError: no layout fits, or see `read_folders`.
@@ -142,8 +146,13 @@ def read_tree(root: Path, split: str) -> tuple[list[SourceSample], Layout]:
         for name in (split, _SAME_SPLIT.get(split, split)):
             images, masks = (root / folder.format(split=name) for folder in (layout.images, layout.masks))
             if images.is_dir() and masks.is_dir():
-                suffixes = {"image_suffix": layout.image_suffix, "mask_suffix": layout.mask_suffix}
-                return read_folders(images, masks, **suffixes), layout
+                samples = read_folders(
+                    images,
+                    masks,
+                    image_suffix=layout.image_suffix if image_suffix is None else image_suffix,
+                    mask_suffix=layout.mask_suffix if mask_suffix is None else mask_suffix,
+                )
+                return samples, layout
     known = "; ".join(f"{layout.images} + {layout.masks}" for layout in LAYOUTS)
     raise ShardError(f"{root} has no split {split!r} in a known layout ({known}); give --images and --masks")
 

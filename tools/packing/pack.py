@@ -26,10 +26,10 @@ def parse_arguments(argv: Sequence[str], *, manual: str) -> argparse.Namespace:
     source.add_argument("--tree", type=Path, metavar="DIR", help="images/SPLIT + annotations/SPLIT and the like")
     source.add_argument("--list", type=Path, metavar="FILE", help="file of `image label` lines")
     parser.add_argument("--masks", type=Path, metavar="DIR", help="folder of the masks of --images")
-    parser.add_argument("--image-suffix", default="", metavar="TEXT", help="end of image names, before the ending")
-    parser.add_argument("--mask-suffix", default="", metavar="TEXT", help="the same of masks, e.g. _L for 0001_L.png")
-    parser.add_argument("--voc-masks", default="SegmentationClass", metavar="NAME", help="folder in --voc-root")
-    parser.add_argument("--data-root", type=Path, default=Path(), metavar="DIR", help="folder of the paths in --list")
+    parser.add_argument("--image-suffix", metavar="TEXT", help="end of image names, before the ending")
+    parser.add_argument("--mask-suffix", metavar="TEXT", help="the same of masks, e.g. _L for 0001_L.png")
+    parser.add_argument("--voc-masks", metavar="NAME", help="folder in --voc-root (default: SegmentationClass)")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the paths in --list")
     parser.add_argument("--split", required=True, nargs="+", metavar="NAME", help="names of the sets (and VOC's lists)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the shards")
     add_label_arguments(parser)
@@ -45,6 +45,7 @@ def parse_arguments(argv: Sequence[str], *, manual: str) -> argparse.Namespace:
     check_label_arguments(parser, arguments)
     if (arguments.images is None) != (arguments.masks is None):
         parser.error("--images and --masks go together")
+    _refuse_arguments_of_other_sources(parser, arguments)
     if len(arguments.split) > 1 and not (arguments.voc_root or arguments.tree):
         parser.error("several --split need --voc-root or --tree; pack one after the other")
     if len(set(arguments.split)) != len(arguments.split):
@@ -54,6 +55,18 @@ def parse_arguments(argv: Sequence[str], *, manual: str) -> argparse.Namespace:
     if arguments.shard_mb is not None and not arguments.shard_mb > 0:
         parser.error(f"--shard-mb must be more than 0, not {arguments.shard_mb}")
     return arguments
+
+
+def _refuse_arguments_of_other_sources(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    for name, fitting in {
+        "image_suffix": ("images", "tree"),
+        "mask_suffix": ("images", "tree"),
+        "voc_masks": ("voc_root",),
+        "data_root": ("list",),
+    }.items():
+        if getattr(arguments, name) is not None and all(getattr(arguments, source) is None for source in fitting):
+            options = " or ".join(f"--{source.replace('_', '-')}" for source in fitting)
+            parser.error(f"--{name.replace('_', '-')} goes with {options} only")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -101,13 +114,15 @@ def run(arguments: argparse.Namespace) -> None:
 def find_samples(arguments: argparse.Namespace, split: str) -> tuple[list[SourceSample], tuple[str, ...] | None]:
     """Return the samples of a split, and the class names where the source is a data set whose names are known."""
     if arguments.voc_root is not None:
-        return sources.read_voc_list(arguments.voc_root, split, masks=arguments.voc_masks), voc.CLASS_NAMES
+        masks = arguments.voc_masks or "SegmentationClass"
+        return sources.read_voc_list(arguments.voc_root, split, masks=masks), voc.CLASS_NAMES
     if arguments.list is not None:
-        return sources.read_pair_list(arguments.data_root, arguments.list), voc.CLASS_NAMES
-    suffixes = {"image_suffix": arguments.image_suffix, "mask_suffix": arguments.mask_suffix}
+        return sources.read_pair_list(arguments.data_root or Path(), arguments.list), voc.CLASS_NAMES
+    image_suffix, mask_suffix = arguments.image_suffix, arguments.mask_suffix
     if arguments.images is not None:
+        suffixes = {"image_suffix": image_suffix or "", "mask_suffix": mask_suffix or ""}
         return sources.read_folders(arguments.images, arguments.masks, **suffixes), None
-    samples, layout = sources.read_tree(arguments.tree, split)
+    samples, layout = sources.read_tree(arguments.tree, split, image_suffix=image_suffix, mask_suffix=mask_suffix)
     return samples, cityscapes.CLASS_NAMES if layout.name == "Cityscapes" else None
 
 

@@ -86,6 +86,12 @@ def test_known_trees_are_read(split: str, image: str, mask: str, others: list[st
         read_tree(tmp_path, "nosuch")
 
 
+def test_a_suffix_of_ones_own_takes_the_place_of_the_trees(tmp_path: Path) -> None:
+    touch(tmp_path / "images/val/x.jpg", tmp_path / "annotations/val/x_gt.png", tmp_path / "annotations/val/x_edge.png")
+    samples, _ = read_tree(tmp_path, "val", mask_suffix="_gt")
+    assert [sample.label.name for sample in samples] == ["x_gt.png"]
+
+
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +151,14 @@ def test_a_map_that_can_not_be_is_refused(text: str, reason: str, tmp_path: Path
     (tmp_path / "map.txt").write_text(text)
     with pytest.raises(ShardError, match=reason):
         read_label_map(tmp_path / "map.txt", class_names=["a", "b"], ignore_label=255)
+
+
+def test_a_class_that_would_be_numbered_as_void_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "map.txt").write_text("10 sky\n20 sea\n30 void\n40 sand\n")
+    with pytest.raises(ShardError, match=r"--ignore-label 2 is the index of the class 'sand'"):
+        read_label_map(tmp_path / "map.txt", class_names=None, ignore_label=2)
+    label_map, names = read_label_map(tmp_path / "map.txt", class_names=None, ignore_label=3)
+    assert (names, label_map.labels[(30,)]) == (("sky", "sea", "sand"), 3)
 
 
 def test_a_survey_counts_pixels_and_images_and_names_all_strange_labels(tmp_path: Path) -> None:

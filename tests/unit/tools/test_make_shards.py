@@ -133,6 +133,10 @@ def test_every_command_in_the_manual_is_accepted() -> None:
         "--voc-root a --split train --out x --ignore-label 256",
         "--voc-root a --split train --out x --ignore-label -1",
         "--voc-root a --split train --out x --unknown",
+        "--voc-root a --split train --out x --mask-suffix _L",
+        "--list a --split train --out x --image-suffix _L",
+        "--tree a --split train --out x --voc-masks SegmentationClassAug",
+        "--images a --masks b --split train --out x --data-root c",
     ],
 )
 def test_wrong_arguments_end_with_2_and_a_sentence(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
