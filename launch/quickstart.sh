@@ -26,7 +26,7 @@ for argument in "$@"; do
             print_manual
             exit 0
             ;;
-        name=* | output_dir=* | --config | --config=* | --print-config)
+        name=* | output_dir=* | --config | --config=* | --print-config | --dry-run)
             fail 2 "$argument cannot be changed here, where the evaluation expects runs/quickstart:" \
                 "use launch/single_node.sh, which passes everything to the training."
             ;;

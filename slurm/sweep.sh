@@ -8,7 +8,7 @@
 #
 # Before the -- are options of sbatch, as for slurm/train.sh; --array-limit N lets N runs go on at a time. After it are
 # the settings and the grid, see launch/sweep.sh. Each run is one job of slurm/train.sh. A last job, which starts when
-# all have ended, compares what there is; its output is in dist_deeplab-report-JOBID.out, its figure in runs/<name>-sweep.
+# all have ended, compares what there is, with the account, partition and QOS of the others; its output is in dist_deeplab-report-JOBID.out, its figure in runs/<name>-sweep.
 # Submit the same again to go on: finished runs end at once.
 #
 #     REPO=DIR          the repository, if it is not the current folder
@@ -52,6 +52,7 @@ fi
 # --- submission -------------------------------------------------------------------------------------------------------
 
 options=()
+shared=() # what a site may ask of each job, however small: the comparison gets it too
 limit=
 while (($#)) && [[ $1 != -- ]]; do
     if [[ $1 == --array-limit ]]; then
@@ -60,6 +61,10 @@ while (($#)) && [[ $1 != -- ]]; do
         shift
     else
         options+=("$1")
+        case $1 in
+            -A | --account | -p | --partition | -q | --qos) shared+=("$1" "${2:-}") ;;
+            -A* | --account=* | -p* | --partition=* | -q* | --qos=*) shared+=("$1") ;;
+        esac
     fi
     shift
 done
@@ -71,5 +76,7 @@ count=$(python -m dist_deeplab.sweep --count "$@") || exit $?
 job=$(sbatch --parsable --job-name=dist_deeplab --array="0-$((count - 1))$limit" --output=%x-%A_%a.out \
     "${options[@]}" slurm/sweep.sh "$@")
 report=$(sbatch --parsable --export=ALL,DIST_DEEPLAB_SWEEP=report --job-name=dist_deeplab-report --output=%x-%j.out \
-    --dependency="afterany:$job" --nodes=1 --ntasks=1 slurm/sweep.sh "$@")
+    --dependency="afterany:$job" --nodes=1 --ntasks=1 ${shared[@]+"${shared[@]}"} slurm/sweep.sh "$@") ||
+    fail 1 "$count runs are job $job, but their comparison could not be submitted; when they have ended: python -m" \
+        "dist_deeplab.sweep --report and the same settings."
 printf '%s runs: job %s; their comparison: job %s\n' "$count" "$job" "$report"

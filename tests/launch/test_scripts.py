@@ -146,7 +146,7 @@ def test_mlflow_ui_without_a_store_says_to_train_first(repo: Path):
     assert_one_sentence(run(repo / "launch/mlflow_ui.sh", cwd=repo), 2, "runs/mlflow.db", "quickstart.sh")
 
 
-@pytest.mark.parametrize("argument", ["name=mine", "output_dir=/elsewhere", "--config", "--config=x.yaml"])
+@pytest.mark.parametrize("argument", ["name=mine", "output_dir=/elsewhere", "--config", "--config=x.yaml", "--dry-run"])
 def test_quickstart_refuses_what_its_evaluation_would_not_find(repo: Path, argument: str):
     assert_one_sentence(run(repo / "launch/quickstart.sh", argument, cwd=repo), 2, argument, "single_node.sh")
 
@@ -185,6 +185,42 @@ def test_multi_node_calls_torchrun_with_a_c10d_rendezvous(repo: Path, tmp_path: 
     ]
     assert seen["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert int(seen["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 8)
+
+
+def submit_sweep(repo: Path, tmp_path: Path, *options: str, sbatch: str) -> tuple[int, str, list[list[str]]]:
+    """Run slurm/sweep.sh with stand-ins for sbatch and python; return exit code, stderr and how sbatch was called."""
+    (repo / "dist_deeplab").mkdir()
+    environment = tmp_path / "env"
+    write_program(environment / "bin" / "python", 'case "$*" in *--count*) echo 6 ;; *) echo 3.11 ;; esac')
+    write_program(
+        tmp_path / "bin" / "sbatch", f"printf '%s\\0' \"$@\" >>{tmp_path}/calls; echo >>{tmp_path}/calls; {sbatch}"
+    )
+    ours = ["--", "name=a b", "optim.power=0.8,0.9"]
+    environ = {"PATH": f"{tmp_path / 'bin'}:{PATH}", "VIRTUAL_ENV": str(environment)}
+    done = run(repo / "slurm/sweep.sh", *options, *ours, cwd=repo, **environ)
+    return (
+        done.returncode,
+        done.stderr,
+        [line.split("\0")[:-1] for line in (tmp_path / "calls").read_text().splitlines()],
+    )
+
+
+def test_a_slurm_sweep_asks_for_its_comparison_what_the_site_asks_of_each_job(repo: Path, tmp_path: Path):
+    options = ["--gpus-per-node", "8", "-p", "gpu", "--account=us", "--array-limit", "2"]
+    code, _, (array, report) = submit_sweep(repo, tmp_path, *options, sbatch="echo 7")
+    assert code == 0
+    settings = ["slurm/sweep.sh", "name=a b", "optim.power=0.8,0.9"]
+    assert array[-8:] == ["--gpus-per-node", "8", "-p", "gpu", "--account=us", *settings]
+    assert "--array=0-5%2" in array
+    assert report[-6:] == ["-p", "gpu", "--account=us", *settings]
+    assert "--dependency=afterany:7" in report
+
+
+def test_a_comparison_that_slurm_refuses_does_not_hide_the_runs(repo: Path, tmp_path: Path):
+    refuses = 'case "$*" in *--dependency*) exit 1 ;; *) echo 7 ;; esac'
+    code, said, _ = submit_sweep(repo, tmp_path, sbatch=refuses)
+    assert code == 1
+    assert "6 runs are job 7, but their comparison could not be submitted" in said
 
 
 def test_omp_num_threads_of_the_user_stays(repo: Path, tmp_path: Path):
