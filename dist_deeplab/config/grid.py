@@ -14,6 +14,7 @@ from dist_deeplab.errors import UserError
 _OPENING, _CLOSING = "[{", "]}"
 _FIXED = ("name", "output_dir", "resume", "tracking.")
 _MAX_RUNS = 1000
+_MAX_LENGTH = 60  # of a value in a name: a folder has at most 255 bytes
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,12 @@ def expand(arguments: Sequence[str]) -> tuple[list[str], list[GridRun]]:
 
 
 def _as_name(value: str) -> str:
-    """Return the value with what a run's name may hold: `[1.0, 0.5]` becomes 1.0_0.5, an empty value `none`."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", value).strip("_.-") or "none"
+    """Return the value with what a run's name may hold: `[1.0, 0.5]` becomes 1.0_0.5, an empty value `none`.
+
+    Of long ones, as paths are, the end. `.5` becomes 0.5: a name that lost the dot would tell another value.
+    """
+    value = re.sub(r"(?<!\w)\.(?=\d)", "0.", value)
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", value)[-_MAX_LENGTH:].lstrip("_.").rstrip("_.-") or "none"
 
 
 def _with_distinct_names(runs: list[GridRun]) -> list[GridRun]:

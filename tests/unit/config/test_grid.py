@@ -54,6 +54,13 @@ def test_names_hold_only_what_a_run_s_name_may_and_are_all_different() -> None:
     assert len({run.suffix for run in runs}) == 9
 
 
+def test_a_name_tells_the_value_and_is_no_longer_than_a_folder_s() -> None:
+    _, runs = expand(["optim.lr=.1,-.5,1,[.5]", f"model.init=/{'x' * 300}/a.pth,b.pth"])
+    assert [run.suffix.partition("-init_")[0] for run in runs[1::2]] == ["lr_0.1", "lr_-0.5", "lr_1", "lr_0.5"]
+    assert runs[0].suffix.endswith("xx_a.pth")
+    assert max(len(run.suffix) for run in runs) < 90
+
+
 def test_keys_of_one_last_word_are_told_apart() -> None:
     _, runs = expand(["eval.every=1,2", "checkpoint.every=3,4"])
     assert runs[0].suffix == "eval.every_1-checkpoint.every_3"
