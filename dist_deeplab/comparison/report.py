@@ -18,7 +18,7 @@ def print_report(records: Sequence[RunRecord], console: Console) -> None:
     if classes is not None:
         console.print(classes)
     for line in verdict(records):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def save_figure(records: Sequence[RunRecord], path: Path) -> Path:

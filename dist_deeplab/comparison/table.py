@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from dist_deeplab.comparison.record import MIOU, RunRecord
@@ -38,8 +39,8 @@ def run_table(records: Sequence[RunRecord]) -> Table:
         best = record.best
         table.add_row(
             _WINNER if place == 0 and best else "",
-            record.name,
-            *(record.settings.get(key, "") for key in keys),
+            escape(record.name),
+            *(escape(record.settings.get(key, "")) for key in keys),
             number(best[1] if best else None, 100, ".2f"),
             str(best[0]) if best else "-",
             number(record.last("val/mIoU"), 100, ".2f"),
@@ -61,13 +62,13 @@ def class_table(records: Sequence[RunRecord]) -> Table | None:
         return None
     table = Table("class", title="class IoU at the best step", title_justify="left")
     for record, _ in scored:
-        table.add_column(label(record, records), justify="right")
+        table.add_column(escape(label(record, records)), justify="right")
     table.add_column("best - worst", justify="right")
     for name in dict.fromkeys(name for _, iou in scored for name in iou):
         values = [iou.get(name) for _, iou in scored]
         known = [value for value in values if value is not None]
         cells = [_marked(value, is_best=value == max(known) > min(known)) for value in values]
-        table.add_row(name, *cells, f"{100 * (max(known) - min(known)):.2f}")
+        table.add_row(escape(name), *cells, f"{100 * (max(known) - min(known)):.2f}")
     table.add_section()
     table.add_row("mIoU", *(f"{100 * record.best[1]:.2f}" for record, _ in scored if record.best), "", style="bold")
     return table

@@ -16,11 +16,14 @@ from dist_deeplab.evaluation.boundaries import TRIMAP_WIDTHS
 from dist_deeplab.evaluation.confusion import Scores, scores
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel
 
+_NOT_IN_A_METRIC = r"[^\w.\- :/]"
+
 
 def metric_values(result: Scores, class_names: Sequence[str], *, group: str = "val") -> dict[str, float]:
     """Return the scores as metric points: `val/mIoU`, `val/pixel_accuracy`, `val/iou/<class>` ...
 
-    Classes without ground truth have no point.
+    Classes without ground truth have no point. What MLflow takes in no metric's name (ADE20K has `door;double door`) is
+    an underscore there; where two classes would then have one name, the label follows.
     """
     values = {
         f"{group}/mIoU": result.miou,
@@ -28,9 +31,10 @@ def metric_values(result: Scores, class_names: Sequence[str], *, group: str = "v
         f"{group}/mean_accuracy": result.mean_accuracy,
         f"{group}/fwIoU": result.fwiou,
     }
-    for name, iou in zip(class_names, result.iou.tolist(), strict=True):
+    for number, (name, iou) in enumerate(zip(class_names, result.iou.tolist(), strict=True)):
         if not math.isnan(iou):
-            values[f"{group}/iou/{name}"] = iou
+            key = f"{group}/iou/{re.sub(_NOT_IN_A_METRIC, '_', name)}"
+            values[f"{key}_{number}" if key in values else key] = iou
     return values
 
 
@@ -54,7 +58,7 @@ def iou_table(result: Scores, class_names: Sequence[str], *, notes: Sequence[str
 
 def render(table: Table) -> str:
     """Return a table as plain text, for terminals and log files alike."""
-    console = Console(file=io.StringIO(), width=100, force_terminal=False)
+    console = Console(file=io.StringIO(), width=100, force_terminal=False, markup=False)
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())

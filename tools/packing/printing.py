@@ -37,11 +37,11 @@ def print_manifest(manifest: Manifest) -> None:
     """Print where the set is."""
     megabytes = manifest.size_bytes / 1e6
     text = f"{manifest.path}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {megabytes:,.1f} MB"
-    Console().print(text, soft_wrap=True, highlight=False)
+    Console(markup=False).print(text, soft_wrap=True, highlight=False)
 
 
 def _class_table(labels: LabelSpace, pixels: np.ndarray, images: np.ndarray, title: str) -> None:
-    console = Console()
+    console = Console(markup=False)  # names and paths may hold brackets
     console.print(title, soft_wrap=True, highlight=False)
     table = Table("label", "class", "pixels", "images")
     for column in (0, 2, 3):

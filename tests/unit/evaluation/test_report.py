@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow.utils.validation import _validate_metric_name
 from PIL import Image
 
 from dist_deeplab.data.voc import CLASS_NAMES
@@ -44,6 +45,21 @@ def test_metrics_have_a_point_for_each_class_that_is_there() -> None:
         "val/iou/cat": pytest.approx(0.5),
     }
     assert all(type(value) is float and math.isfinite(value) for value in values.values())
+
+
+def test_names_of_classes_become_names_that_mlflow_takes_each_its_own() -> None:
+    values = metric_values(
+        scores(np.diag([1, 1, 1, 1])), ["wall", "door;double door", "door,double door", "straße (b)"]
+    )
+    keys = [key for key in values if key.startswith("val/iou/")]
+    assert [key[8:] for key in keys] == ["wall", "door_double door", "door_double door_2", "straße _b_"]
+    for key in keys:
+        _validate_metric_name(key)
+
+
+def test_brackets_in_names_are_no_markup() -> None:
+    text = render(iou_table(scores(CONFUSION), ["road [asphalt]", "a[/b]", "c"], notes=["of [x].pth"]))
+    assert all(name in text for name in ("road [asphalt]", "a[/b]", "of [x].pth"))
 
 
 def test_json_is_strict_json_with_null_for_an_absent_class() -> None:
