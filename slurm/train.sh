@@ -99,7 +99,7 @@ echo "job $SLURM_JOB_ID: $NNODES nodes ($SLURM_JOB_NODELIST) meet at $RDZV_ENDPO
 run_on_nodes dist_deeplab.train "$@"
 wait_for_step
 
-read -r status _ <"$DIST_DEEPLAB_OUTCOME" 2>/dev/null || status=
+read -r status _ 2>/dev/null <"$DIST_DEEPLAB_OUTCOME" || status=
 case $status in
     stopped) requeue "stopped and saved" ;;
     running) requeue "a process or node failed" ;;

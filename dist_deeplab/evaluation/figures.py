@@ -45,7 +45,7 @@ def picture(figure: Figure) -> np.ndarray:
 def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
     """Draw the matrix with each row as shares of the true class's pixels."""
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    num = len(class_names)
+    num, class_names = len(class_names), [_literal(name) for name in class_names]
     side = max(5.0, 0.42 * num + 2)
     figure = _figure(side + 1, side)
     axes = figure.add_subplot()
@@ -75,7 +75,7 @@ def iou_figure(result: Scores, class_names: Sequence[str]) -> Figure:
         background = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # the dashed line must not cross it
         axes.text(values[row] + 0.8, row, text, va="center", fontsize=8, bbox=background)
     axes.axvline(100 * result.miou, color="black", linestyle="--", linewidth=1, zorder=0)
-    axes.set_yticks(range(num), class_names)
+    axes.set_yticks(range(num), [_literal(name) for name in class_names])
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.set(xlim=(0, 108), xlabel="IoU (%)", title=f"mIoU {100 * result.miou:.2f} (dashed)")
@@ -121,16 +121,23 @@ def panels_figure(panels: Sequence[Panel], class_names: Sequence[str], *, ignore
             left = column * width + _GAP_IN
             extent = (left, left + width - 2 * _GAP_IN, top + own_height, top + _TITLE_IN)
             axes.imshow(shot, extent=extent, interpolation="nearest", aspect="auto")
-            axes.text((column + 0.5) * width, top + 0.6 * _TITLE_IN, title, ha="center", va="center", fontsize=12)
+            axes.text(
+                (column + 0.5) * width, top + 0.6 * _TITLE_IN, _literal(title), ha="center", va="center", fontsize=12
+            )
         top += own_height
     axes.set(xlim=(0, _WIDTH_IN), ylim=(height, 0))
     axes.set_axis_off()
     handles = [
-        Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="black", label=name)
+        Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="black", label=_literal(name))
         for name, (red, green, blue) in entries
     ]
     figure.legend(handles=handles, loc="lower center", ncols=_LEGEND_COLUMNS, fontsize=11, borderaxespad=0.2)
     return figure
+
+
+def _literal(name: str) -> str:
+    """Return a name as matplotlib shows it as it is: between two dollars it would read a formula, or fail to."""
+    return name.replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from dist_deeplab.data.voc import CLASS_NAMES, PALETTE
+from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel
-from dist_deeplab.evaluation.figures import confusion_figure, panel_pictures, panels_figure, picture
+from dist_deeplab.evaluation.figures import confusion_figure, iou_figure, panel_pictures, panels_figure, picture
 
 
 def _panel(pred: np.ndarray, key: str = "image") -> Panel:
@@ -49,3 +50,10 @@ def test_the_legend_keeps_the_classes_with_most_pixels_where_there_are_too_many(
 def test_a_class_without_ground_truth_is_marked_in_the_matrix() -> None:
     axes = confusion_figure(np.array([[3, 1], [0, 0]]), ("cat", "dog")).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog (none)"]
+
+
+def test_a_name_with_dollars_is_no_formula() -> None:
+    names, confusion = ["$_$^", "dog"], np.array([[3, 1], [0, 2]])
+    panels = panels_figure([_panel(np.zeros((9, 9), np.uint8), "$_$^")], names, ignore_label=255)
+    for figure in (confusion_figure(confusion, names), iou_figure(scores(confusion), names), panels):
+        picture(figure)
