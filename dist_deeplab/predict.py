@@ -146,19 +146,21 @@ def refined(predictions: Iterable[Prediction], crf: CrfPool | None) -> Iterator[
 
 
 def listed(sources: Sequence[Source], list_file: Path) -> list[Source]:
-    """Return the sources whose names are in a list, one a line.
+    """Return the sources whose names are in a list, one a line; of a line that is no picture's name the first word.
 
     Raises:
         UserError: no such file, no name in it, or one that no picture has.
     """
     try:
-        names = {line.split()[0] for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()}
+        lines = [line.strip() for line in list_file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"cannot read the list {list_file}: {reason}; give a text file with a name a line") from None
-    if not names:
+    if not lines:
         raise UserError(f"the list {list_file} holds no name; give a text file with a name a line")
-    missing = sorted(names - {source.name for source in sources})
+    there = {source.name for source in sources}
+    names = {line if line in there else line.split()[0] for line in lines}
+    missing = sorted(names - there)
     if missing:
         raise UserError(f"{len(missing)} of the {len(names)} names in {list_file} have no picture, e.g. {missing[0]}")
     return [source for source in sources if source.name in names]

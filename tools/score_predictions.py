@@ -91,7 +91,8 @@ def find_keys(predictions: Path, labels: Path, list_file: Path | None) -> list[s
     if list_file is None:
         keys = sorted(path.stem for path in labels.glob("*.png"))
     elif list_file.is_file():
-        keys = [line.split()[0] for line in read_lines(list_file) if line.strip()]
+        lines = [line for line in read_lines(list_file) if line]
+        keys = [line if (labels / f"{line}.png").is_file() else line.split()[0] for line in lines]
     else:
         raise UserError(f"there is no list at {list_file}")
     if not keys:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dist_deeplab import predict as command
 from dist_deeplab.data.voc import CLASS_NAMES, PALETTE
+from dist_deeplab.evaluation.images import Source
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE
@@ -133,6 +134,12 @@ def test_a_submission_is_the_tree_and_the_tar_that_pascal_takes(
         member = tar.extractfile(names[0])
         assert member is not None
         assert Image.open(member).mode == "P"
+
+
+def test_a_list_names_pictures_with_spaces_and_may_have_a_second_column(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("\ufeffmy photo\nd 1\n", encoding="utf-8")
+    sources = [Source(tmp_path, name) for name in ("d", "my", "my photo", "x")]
+    assert [source.name for source in command.listed(sources, tmp_path / "list.txt")] == ["d", "my photo"]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,16 @@ def test_scores_equal_plain_numpy(folders: tuple[Path, Path], tmp_path: Path, li
     assert (tmp_path / "report" / "iou.png").exists() is listed
 
 
+def test_a_list_names_files_with_spaces_and_may_have_a_second_column(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for folder in folders:
+        (folder / "image_1.png").rename(folder / "image 1.png")
+    (tmp_path / "list.txt").write_text("image 1\nimage_2 -1\n")
+    keys = tool.find_keys(*folders, tmp_path / "list.txt")
+    assert keys == ["image 1", "image_2"]
+
+
 def _write(path: Path, mask: np.ndarray) -> None:
     cv2.imwrite(str(path), mask)
 
