@@ -132,8 +132,10 @@ def pack_sample(sample: SourceSample, *, labels: LabelSpace, label_map: LabelMap
         raise ShardError(f"{sample.label}: {error}") from None
     height, width = image.shape[:2]
     if label.shape != (height, width):
+        turned = "; an EXIF orientation is not applied here: store the image upright" * (label.shape == (width, height))
         raise ShardError(
             f"sizes differ: {sample.image} is {width}x{height}, {sample.label} is {label.shape[1]}x{label.shape[0]}"
+            f"{turned}"
         )
     if content.startswith(b"\xff\xd8"):
         image_member = {"jpg": content}

@@ -162,7 +162,9 @@ def _stems(folder: Path, endings: Iterable[str], suffix: str) -> list[tuple[str,
     if not folder.is_dir():
         raise ShardError(f"there is no folder {folder}")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
-    found = [(_stem(path, folder, suffix), path) for path in files if path.stem.endswith(suffix)]
+    found = [
+        (_stem(path, folder, suffix), path) for path in files if path.stem.endswith(suffix) and path.stem != suffix
+    ]
     if not found:
         what = f" named *{suffix}.*" if suffix else ""
         raise ShardError(f"{folder} holds no pictures{what} ({len(files)} files with the endings {', '.join(endings)})")

@@ -245,7 +245,9 @@ def test_a_bad_sample_is_refused_by_name_and_nothing_is_written(
 
 def test_a_transposed_label_is_refused(own_samples: list[SourceSample], tmp_path: Path) -> None:
     swap_sides(own_samples)
-    with pytest.raises(ShardError, match=r"sizes differ: .* is 56x40, .* is 40x56"):
+    with pytest.raises(
+        ShardError, match=r"sizes differ: .* is 56x40, .* is 40x56; an EXIF orientation is not applied here: store"
+    ):
         pack(own_samples, tmp_path / "out")
 
 

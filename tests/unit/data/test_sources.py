@@ -87,7 +87,8 @@ def test_known_trees_are_read(split: str, image: str, mask: str, others: list[st
 
 
 def test_a_suffix_of_ones_own_takes_the_place_of_the_trees(tmp_path: Path) -> None:
-    touch(tmp_path / "images/val/x.jpg", tmp_path / "annotations/val/x_gt.png", tmp_path / "annotations/val/x_edge.png")
+    masks = [tmp_path / "annotations/val" / name for name in ("x_gt.png", "x_edge.png", "_gt.png")]
+    touch(tmp_path / "images/val/x.jpg", *masks)
     samples, _ = read_tree(tmp_path, "val", mask_suffix="_gt")
     assert [sample.label.name for sample in samples] == ["x_gt.png"]
 
