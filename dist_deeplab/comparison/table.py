@@ -84,10 +84,11 @@ def verdict(records: Sequence[RunRecord]) -> list[str]:
     ahead = winner.class_iou()
     behind = second.class_iou()
     gains = sorted(((ahead[name] - behind[name], name) for name in ahead.keys() & behind.keys()), reverse=True)
-    lines = [
-        f"winner: {label(winner, records)}, mIoU {100 * winner.best[1]:.2f}, {_points(winner.best[1], second.best[1])} "
-        f"ahead of {label(second, records)}"
-    ]
+    miou = f"mIoU {100 * winner.best[1]:.2f}"
+    if winner.best[1] == second.best[1]:
+        return [f"no winner: {label(winner, records)} and {label(second, records)} both have {miou}"]
+    lead = _points(winner.best[1], second.best[1])
+    lines = [f"winner: {label(winner, records)}, {miou}, {lead} ahead of {label(second, records)}"]
     if gains:
         up, down = gains[0], gains[-1]
         lines.append(
@@ -121,13 +122,14 @@ def duration(seconds: float | None) -> str:
 
 def _cost_line(winner: RunRecord, scored: Sequence[RunRecord]) -> list[str]:
     cost = winner.last("cost/device_hours")
-    costs = [value for value in (record.last("cost/device_hours") for record in scored) if value is not None]
-    if cost is None or len(costs) < len(scored):
+    others = [record.last("cost/device_hours") for record in scored if record is not winner]
+    costs = [value for value in others if value is not None]
+    if cost is None or not costs or len(costs) < len(others):
         return []
-    return [
-        f"cost: {duration(winner.last('cost/total_s'))}, {cost:.3g} device-hours; the others took {min(costs):.3g} to "
-        f"{max(costs):.3g}"
-    ]
+    span = (
+        f"the others took {min(costs):.3g} to {max(costs):.3g}" if len(costs) > 1 else f"the other took {costs[0]:.3g}"
+    )
+    return [f"cost: {duration(winner.last('cost/total_s'))}, {cost:.3g} device-hours; {span}"]
 
 
 def _reason_line(winner: RunRecord, scored: Sequence[RunRecord]) -> list[str]:

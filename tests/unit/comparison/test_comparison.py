@@ -113,6 +113,18 @@ def test_the_verdict_says_who_won_where_at_what_cost_and_why(records: list[RunRe
     assert not any("its best was" in line for line in table.verdict(records))
 
 
+def test_the_cost_of_the_others_is_without_the_winner_s(records: list[RunRecord]) -> None:
+    for record, cost in zip(records, (0.3, 0.4, 0.1), strict=True):  # the last one wins
+        record.curves["cost/device_hours"] = [(20, cost)]
+    assert table.verdict(records)[2].endswith("0.1 device-hours; the others took 0.3 to 0.4")
+    assert table.verdict(records[1:])[2].endswith("0.1 device-hours; the other took 0.4")
+
+
+def test_equal_scores_have_no_winner(records: list[RunRecord]) -> None:
+    records[1].curves["val/mIoU"] = [(20, 0.51)]
+    assert table.verdict(records) == ["no winner: power=0.5 and power=0.9 both have mIoU 51.00"]
+
+
 def test_a_winner_that_fitted_less_generalised_better(records: list[RunRecord]) -> None:
     records[0].curves["train/loss"][-1] = (20, 0.1)
     assert "1 of 3 runs have a lower training loss" in " ".join(table.verdict(records))
