@@ -18,6 +18,9 @@ class ASPP(nn.Module):
     All taps of all branches are taken together, as one 1x1 convolution; what each tap gives is then added where it
     belongs. So `x`, by far the largest tensor here, and its gradient are gone through once instead of four times, and
     no kernel has as few output channels as there are classes. Hooks of the branches are not called.
+
+    Compiled or exported, the branches stay convolutions: `fold` compiled by torch 2.13 writes beyond its memory on a
+    CPU.
     """
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
@@ -29,17 +32,23 @@ class ASPP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits [B, num_classes, H, W], at least float32."""
         convs = [branch for branch in self.branches if isinstance(branch, nn.Conv2d)]
+        if torch.compiler.is_compiling():
+            return _widened(torch.stack([conv(x) for conv in convs])).sum(0)
         weight = torch.stack([conv.weight for conv in convs])  # [branches, classes, channels, 3, 3]
         # Seen from the place that a tap looks at, its share goes the opposite way: the kernels are turned around.
         taps = weight.flip(3, 4).permute(0, 1, 3, 4, 2).reshape(-1, x.shape[1], 1, 1)
-        shares = F.conv2d(x, taps).flatten(2)  # [B, branches x classes x 9, H x W]
-        shares = shares if shares.dtype == torch.float64 else shares.float()
+        shares = _widened(F.conv2d(x, taps)).flatten(2)  # [B, branches x classes x 9, H x W]
         logits = shares.new_zeros(())
         for share, rate, conv in zip(shares.chunk(len(convs), dim=1), ASPP_RATES, convs, strict=True):
             assert conv.bias is not None
             placed = F.fold(share, x.shape[2:], kernel_size=3, dilation=rate, padding=rate)
             logits = logits + placed + conv.bias.view(1, -1, 1, 1)
         return logits
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` in float32, or in float64 where it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class DeepLabV2(nn.Module):
@@ -158,7 +167,7 @@ def upsample_logits(x: torch.Tensor, size: tuple[int, int] | torch.Size) -> torc
     """
     kind = x.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = _widened(x)
         rows, columns = (_interpolation(old, new, wide) for old, new in zip(x.shape[2:], size, strict=True))
         return rows.T @ wide @ columns
 

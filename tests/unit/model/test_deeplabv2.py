@@ -114,6 +114,23 @@ def test_aspp_equals_the_sum_of_its_convolutions_with_gradients(
         torch.testing.assert_close(got, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_a_compiled_or_exported_aspp_is_the_same_without_fold() -> None:
+    torch.manual_seed(0)
+    aspp, x = ASPP(8, 3).double(), torch.randn(2, 8, 27, 30, dtype=torch.float64)
+    operators: set[str] = set()
+
+    def look(module: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        operators.update(str(node.target) for node in module.graph.nodes)
+        return module
+
+    torch.testing.assert_close(torch.compile(aspp, backend=look)(x), aspp(x))
+    program = torch.export.export(aspp, (x,))
+    operators.update(str(node.target) for node in program.graph.nodes)
+    assert any("conv2d" in name for name in operators)
+    assert not any("fold" in name or "col2im" in name for name in operators)
+    torch.testing.assert_close(program.module()(x), aspp(x))
+
+
 def test_no_two_gradients_share_memory() -> None:
     """Clipping multiplies gradients in place: one that is another's memory would be multiplied twice."""
     net = _net("resnet_tiny").train()
