@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from typing import TypeVar
 
 from dist_deeplab.errors import UserError
+from dist_deeplab.workers import end_with_parent
 
 _CHUNK = 8  # items sent to a process at once
 _AHEAD = 4  # chunks per process that may be under way or wait to be taken: bounds the memory
@@ -32,7 +33,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], *, workers: int)
         yield from map(function, items)
         return
     iterator = iter(items)
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(workers, get_context("forkserver"), initializer=end_with_parent) as pool:
         waiting: deque[Future[list[R]]] = deque()
         try:
             while True:

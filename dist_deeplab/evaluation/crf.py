@@ -6,16 +6,14 @@ else, so it does without torch.
 
 import contextlib
 import importlib.util
-import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
-from multiprocessing.process import BaseProcess
+from multiprocessing import get_context
 from types import TracebackType
 from typing import TypeVar
 
@@ -23,6 +21,7 @@ import numpy as np
 
 from dist_deeplab.config import CrfConfig
 from dist_deeplab.errors import TrainingError, UserError
+from dist_deeplab.workers import end_with_parent
 
 T = TypeVar("T")
 
@@ -86,7 +85,7 @@ class CrfPool:
         self.parameters = dict(parameters)
         self.num_processes = num_processes
         # Not forked: the caller has threads, and a device's context that a child must not touch.
-        context = multiprocessing.get_context("spawn")
+        context = get_context("spawn")
         self.executor = ProcessPoolExecutor(num_processes, context, initializer=_start_worker)
 
     def __enter__(self) -> "CrfPool":
@@ -158,11 +157,4 @@ def _start_worker() -> None:
     """Deaf to signals that ask the rank to stop, which ends its workers itself; gone when the rank is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+    end_with_parent()

@@ -1,0 +1,22 @@
+"""Worker processes that end with the process that they work for, however it ends."""
+
+import multiprocessing
+import os
+import threading
+from multiprocessing.process import BaseProcess
+
+
+def end_with_parent() -> None:
+    """In a worker of multiprocessing: leave at once when the parent is gone. For a pool's `initializer`.
+
+    A pool's workers wait for work on a pipe whose other end they hold themselves: they would never hear of their
+    parent's SIGKILL.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_leave_after, args=(parent,), daemon=True).start()
+
+
+def _leave_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
