@@ -75,6 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(arguments: argparse.Namespace) -> None:
     """Do all steps that are not done yet."""
     out = arguments.out
+    if arguments.voc_only and (arguments.sbd_archive or arguments.sbd_md5):
+        raise UserError("--voc-only leaves SBD out, --sbd-archive and --sbd-md5 are about it; drop one of the two")
+    for name in ("voc", "sbd"):
+        sources, md5 = (getattr(arguments, f"{name}_{what}") for what in ("archive", "md5"))
+        if md5 and not sources:
+            raise UserError(
+                f"--{name}-md5 is a checksum of another archive than the official; name it by --{name}-archive"
+            )
     prepare_folder(out, remedy="choose another --out")
     # 1. Archives
     path = fetch_archive(chosen(voc_download.VOC2012, arguments.voc_archive, arguments.voc_md5), out)
@@ -106,10 +114,6 @@ def chosen(archive: Archive, sources: Sequence[str], md5: str | None) -> Archive
 
 def fetch_archive(archive: Archive, out: Path) -> Path:
     """Return the verified archive, with a progress bar while it comes."""
-    if not archive.sources:
-        raise ShardError(
-            f"a checksum of {archive.name} was given but no archive; name one by --voc-archive/--sbd-archive"
-        )
     with download_bar(archive.name) as progress:
         return voc_download.get_archive(archive, out / "archives", progress=progress)
 

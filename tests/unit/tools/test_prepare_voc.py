@@ -154,9 +154,26 @@ def test_the_official_number_of_images_is_checked(
 
 
 def test_without_sbd_there_are_the_sets_of_voc(archives: Path, tmp_path: Path) -> None:
-    assert tool.main([*arguments(archives, str(archives), tmp_path), "--voc-only"]) == 0
+    without_sbd = arguments(archives, str(archives), tmp_path)[:-4]
+    assert tool.main([*without_sbd, "--voc-only"]) == 0
     assert not (tmp_path / "train_aug.json").exists()
     assert load_manifest(tmp_path / "trainval.json").num_samples == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--voc-only", "--sbd-archive", "x.tgz"], "--voc-only leaves SBD out"),
+        (["--sbd-md5", "0" * 32], "name it by --sbd-archive"),
+        (["--voc-md5", "0" * 32], "name it by --voc-archive"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused_before_anything_is_fetched(
+    wrong: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main(["--out", str(tmp_path / "new"), *wrong]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_unpacking_that_was_killed_begins_anew_and_damage_is_a_sentence(archives: Path, tmp_path: Path) -> None:
