@@ -142,7 +142,7 @@ class ShardCache:
             elif not entry.is_file() or (name.startswith(".") and not name.endswith(".part")):
                 continue
             else:
-                name, size = name.removeprefix(".").removesuffix(".part"), entry.stat().st_size
+                name, size = name.removeprefix(".").removesuffix(".part"), _size(entry)
             used[name] = max(size, used.get(name, 0))
         return used
 
@@ -152,11 +152,26 @@ class ShardCache:
         shards = [Path(e.path) for e in os.scandir(self.folder) if e.is_file() and not e.name.startswith(".")]
         halves = [Path(e.path) for e in os.scandir(self.folder) if e.name.endswith(".part")]
         freed = 0
-        for path in [*halves, *sorted(shards, key=lambda p: p.stat().st_atime_ns)]:
+        for path in [*halves, *sorted(shards, key=_last_use)]:
             name = path.name.removeprefix(".").removesuffix(".part")
             if freed < num_bytes and name != keep and name not in coming:
                 freed += _remove_unless_open(path)
         return freed
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    """Return a file's bytes; 0 where it got its final name meanwhile, for its reservation counts then."""
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _last_use(path: Path) -> int:
+    try:
+        return path.stat().st_atime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _open_locked(path: Path, size: int) -> int | None:

@@ -73,6 +73,25 @@ def test_all_processes_of_a_node_share_one_download(server: FileServer, tmp_path
     assert sorted(downloads(server)) == [f"/train-00000{i}.tar" for i in range(3)]
 
 
+def test_a_download_that_gets_its_final_name_while_room_is_counted_is_no_error(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    listed = os.scandir
+
+    def rename_after_listing(path: Path) -> list[os.DirEntry[str]]:
+        entries = list(listed(path))
+        for part in folder.glob(".another.tar.part"):
+            part.rename(folder / "another.tar")
+        return entries
+
+    (folder / ".another.tar.part").write_bytes(b"half")
+    monkeypatch.setattr(shard_cache.os, "scandir", rename_after_listing)
+    assert ShardReader(cached(server, folder)).read(0).key
+    assert (folder / "another.tar").exists()
+
+
 def test_a_shard_with_other_bytes_than_the_manifest_says_is_refused(server: FileServer, tmp_path: Path) -> None:
     manifest = cached(server, tmp_path / "cache")
     server.corrupt = True
