@@ -61,7 +61,7 @@ from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.rehearsal import rehearse
 from dist_deeplab.training.resume import find_checkpoint, forget_lost_best, restore, save_checkpoint
 from dist_deeplab.training.state import TrainState
-from dist_deeplab.training.summary import describe, log_progress, run_info
+from dist_deeplab.training.summary import describe, log_progress, run_info, window_values
 
 STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
@@ -161,11 +161,8 @@ def train(
             bad_samples.take(state.step, micro_batches, result.num_bad)
             last = state.step == config.max_steps
             if last or is_due(state.step, config.tracking.log_every):
-                state.losses.reduce(state.step)  # a CPU-GPU synchronisation point
-                values = state.losses.pop_mean() | {f"lr/{group}": float(rate) for group, rate in rates.items()}
-                values |= meter.pop(images_per_step=split.global_size, device=env.device)
-                values |= run.rank_times.record(state.step, values) | bad_samples.values()
-                tracker.log(state.step, values)
+                values = window_values(state, run, rates, images_per_step=split.global_size, env=env)
+                tracker.log(state.step, values | bad_samples.values())
                 log_progress(state.step, config.max_steps, values)
             with meter.paused():
                 is_best = (last or is_due(state.step, config.eval.every)) and score()
@@ -178,12 +175,7 @@ def train(
                 status = "KILLED"
                 return stop_early(run, state)
         status = "FINISHED"
-        run.report("done", state.step)
-        tracker.log_files(
-            state.step, lambda: [save_figure([read_folder(config.run_dir)], config.run_dir / "curves.png")]
-        )
-        log.info("done: %d steps; the run is in %s", state.step, config.run_dir)
-        return 0
+        return finish(config, run, state, tracker)
     finally:
         checkpoints.close()
         tracker.close(status)
@@ -230,6 +222,14 @@ def validate(
     if miou is not None:
         tracker.log(state.step, {"val/best_mIoU": state.best_miou})
     return is_best
+
+
+def finish(config: RunConfig, run: Session, state: TrainState, tracker: Tracker) -> int:
+    """Say that the run is done, draw its curves, and return the exit code."""
+    run.report("done", state.step)
+    tracker.log_files(state.step, lambda: [save_figure([read_folder(config.run_dir)], config.run_dir / "curves.png")])
+    log.info("done: %d steps; the run is in %s", state.step, config.run_dir)
+    return 0
 
 
 def stop_early(run: Session, state: TrainState) -> int:

@@ -16,6 +16,7 @@ from dist_deeplab.model.weights import SCRATCH, Variant
 from dist_deeplab.runtime.distributed import DistEnv, gather_to_all
 from dist_deeplab.runtime.logs import format_duration
 from dist_deeplab.runtime.provenance import git_revision, host_name, library_versions, redact, summarize
+from dist_deeplab.runtime.session import Session
 from dist_deeplab.training.footprint import count_footprint
 from dist_deeplab.training.optim import describe_groups
 from dist_deeplab.training.state import TrainState
@@ -65,6 +66,16 @@ def describe(
     for line in describe_groups(state.optimizer):
         log.info("  %s", line)
     log.info("from step %d to %d", state.step, config.max_steps)
+
+
+def window_values(
+    state: TrainState, run: Session, rates: dict[str, torch.Tensor], *, images_per_step: int, env: DistEnv
+) -> dict[str, float]:
+    """Return what the steps since the last log line were like; every rank calls it, and waits for its device."""
+    state.losses.reduce(state.step)
+    values = state.losses.pop_mean() | {f"lr/{group}": float(rate) for group, rate in rates.items()}
+    values |= run.meter.pop(images_per_step=images_per_step, device=env.device)
+    return values | run.rank_times.record(state.step, values)
 
 
 def log_progress(step: int, max_steps: int, values: dict[str, float]) -> None:
