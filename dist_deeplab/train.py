@@ -26,7 +26,7 @@ from dist_deeplab.data.shards import Manifest
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import validation
 from dist_deeplab.evaluation.crf import require_crf
-from dist_deeplab.model.weights import SCRATCH, Variant
+from dist_deeplab.model.weights import Variant
 from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
 from dist_deeplab.runtime.distributed import (
     DistEnv,
@@ -40,13 +40,10 @@ from dist_deeplab.runtime.mlflow_store import require_known_store
 from dist_deeplab.runtime.profiling import profiled
 from dist_deeplab.runtime.session import Session
 from dist_deeplab.runtime.tracking import Tracker, resolve_uri
+from dist_deeplab.training.assembly import assemble
 from dist_deeplab.training.bad_samples import BadSamples
 from dist_deeplab.training.builders import (
     build_checkpoints,
-    build_loss_window,
-    build_model,
-    build_network,
-    build_precision,
     build_step,
     build_tracker,
     build_train_loader,
@@ -54,12 +51,11 @@ from dist_deeplab.training.builders import (
     open_data,
     open_session,
     split_batch,
-    starting_weights,
 )
-from dist_deeplab.training.memory import explained_out_of_memory, settle_micro_size
-from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
+from dist_deeplab.training.memory import explained_out_of_memory
+from dist_deeplab.training.optim import poly_lr, set_lr
 from dist_deeplab.training.rehearsal import rehearse
-from dist_deeplab.training.resume import find_checkpoint, forget_lost_best, restore, save_checkpoint
+from dist_deeplab.training.resume import find_checkpoint, forget_lost_best, save_checkpoint
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.summary import describe, log_progress, run_info, window_values
 
@@ -116,18 +112,9 @@ def train(
     meter, stop = run.meter, run.stop
     checkpoints = build_checkpoints(config, env)
     saved = find_checkpoint(config, checkpoints, train_set)
-    weights = starting_weights(config, saved)
-    variant = Variant.from_plain(saved["variant"]) if saved else weights.variant if weights else SCRATCH
 
     # --- 2. Network, optimizer, state ---------------------------------------------------------------------------------
-    split = settle_micro_size(config, env, split, variant, saved)
-    net = build_network(config, split, variant, weights)
-    model = build_model(config, env, net)
-    optimizer = build_optimizer(net, config.optim)
-    precision = build_precision(config, env, net, optimizer)
-    state = TrainState(net, optimizer, precision, build_loss_window(config, env), split.micro_size)
-    if saved:
-        restore(state, saved, config, val_set)
+    split, variant, model, state = assemble(config, env, split, saved, val_set)
     describe(config, env, split, train_set, val_set, state, variant)
     run.report("running", state.step)
     if state.step >= config.max_steps and not state.owes_evaluation:
@@ -151,9 +138,9 @@ def train(
             if state.owes_evaluation:
                 status = "KILLED"
                 return stop_early(run, state)
-        meter.start(images_per_s_at_peak(config, env, net))
+        meter.start(images_per_s_at_peak(config, env, state.net))
         for _, micro_batches in meter.timed(profiled(batches, trace)):
-            rates = set_lr(optimizer, poly_lr(state.schedule_step, config.optim, max_steps=config.max_steps))
+            rates = set_lr(state.optimizer, poly_lr(state.schedule_step, config.optim, max_steps=config.max_steps))
             with explained_out_of_memory(config, split):
                 result = update(micro_batches, stop=bool(stop))
             meter.waited(result.wait_s)
