@@ -21,9 +21,9 @@ from dist_deeplab.comparison import report
 from dist_deeplab.comparison.record import RunRecord, children, read_folder
 from dist_deeplab.comparison.store import Store
 from dist_deeplab.errors import UserError
-from dist_deeplab.outputs import prepare_file
-from dist_deeplab.runtime.run_files import RUN_FILE
-from dist_deeplab.runtime.tracking import resolve_uri
+from dist_deeplab.files import prepare_file
+from dist_deeplab.tracking.run_files import RUN_FILE
+from dist_deeplab.tracking.tracker import resolve_uri
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 
 from dist_deeplab import config as configuration
-from dist_deeplab.data.shard_reader import ShardReader
-from dist_deeplab.data.shards import load_manifest
+from dist_deeplab.data.shards.manifest import load_manifest
+from dist_deeplab.data.shards.reader import ShardReader
+from dist_deeplab.distributed import diagnostics as checks
+from dist_deeplab.distributed.diagnostics import Finding
+from dist_deeplab.distributed.process_group import DistEnv, exit_with_crash, exit_with_error, leave, process_group
 from dist_deeplab.errors import UserError
-from dist_deeplab.runtime import checks
-from dist_deeplab.runtime.checks import Finding
-from dist_deeplab.runtime.distributed import DistEnv, exit_with_crash, exit_with_error, leave, process_group
 
 _SAMPLES = 8  # read by each rank, spread over the set
 

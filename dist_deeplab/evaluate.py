@@ -20,17 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab import config as configuration
-from dist_deeplab.data.shards import Manifest, load_manifest
-from dist_deeplab.errors import UserError
-from dist_deeplab.evaluation import report
-from dist_deeplab.evaluation.confusion import scores
-from dist_deeplab.evaluation.crf import open_crf, require_crf
-from dist_deeplab.evaluation.evaluator import Evaluation, Panel, draw_panels, evaluate
-from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings, load_network
-from dist_deeplab.evaluation.overlap import find_overlap
-from dist_deeplab.model.weights import Variant
-from dist_deeplab.outputs import prepare_file, prepare_folder
-from dist_deeplab.runtime.distributed import (
+from dist_deeplab.data.shards.manifest import Manifest, load_manifest
+from dist_deeplab.distributed.parallel import place_model
+from dist_deeplab.distributed.process_group import (
     DistEnv,
     exit_with_crash,
     exit_with_error,
@@ -38,9 +30,17 @@ from dist_deeplab.runtime.distributed import (
     process_group,
     ranks_on_host,
 )
-from dist_deeplab.runtime.late_results import add_to_run
-from dist_deeplab.runtime.logs import setup_logging
-from dist_deeplab.runtime.parallel import place_model
+from dist_deeplab.errors import UserError
+from dist_deeplab.evaluation import report
+from dist_deeplab.evaluation.confusion import scores
+from dist_deeplab.evaluation.contamination import find_overlap
+from dist_deeplab.evaluation.crf import open_crf, require_crf
+from dist_deeplab.evaluation.evaluator import Evaluation, Panel, draw_panels, evaluate
+from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings, load_network
+from dist_deeplab.files import prepare_file, prepare_folder
+from dist_deeplab.logs import setup_logging
+from dist_deeplab.model.weights import Variant
+from dist_deeplab.tracking.post_training import add_to_run
 from dist_deeplab.training.builders import build_cache
 from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint
@@ -78,7 +78,7 @@ def score(
     arguments: argparse.Namespace,
 ) -> None:
     """Evaluate, print the table and write the report; every rank calls it."""
-    setup_logging(is_main=env.is_main, rank=env.rank, folder=None)
+    setup_logging(to_terminal=env.is_main, rank=env.rank, folder=None)
     variant, overlap = Variant.from_plain(saved["variant"]), find_overlap(saved, manifest)
     notes = [str(overlap)] if overlap and overlap.num_images else []
     if variant.note:

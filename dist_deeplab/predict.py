@@ -24,16 +24,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dist_deeplab.config import RunConfig
-from dist_deeplab.errors import UserError
-from dist_deeplab.evaluation import submission
-from dist_deeplab.evaluation.crf import CrfPool, open_crf, require_crf
-from dist_deeplab.evaluation.images import Source, find_images
-from dist_deeplab.evaluation.inference import Predictor, inference_settings, load_network
-from dist_deeplab.evaluation.prediction import Prediction, Windows, predict_images
-from dist_deeplab.evaluation.result_files import EXTRAS, ResultFiles
-from dist_deeplab.model.weights import Variant
-from dist_deeplab.outputs import prepare_folder
-from dist_deeplab.runtime.distributed import (
+from dist_deeplab.distributed.parallel import place_model
+from dist_deeplab.distributed.process_group import (
     DistEnv,
     exit_with_crash,
     exit_with_error,
@@ -42,8 +34,16 @@ from dist_deeplab.runtime.distributed import (
     process_group,
     ranks_on_host,
 )
-from dist_deeplab.runtime.logs import setup_logging
-from dist_deeplab.runtime.parallel import place_model
+from dist_deeplab.errors import UserError
+from dist_deeplab.evaluation import submission
+from dist_deeplab.evaluation.crf import CrfPool, open_crf, require_crf
+from dist_deeplab.evaluation.images import Source, find_images
+from dist_deeplab.evaluation.inference import Predictor, inference_settings, load_network
+from dist_deeplab.evaluation.prediction import Prediction, Windows, predict_images
+from dist_deeplab.evaluation.result_files import EXTRAS, ResultFiles
+from dist_deeplab.files import prepare_folder
+from dist_deeplab.logs import setup_logging
+from dist_deeplab.model.weights import Variant
 from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint
 
@@ -89,7 +89,7 @@ def predict(
     arguments: argparse.Namespace,
 ) -> list[str]:
     """Predict this rank's share, write the results, and return what could not be read on any rank."""
-    setup_logging(is_main=env.is_main, rank=env.rank, folder=None)
+    setup_logging(to_terminal=env.is_main, rank=env.rank, folder=None)
     variant = Variant.from_plain(saved["variant"])
     allow_tf32(settings.precision.dtype)
     net = place_model(load_network(saved), env.device)

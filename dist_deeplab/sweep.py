@@ -32,12 +32,13 @@ from dist_deeplab.comparison.pages import sweep_pages
 from dist_deeplab.comparison.record import read_folder
 from dist_deeplab.config import RunConfig
 from dist_deeplab.config.grid import expand
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
-from dist_deeplab.outputs import prepare_folder
-from dist_deeplab.runtime import run_files, tracking
-from dist_deeplab.runtime.distributed import DistEnv
-from dist_deeplab.runtime.logs import setup_logging
-from dist_deeplab.runtime.provenance import redact
+from dist_deeplab.files import prepare_folder
+from dist_deeplab.logs import setup_logging
+from dist_deeplab.tracking import run_files
+from dist_deeplab.tracking.provenance import redact
+from dist_deeplab.tracking.tracker import JOURNAL, open_tracker, resolve_uri
 
 STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prepare(sweep)
             sys.stdout.write("".join(f"{argument}\0" for argument in sweep.children[arguments.child].arguments))
             return 0
-        setup_logging(is_main=True, rank=0, folder=None)
+        setup_logging(to_terminal=True, rank=0, folder=None)
         code = 0 if arguments.report else run_all(sweep, num_processes=arguments.nproc_per_node)
         return STOPPED_EARLY if code == STOPPED_EARLY else conclude(sweep)
     except UserError as error:
@@ -129,7 +130,7 @@ def about(sweep: Sweep) -> dict[str, Any]:
     names = list(dict.fromkeys([*before, *(child.config.name for child in sweep.children)]))
     grid = {key: value for key, _, value in (argument.partition("=") for argument in sweep.grid)}
     return {
-        "uri": tracking.resolve_uri(config.tracking.uri, config.output_dir),
+        "uri": resolve_uri(config.tracking.uri, config.output_dir),
         "experiment": config.tracking.experiment,
         "run_info": {
             "name": sweep.folder.name,
@@ -219,7 +220,7 @@ def read_config(child: Child) -> dict[str, Any]:
 
 def journal_size(child: Child) -> int:
     """Return the size of the run's journal in bytes: it grows as soon as a training has begun."""
-    journal = child.config.run_dir / tracking.JOURNAL
+    journal = child.config.run_dir / JOURNAL
     return journal.stat().st_size if journal.exists() else 0
 
 
@@ -233,7 +234,7 @@ def conclude(sweep: Sweep) -> int:
     everything_done = all(is_finished(child) for child in sweep.children)
     report.print_report(records, Console(width=None if sys.stdout.isatty() else 160))
     config = sweep.children[0].config
-    tracker = tracking.open_tracker(
+    tracker = open_tracker(
         sweep.folder, env=DistEnv(), config_yaml=configuration.config_to_yaml(config), **about(sweep)
     )
     num_finished = sum(record.status == "FINISHED" for record in records)
@@ -248,7 +249,7 @@ def conclude(sweep: Sweep) -> int:
 def where_to_look(sweep: Sweep, folders: Sequence[Path]) -> str:
     """Return how to open MLflow's page that compares the runs: a command, and an address."""
     config = sweep.children[0].config
-    uri = redact(tracking.resolve_uri(config.tracking.uri, config.output_dir))
+    uri = redact(resolve_uri(config.tracking.uri, config.output_dir))
     copies = [run_files.read_mlflow_file(folder) for folder in folders]
     ids = [copy["run_id"] for copy in copies if copy.get("run_id")]
     if uri == "none" or len(ids) < 2:

@@ -18,28 +18,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_deeplab import config as configuration
+from dist_deeplab.checkpointing.folder import CheckpointFolder
 from dist_deeplab.comparison.record import read_folder
 from dist_deeplab.comparison.report import save_figure
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.data.shards import Manifest
-from dist_deeplab.errors import UserError
-from dist_deeplab.evaluation import validation
-from dist_deeplab.evaluation.crf import require_crf
-from dist_deeplab.model.weights import Variant
-from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
-from dist_deeplab.runtime.distributed import (
+from dist_deeplab.data.shards.manifest import Manifest
+from dist_deeplab.distributed.process_group import (
     DistEnv,
     exit_with_crash,
     exit_with_error,
     leave,
     refuse_restart,
 )
-from dist_deeplab.runtime.logs import setup_logging
-from dist_deeplab.runtime.mlflow_store import require_known_store
-from dist_deeplab.runtime.profiling import profiled
-from dist_deeplab.runtime.session import Session
-from dist_deeplab.runtime.tracking import Tracker, resolve_uri
+from dist_deeplab.distributed.session import Session
+from dist_deeplab.errors import UserError
+from dist_deeplab.evaluation import validation
+from dist_deeplab.evaluation.crf import require_crf
+from dist_deeplab.logs import setup_logging
+from dist_deeplab.model.weights import Variant
+from dist_deeplab.tracking.mlflow.store import require_known_store
+from dist_deeplab.tracking.tracker import Tracker, resolve_uri
 from dist_deeplab.training.assembly import assemble
 from dist_deeplab.training.bad_samples import BadSamples
 from dist_deeplab.training.builders import (
@@ -52,9 +51,10 @@ from dist_deeplab.training.builders import (
     open_session,
     split_batch,
 )
+from dist_deeplab.training.dry_run import rehearse
 from dist_deeplab.training.memory import explained_out_of_memory
 from dist_deeplab.training.optim import poly_lr, set_lr
-from dist_deeplab.training.rehearsal import rehearse
+from dist_deeplab.training.profiling import profiled
 from dist_deeplab.training.resume import find_checkpoint, forget_lost_best, save_checkpoint
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.summary import describe, log_progress, run_info, window_values
@@ -108,7 +108,7 @@ def train(
 ) -> int:
     """Train to `config.max_steps` and return the exit code; every rank calls it. `trace`: file to profile to."""
     # --- 1. Where to start from ---------------------------------------------------------------------------------------
-    setup_logging(is_main=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
+    setup_logging(to_terminal=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
     meter, stop = run.meter, run.stop
     checkpoints = build_checkpoints(config, env)
     saved = find_checkpoint(config, checkpoints, train_set)

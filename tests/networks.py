@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from dist_deeplab.checkpointing.file import write_sidecar, write_tensors
 from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.weights import SCRATCH
-from dist_deeplab.runtime.checkpoint import write_sidecar, write_tensors
 
 
 def discerning_network(num_classes: int, images: torch.Tensor | None = None) -> DeepLabV2:

@@ -19,9 +19,9 @@ from pathlib import Path
 from benchmarks import batch_norm, crf, evaluate, loader, scaling, step
 from benchmarks.harness import machine, show, write_json
 
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
-from dist_deeplab.outputs import prepare_file
-from dist_deeplab.runtime.distributed import DistEnv
+from dist_deeplab.files import prepare_file
 
 COMMANDS = {
     "step": step,

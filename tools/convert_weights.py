@@ -21,16 +21,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_deeplab.checkpointing.file import FORMAT, write_sidecar, write_tensors
 from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data import voc
 from dist_deeplab.errors import UserError
+from dist_deeplab.files import prepare_file
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.weights import Report, Weights, backbone_of, fit_weights, load_weights
 from dist_deeplab.model.weights.export import FORMATS, export
-from dist_deeplab.model.weights.torch_file import load_file
-from dist_deeplab.outputs import prepare_file
-from dist_deeplab.runtime.checkpoint import FORMAT, write_sidecar, write_tensors
+from dist_deeplab.model.weights.formats.torch_file import load_file
 
 CHECKPOINT = "checkpoint"
 _DESCRIPTION = ("step", "config", "class_names", "train_keys_sha256", "train_key_hashes", "best_miou")

@@ -31,8 +31,8 @@ from dist_deeplab.errors import TrainingError, UserError
 from dist_deeplab.evaluation.exportable import Exportable
 from dist_deeplab.evaluation.images import find_images, read_image
 from dist_deeplab.evaluation.inference import Predictor, load_network
+from dist_deeplab.files import prepare_file
 from dist_deeplab.model.weights import Variant
-from dist_deeplab.outputs import prepare_file
 from dist_deeplab.training.resume import read_checkpoint
 
 Model = Callable[[np.ndarray], np.ndarray]

@@ -26,7 +26,7 @@ from drawing.scenes import draw_scene
 from PIL import Image
 
 from dist_deeplab.data import voc
-from dist_deeplab.data.ordered_map import num_cores, ordered_map, useful_workers
+from dist_deeplab.data.packing.ordered_map import num_cores, ordered_map, useful_workers
 
 VERSION = 1
 """Of the drawings: raise it with every change that changes a file's bytes."""

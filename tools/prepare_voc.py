@@ -30,16 +30,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as ProgressBar
 
-from dist_deeplab.data import voc, voc_download
-from dist_deeplab.data.labels import LabelSpace
-from dist_deeplab.data.ordered_map import useful_workers
-from dist_deeplab.data.shard_writer import write_shards
-from dist_deeplab.data.shards import ShardError, load_manifest
-from dist_deeplab.data.sources import read_voc_list
-from dist_deeplab.data.voc_download import Archive
+from dist_deeplab.data import voc
+from dist_deeplab.data.packing import voc_download
+from dist_deeplab.data.packing.labels import LabelSpace
+from dist_deeplab.data.packing.ordered_map import useful_workers
+from dist_deeplab.data.packing.sources import read_voc_list
+from dist_deeplab.data.packing.voc_download import Archive
+from dist_deeplab.data.packing.writer import write_shards
+from dist_deeplab.data.shards.manifest import ShardError, load_manifest
 from dist_deeplab.downloads import Progress
 from dist_deeplab.errors import UserError
-from dist_deeplab.outputs import prepare_folder
+from dist_deeplab.files import prepare_folder
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -21,13 +21,13 @@ from rich.progress import track
 
 from dist_deeplab.data import voc
 from dist_deeplab.data.decode import DecodeError, decode_label
-from dist_deeplab.data.labels import read_lines
+from dist_deeplab.data.packing.labels import read_lines
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.boundaries import NUM_BANDS, band_map
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious, scores
 from dist_deeplab.evaluation.evaluator import Evaluation, ImageScore
-from dist_deeplab.outputs import prepare_file, prepare_folder
+from dist_deeplab.files import prepare_file, prepare_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:

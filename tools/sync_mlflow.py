@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dist_deeplab.errors import UserError
-from dist_deeplab.runtime import run_files
-from dist_deeplab.runtime.journal import JOURNAL
-from dist_deeplab.runtime.mlflow_store import require_known_store
+from dist_deeplab.tracking import run_files
+from dist_deeplab.tracking.journal import JOURNAL
+from dist_deeplab.tracking.mlflow.store import require_known_store
 
 
 def main() -> int:
@@ -44,7 +44,7 @@ def main() -> int:
 
 def sync(folder: Path, uri: str) -> bool:
     """Send one run, say what became of it, and return whether all of it is in the store."""
-    command = [sys.executable, "-m", "dist_deeplab.runtime.mlflow_mirror", str(folder), "--once"]
+    command = [sys.executable, "-m", "dist_deeplab.tracking.mlflow.uploader", str(folder), "--once"]
     done = subprocess.run([*command, *(["--uri", uri] if uri else [])], capture_output=True, text=True)
     size = (folder / JOURNAL).stat().st_size if (folder / JOURNAL).exists() else 0
     tracked = run_files.read_mlflow_file(folder)

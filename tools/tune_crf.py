@@ -25,17 +25,17 @@ from rich.table import Table
 
 from dist_deeplab.config import CrfConfig, RunConfig, load_config
 from dist_deeplab.data.loader import EvalDataset
-from dist_deeplab.data.shards import Manifest, load_manifest
+from dist_deeplab.data.shards.manifest import Manifest, load_manifest
+from dist_deeplab.distributed.parallel import place_model
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation.confusion import count_pixels, scores
 from dist_deeplab.evaluation.crf import open_crf, require_crf
 from dist_deeplab.evaluation.evaluator import content_of
 from dist_deeplab.evaluation.inference import Predictor, inference_settings, load_network
 from dist_deeplab.evaluation.prediction import probabilities
+from dist_deeplab.files import prepare_file
 from dist_deeplab.model.weights import Variant
-from dist_deeplab.outputs import prepare_file
-from dist_deeplab.runtime.distributed import DistEnv
-from dist_deeplab.runtime.parallel import place_model
 from dist_deeplab.training.builders import build_cache
 from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint

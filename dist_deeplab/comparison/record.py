@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab.errors import UserError
-from dist_deeplab.runtime.journal import JOURNAL, read_records
-from dist_deeplab.runtime.run_files import RUN_FILE
+from dist_deeplab.tracking.journal import JOURNAL, read_records
+from dist_deeplab.tracking.run_files import RUN_FILE
 
 Curve = list[tuple[int, float]]
 MIOU, IOU = "val/mIoU", "val/iou/"

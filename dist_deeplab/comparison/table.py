@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dist_deeplab.comparison.record import MIOU, RunRecord
-from dist_deeplab.runtime.logs import format_duration
+from dist_deeplab.logs import format_duration
 
 _LEFT_OUT = ("name", "output_dir", "resume", "tracking.")  # where a run lies says nothing about what it is
 _MAX_COLUMNS = 8

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dist_deeplab.data import order
 from dist_deeplab.data.batch import BadSample, Batch, blank_batch, collate, to_batch
 from dist_deeplab.data.decode import DecodeError, decode_image, decode_label
-from dist_deeplab.data.prefetch import Plan, start_prefetch
-from dist_deeplab.data.shard_reader import Sample, ShardReader
-from dist_deeplab.data.shards import Manifest, ShardError
+from dist_deeplab.data.shards.manifest import Manifest, ShardError
+from dist_deeplab.data.shards.prefetch import Plan, start_prefetch
+from dist_deeplab.data.shards.reader import Sample, ShardReader
 from dist_deeplab.data.transforms import Augmentation, next_grid_size, pad_to
 from dist_deeplab.errors import UserError
 

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from dist_deeplab.data import order
 from dist_deeplab.data.batch import BadSample, Batch, blank_batch, collate, to_batch
 from dist_deeplab.data.loader import DecodingDataset, loader_options, raise_errors
-from dist_deeplab.data.shard_index import IMAGE_MEMBERS, LABEL_MEMBERS
-from dist_deeplab.data.shard_reader import Sample, open_shard
-from dist_deeplab.data.shards import Manifest, ShardError
+from dist_deeplab.data.shards.index import IMAGE_MEMBERS, LABEL_MEMBERS
+from dist_deeplab.data.shards.manifest import Manifest, ShardError
+from dist_deeplab.data.shards.reader import Sample, open_shard
 from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.errors import UserError
 

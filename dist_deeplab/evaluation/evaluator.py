@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from dist_deeplab.data.loader import Batch, EvalDataset, eval_batches, eval_loader
-from dist_deeplab.data.shards import Manifest
+from dist_deeplab.data.shards.manifest import Manifest
+from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_to_all
 from dist_deeplab.errors import TrainingError
+from dist_deeplab.evaluation.accumulator import ImageScore, Tally
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious
 from dist_deeplab.evaluation.crf import CrfPool
 from dist_deeplab.evaluation.inference import Predictor
-from dist_deeplab.evaluation.tally import ImageScore, Tally
-from dist_deeplab.runtime.distributed import DistEnv, all_reduce_sum, gather_to_all
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from dist_deeplab.errors import UserError
-from dist_deeplab.evaluation import pictures
+from dist_deeplab.evaluation import drawing
 from dist_deeplab.evaluation.images import Source
 from dist_deeplab.evaluation.prediction import Prediction
 
@@ -62,12 +62,12 @@ class ResultFiles:
 
     def _fill(self, target: IO[bytes], kind: str, done: Prediction, pred: np.ndarray) -> None:
         if kind == "mask":
-            pictures.palette_image(pred).save(target, format="PNG")
+            drawing.palette_image(pred).save(target, format="PNG")
         elif kind == "overlay":
-            shot = Image.fromarray(pictures.overlay(done.image, pred))
+            shot = Image.fromarray(drawing.overlay(done.image, pred))
             shot.save(target, format="JPEG", quality=_JPEG_QUALITY)
         elif kind == "side_by_side":
-            shot = pictures.side_by_side(done.image, pred, self.class_names)
+            shot = drawing.side_by_side(done.image, pred, self.class_names)
             shot.save(target, format="JPEG", quality=_JPEG_QUALITY)
         else:
             np.savez_compressed(target, prob=done.prob.astype(np.float16), class_names=np.array(self.class_names))

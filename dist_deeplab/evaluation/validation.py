@@ -5,18 +5,18 @@ import time
 from collections.abc import Callable
 
 from dist_deeplab.config import RunConfig
-from dist_deeplab.data.shards import Manifest
+from dist_deeplab.data.shards.manifest import Manifest
+from dist_deeplab.distributed.parallel import share_buffers
+from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.crf import open_crf
 from dist_deeplab.evaluation.evaluator import EvaluationStopped, evaluate
 from dist_deeplab.evaluation.inference import Predictor
+from dist_deeplab.logs import format_duration
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import Preprocessing
-from dist_deeplab.runtime.distributed import DistEnv, ranks_on_host
-from dist_deeplab.runtime.logs import format_duration
-from dist_deeplab.runtime.parallel import share_buffers
-from dist_deeplab.runtime.tracking import Tracker
+from dist_deeplab.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.data.shards import Manifest
+from dist_deeplab.data.shards.manifest import Manifest
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model.weights import SCRATCH, Variant
-from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.training.builders import (
     build_loss_window,
     build_model,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_deeplab.data.batch import BadSample, Batch
+from dist_deeplab.distributed.process_group import DistEnv, broadcast_from_main, gather_to_all
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.runtime.distributed import DistEnv, broadcast_from_main, gather_to_all
 
 FILE = "bad_samples.jsonl"
 

@@ -9,25 +9,25 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dist_deeplab.checkpointing.folder import CheckpointFolder
 from dist_deeplab.config import DataConfig, RunConfig, config_to_dict, config_to_yaml
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.data.shard_cache import ShardCache
-from dist_deeplab.data.shards import Manifest, load_manifest, require_fit
+from dist_deeplab.data.shards.cache import ShardCache
+from dist_deeplab.data.shards.manifest import Manifest, load_manifest, require_fit
 from dist_deeplab.data.stream import Place, StreamDataset, StreamLoader
 from dist_deeplab.data.transforms import Augmentation
+from dist_deeplab.distributed.parallel import prepare_model
+from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.distributed.session import Session, session
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.flops import training_flops
+from dist_deeplab.model.numerics import set_determinism
+from dist_deeplab.model.peak import peak_flops
 from dist_deeplab.model.weights import Variant, Weights, fit_weights, load_weights
-from dist_deeplab.runtime import tracking
-from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder, open_checkpoints
-from dist_deeplab.runtime.determinism import set_determinism
-from dist_deeplab.runtime.distributed import DistEnv
-from dist_deeplab.runtime.parallel import prepare_model
-from dist_deeplab.runtime.peak import peak_flops
-from dist_deeplab.runtime.session import Session, session
+from dist_deeplab.tracking.tracker import Tracker, open_tracker, resolve_uri
 from dist_deeplab.training.apex import INSTEAD_OF_AMP, INSTEAD_OF_SGD, require_apex
 from dist_deeplab.training.apex_precision import ApexPrecision
 from dist_deeplab.training.loss_window import LossWindow
@@ -59,15 +59,20 @@ def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[Sess
 def build_checkpoints(config: RunConfig, env: DistEnv) -> CheckpointFolder:
     """Return the run's checkpoints."""
     keep = config.checkpoint
-    return open_checkpoints(config.run_dir / "checkpoints", env, keep_last=keep.keep_last, keep_every=keep.keep_every)
+    return CheckpointFolder(
+        config.run_dir / "checkpoints",
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        is_writer=env.is_main,
+    )
 
 
-def build_tracker(config: RunConfig, env: DistEnv, info: dict[str, object]) -> tracking.Tracker:
+def build_tracker(config: RunConfig, env: DistEnv, info: dict[str, object]) -> Tracker:
     """Return the tracker, which knows everything about the run that MLflow should show."""
-    return tracking.open_tracker(
+    return open_tracker(
         config.run_dir,
         env=env,
-        uri=tracking.resolve_uri(config.tracking.uri, config.output_dir),
+        uri=resolve_uri(config.tracking.uri, config.output_dir),
         experiment=config.tracking.experiment,
         config_yaml=config_to_yaml(config),
         run_info=info,

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from dist_deeplab.data.batch import Batch
+from dist_deeplab.distributed.process_group import all_reduce_sum, gather_to_all
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.runtime.distributed import all_reduce_sum, gather_to_all
 from dist_deeplab.training.nonfinite import Evidence
 from dist_deeplab.training.step import StepResult
 

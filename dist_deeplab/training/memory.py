@@ -11,12 +11,12 @@ import torch
 
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.distributed.parallel import place_model
+from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks_on_host
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.weights import Variant
-from dist_deeplab.runtime.distributed import DistEnv, gather_to_all, ranks_on_host
-from dist_deeplab.runtime.parallel import place_model
-from dist_deeplab.training.footprint import count_footprint, throwaway_network
+from dist_deeplab.training.memory_estimate import count_footprint, throwaway_network
 from dist_deeplab.training.precision import Precision
 
 log = logging.getLogger(__name__)

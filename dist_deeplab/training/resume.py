@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from dist_deeplab.checkpointing.file import load_checkpoint
+from dist_deeplab.checkpointing.folder import CheckpointFolder
 from dist_deeplab.config import RunConfig, config_from_dict, config_to_dict, recipe_differences
-from dist_deeplab.data.shards import Manifest
+from dist_deeplab.data.shards.manifest import Manifest
+from dist_deeplab.distributed.parallel import share_buffers
+from dist_deeplab.distributed.replicas import check_replicas
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.model.weights import Variant
-from dist_deeplab.runtime.checkpoint import load_checkpoint
-from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
-from dist_deeplab.runtime.parallel import share_buffers
-from dist_deeplab.runtime.provenance import installed_versions
-from dist_deeplab.runtime.replicas import check_replicas
-from dist_deeplab.runtime.run_files import mlflow_run_id
+from dist_deeplab.tracking.provenance import installed_versions
+from dist_deeplab.tracking.run_files import mlflow_run_id
 from dist_deeplab.training.state import TrainState
 
 _NEEDED = ("model", "optimizer", "step", "variant", "config", "class_names", "train_keys_sha256")
@@ -33,7 +33,7 @@ def checkpoint_content(config: RunConfig, state: TrainState, variant: Variant, t
         "config": config_to_dict(config),
         "class_names": list(train_set.class_names),
         "train_keys_sha256": train_set.keys_sha256,
-        "train_key_hashes": torch.from_numpy(train_set.key_hashes.view(np.int64)),  # for evaluation/overlap.py
+        "train_key_hashes": torch.from_numpy(train_set.key_hashes.view(np.int64)),  # for evaluation/contamination.py
         "mlflow_run_id": mlflow_run_id(config.run_dir),
         "versions": installed_versions(_LIBRARIES),
     }

@@ -9,11 +9,11 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from dist_deeplab.data.batch import Batch, blank_batch
+from dist_deeplab.distributed.parallel import gradient_sync, unwrap
+from dist_deeplab.distributed.process_group import all_reduce_sum, get_world_size
 from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.preprocessing import Preprocessing
-from dist_deeplab.runtime.distributed import all_reduce_sum, get_world_size
-from dist_deeplab.runtime.parallel import gradient_sync, unwrap
-from dist_deeplab.runtime.upload import Uploader
+from dist_deeplab.training.device_copy import Uploader
 from dist_deeplab.training.loss import cross_entropy_sum, num_valid, sample_label
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.undo import copy_buffers, put_back

@@ -11,13 +11,13 @@ import torch
 
 from dist_deeplab.config import RunConfig, changed_from_defaults, flatten
 from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.data.shards import Manifest
+from dist_deeplab.data.shards.manifest import Manifest
+from dist_deeplab.distributed.process_group import DistEnv, gather_to_all
+from dist_deeplab.distributed.session import Session
+from dist_deeplab.logs import format_duration
 from dist_deeplab.model.weights import SCRATCH, Variant
-from dist_deeplab.runtime.distributed import DistEnv, gather_to_all
-from dist_deeplab.runtime.logs import format_duration
-from dist_deeplab.runtime.provenance import git_revision, host_name, library_versions, redact, summarize
-from dist_deeplab.runtime.session import Session
-from dist_deeplab.training.footprint import count_footprint
+from dist_deeplab.tracking.provenance import git_revision, host_name, library_versions, redact, summarize
+from dist_deeplab.training.memory_estimate import count_footprint
 from dist_deeplab.training.optim import describe_groups
 from dist_deeplab.training.state import TrainState
 

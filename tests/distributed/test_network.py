@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
+from dist_deeplab.checkpointing.folder import CheckpointFolder
 from tests.conftest import command_environ
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(420)]

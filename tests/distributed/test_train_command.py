@@ -16,8 +16,8 @@ import torch
 from filelock import FileLock
 
 from dist_deeplab import train
-from dist_deeplab.runtime import run_lock
-from dist_deeplab.runtime.session import Session
+from dist_deeplab.distributed import run_lock
+from dist_deeplab.distributed.session import Session
 from tests.conftest import Run, command_environ, torchrun_command
 from tests.processes import ranks_of
 

@@ -11,13 +11,13 @@ from torch import nn
 
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.batch import Batch, blank_batch
+from dist_deeplab.distributed.parallel import prepare_model
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model import sync_batch_norm
 from dist_deeplab.model.batch_norm import EPS, MOMENTUM, SyncBatchNorm, norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.runtime.distributed import DistEnv
-from dist_deeplab.runtime.parallel import prepare_model
-from dist_deeplab.runtime.upload import Uploader
+from dist_deeplab.training.device_copy import Uploader
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import StepResult, TrainStep

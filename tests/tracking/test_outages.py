@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from dist_deeplab.runtime import mlflow_mirror, run_files
-from dist_deeplab.runtime.distributed import DistEnv
-from dist_deeplab.runtime.mlflow_mirror import Mirror, mirror_until_done
-from dist_deeplab.runtime.tracking import open_tracker
+from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.tracking import run_files
+from dist_deeplab.tracking.mlflow import uploader
+from dist_deeplab.tracking.mlflow.uploader import Mirror, mirror_until_done
+from dist_deeplab.tracking.tracker import open_tracker
 from tests.conftest import REPO
 from tests.tracking.conftest import Proxy, Server
 
@@ -26,8 +27,8 @@ VARIABLES = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Wait shortly, and leave the environment as it was: the mirror sets MLflow's variables for its own process."""
-    monkeypatch.setattr(mlflow_mirror, "_POLL_S", 0.05)
-    monkeypatch.setattr(mlflow_mirror, "_RETRY_S", (0.1,))
+    monkeypatch.setattr(uploader, "_POLL_S", 0.05)
+    monkeypatch.setattr(uploader, "_RETRY_S", (0.1,))
     environ = dict(os.environ)
     os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     yield

@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 import pytest
 
-from dist_deeplab.runtime import tracking
-from dist_deeplab.runtime.mlflow_mirror import Mirror, mirror_until_done
+from dist_deeplab.tracking.mlflow.uploader import Mirror, mirror_until_done
+from dist_deeplab.tracking.tracker import resolve_uri
 from tests.conftest import REPO, command_environ
 from tests.tracking.conftest import Server
 from tests.tracking.test_outages import assert_complete, log_steps, start_run
@@ -82,7 +82,7 @@ def test_a_password_in_the_address_of_the_environment_works_and_is_written_nowhe
     encoded = quote(PASSWORD, safe="")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", guarded.uri.replace("//", f"//me:{encoded}@"))
     folder = tmp_path / "address"
-    tracker = start_run(folder, tracking.resolve_uri("", "runs"))
+    tracker = start_run(folder, resolve_uri("", "runs"))
     recorded = json.loads((folder / "run.json").read_text())["tracking"]["uri"]
     assert recorded == guarded.uri.replace("//", "//me:***@")
     log_steps(tracker)

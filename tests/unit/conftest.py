@@ -13,10 +13,10 @@ from hypothesis import settings
 from PIL import Image
 
 from dist_deeplab.data import voc
-from dist_deeplab.data.labels import LabelSpace
-from dist_deeplab.data.shard_writer import write_shards
-from dist_deeplab.data.shards import Manifest, load_manifest
-from dist_deeplab.data.sources import read_voc_list
+from dist_deeplab.data.packing.labels import LabelSpace
+from dist_deeplab.data.packing.sources import read_voc_list
+from dist_deeplab.data.packing.writer import write_shards
+from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 
 # The same examples on every machine, however slow it is: a failure is a change of the code.
 settings.register_profile("unit", derandomize=True, deadline=None, database=None)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from dist_deeplab import evaluate, predict, train
+from dist_deeplab.checkpointing.file import write_sidecar, write_tensors
+from dist_deeplab.checkpointing.folder import CheckpointFolder
+from dist_deeplab.distributed.session import Session
 from dist_deeplab.evaluation import validation
-from dist_deeplab.runtime import tracking
-from dist_deeplab.runtime.checkpoint import write_sidecar, write_tensors
-from dist_deeplab.runtime.checkpoint_folder import CheckpointFolder
-from dist_deeplab.runtime.session import Session
+from dist_deeplab.tracking import tracker
 from tests.commands import exit_code
 
 SMALL = [
@@ -86,7 +86,7 @@ def test_system_metrics_are_recorded_where_wanted_and_not_of_a_rehearsal(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[Path] = []
-    monkeypatch.setattr(tracking, "start_system_metrics", lambda run_dir, node: started.append(run_dir))
+    monkeypatch.setattr(tracker, "start_system_metrics", lambda run_dir, node: started.append(run_dir))
     assert runs("plain", "max_steps=1") == 0
     assert runs("watched", "max_steps=1", "tracking.system_metrics=true", "--dry-run") == 0
     assert not started

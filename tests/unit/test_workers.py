@@ -10,7 +10,7 @@ import pytest
 
 PARENT = """
 import os, time
-from dist_deeplab.data.ordered_map import ordered_map
+from dist_deeplab.data.packing.ordered_map import ordered_map
 
 def look(item):
     return os.getpid()

@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncNormalize
 
 from benchmarks.harness import Report, Row, interleave, ratio_column, synchronizer
+from dist_deeplab.distributed.process_group import DistEnv, process_group
 from dist_deeplab.model import batch_norm, sync_batch_norm
 from dist_deeplab.model.deeplabv2 import DeepLabV2
-from dist_deeplab.runtime.distributed import DistEnv, process_group
 
 SUMMARY = "synchronised batch norm against torch's and against BatchNorm2d"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

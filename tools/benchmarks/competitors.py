@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from benchmarks.peers import IGNORE_LABEL, flags, unfused
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.batch import Batch
+from dist_deeplab.distributed.parallel import prepare_model
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.runtime.distributed import DistEnv
-from dist_deeplab.runtime.parallel import prepare_model
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep

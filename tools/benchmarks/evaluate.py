@@ -20,16 +20,16 @@ from PIL import Image
 from benchmarks.harness import Report, Row, best_device, interleave, ratio_column, synchronizer
 from dist_deeplab.data import voc
 from dist_deeplab.data.loader import EvalDataset, eval_loader
-from dist_deeplab.data.shard_writer import LabelSpace, SourceSample, write_shards
-from dist_deeplab.data.shards import Manifest, load_manifest
+from dist_deeplab.data.packing.writer import LabelSpace, SourceSample, write_shards
+from dist_deeplab.data.shards.manifest import Manifest, load_manifest
+from dist_deeplab.distributed.parallel import place_model
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation.evaluator import evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.runtime.distributed import DistEnv
-from dist_deeplab.runtime.parallel import place_model
 
 SUMMARY = "evaluation: images/s at one and several scales"
 _PAPER = (0.5, 0.75, 1.0)

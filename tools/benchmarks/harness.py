@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_deeplab import __version__
-from dist_deeplab.runtime.provenance import git_revision, redact
+from dist_deeplab.tracking.provenance import git_revision, redact
 
 Row = dict[str, str | int | float | None]
 

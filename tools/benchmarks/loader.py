@@ -27,8 +27,8 @@ from benchmarks.harness import Report, Row, interleave, ratio_column
 from dist_deeplab.data.batch import collate, to_batch
 from dist_deeplab.data.decode import decode_image, decode_label
 from dist_deeplab.data.loader import TrainDataset
-from dist_deeplab.data.shard_reader import ShardReader
-from dist_deeplab.data.shards import Manifest, load_manifest
+from dist_deeplab.data.shards.manifest import Manifest, load_manifest
+from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.errors import UserError
 

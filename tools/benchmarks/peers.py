@@ -14,10 +14,10 @@ from torch.optim import SGD, Optimizer
 
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.batch import Batch
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model.batch_norm import EPS, FrozenBatchNorm
 from dist_deeplab.model.deeplabv2 import ASPP, DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.training.optim import build_optimizer
 
 IGNORE_LABEL = 255

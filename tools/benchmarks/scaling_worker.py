@@ -18,11 +18,11 @@ from benchmarks.peers import IGNORE_LABEL
 from benchmarks.step import NUM_CLASSES, draw_batches
 from benchmarks.timeline import measure_runs, slowest_events
 from dist_deeplab.config import OptimConfig
+from dist_deeplab.distributed.parallel import prepare_model
+from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, leave, process_group
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.runtime.distributed import DistEnv, gather_to_all, leave, process_group
-from dist_deeplab.runtime.parallel import prepare_model
 from dist_deeplab.training.loss import cross_entropy_sum, sample_label
 from dist_deeplab.training.optim import build_optimizer
 

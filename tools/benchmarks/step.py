@@ -30,11 +30,11 @@ from benchmarks.competitors import (
 from benchmarks.harness import Report, Row, Timing, interleave, ratio_column, synchronizer
 from benchmarks.peers import IGNORE_LABEL, AmpChannelsLast, Fp32Eager, plain_network
 from dist_deeplab.data.batch import Batch
+from dist_deeplab.distributed.process_group import DistEnv, process_group
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.flops import training_flops
-from dist_deeplab.runtime.distributed import DistEnv, process_group
 
 SUMMARY = "an optimizer step: images/s, parts, memory, share of the matmul peak"
 NUM_CLASSES = 21

@@ -13,11 +13,11 @@ from torch import nn
 
 from benchmarks.network import Event
 from dist_deeplab.data.loader import Batch
+from dist_deeplab.distributed.parallel import place_model
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model import batch_norm, sync_batch_norm
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.runtime.distributed import DistEnv
-from dist_deeplab.runtime.parallel import place_model
 from dist_deeplab.training.loss import cross_entropy_sum, sample_label
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dist_deeplab.data.foreign import index_tars
-from dist_deeplab.data.labels import LabelSpace, read_class_names
-from dist_deeplab.data.ordered_map import useful_workers
-from dist_deeplab.data.shard_check import Seen, contact_sheet, survey_set, verify
-from dist_deeplab.data.shards import ShardError, load_manifest
+from dist_deeplab.data.packing.import_tars import index_tars
+from dist_deeplab.data.packing.labels import LabelSpace, read_class_names
+from dist_deeplab.data.packing.ordered_map import useful_workers
+from dist_deeplab.data.packing.verify import Seen, contact_sheet, survey_set, verify
+from dist_deeplab.data.shards.manifest import ShardError, load_manifest
 from packing.arguments import (
     add_label_arguments,
     add_workers,

@@ -4,14 +4,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_deeplab.data import cityscapes, sources, voc
-from dist_deeplab.data.labels import LabelMap, LabelSpace, read_class_names, read_label_map
-from dist_deeplab.data.ordered_map import useful_workers
-from dist_deeplab.data.shard_writer import DEFAULT_SAMPLES, check_samples, write_shards
-from dist_deeplab.data.shards import ShardError
-from dist_deeplab.data.sources import SourceSample
-from dist_deeplab.data.survey import survey_masks
-from dist_deeplab.outputs import prepare_folder
+from dist_deeplab.data import voc
+from dist_deeplab.data.packing import cityscapes, sources
+from dist_deeplab.data.packing.label_statistics import survey_masks
+from dist_deeplab.data.packing.labels import LabelMap, LabelSpace, read_class_names, read_label_map
+from dist_deeplab.data.packing.ordered_map import useful_workers
+from dist_deeplab.data.packing.sources import SourceSample
+from dist_deeplab.data.packing.writer import DEFAULT_SAMPLES, check_samples, write_shards
+from dist_deeplab.data.shards.manifest import ShardError
+from dist_deeplab.files import prepare_folder
 from packing.arguments import add_label_arguments, add_workers, check_label_arguments, parser_of, require_plain_name
 from packing.printing import print_manifest, print_survey, show_progress
 

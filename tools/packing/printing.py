@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dist_deeplab.data.labels import LabelSpace
-from dist_deeplab.data.shards import Manifest
-from dist_deeplab.data.survey import Survey
+from dist_deeplab.data.packing.label_statistics import Survey
+from dist_deeplab.data.packing.labels import LabelSpace
+from dist_deeplab.data.shards.manifest import Manifest
 
 T = TypeVar("T")
 

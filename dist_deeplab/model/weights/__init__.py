@@ -4,8 +4,8 @@
 """
 
 from dist_deeplab.model.weights.fitting import Report, backbone_of, fit_weights
+from dist_deeplab.model.weights.formats.torch_file import load_file
 from dist_deeplab.model.weights.loading import load_weights
-from dist_deeplab.model.weights.torch_file import load_file
 from dist_deeplab.model.weights.variant import SCRATCH, Variant, Weights
 
 __all__ = ["SCRATCH", "Report", "Variant", "Weights", "backbone_of", "fit_weights", "load_file", "load_weights"]

@@ -10,7 +10,7 @@ import torch
 
 from dist_deeplab.errors import UserError
 from dist_deeplab.files import fsync
-from dist_deeplab.model.weights.torch_file import METADATA_KEY
+from dist_deeplab.model.weights.formats.torch_file import METADATA_KEY
 from dist_deeplab.model.weights.variant import Variant
 
 _Tensors = dict[str, torch.Tensor]

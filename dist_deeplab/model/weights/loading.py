@@ -7,14 +7,14 @@ from pathlib import Path
 
 from dist_deeplab.errors import UserError
 from dist_deeplab.files import sha256
-from dist_deeplab.model.weights.caffe_names import weights_of
-from dist_deeplab.model.weights.caffemodel import looks_like_caffemodel, read_caffemodel
-from dist_deeplab.model.weights.kaffe import MAGIC, read_kaffe
+from dist_deeplab.model.weights.formats.caffe_names import weights_of
+from dist_deeplab.model.weights.formats.caffemodel import looks_like_caffemodel, read_caffemodel
+from dist_deeplab.model.weights.formats.kaffe import MAGIC, read_kaffe
+from dist_deeplab.model.weights.formats.state_dict import recognise
+from dist_deeplab.model.weights.formats.tensorflow import bundle_index, is_table, read_tensorflow
+from dist_deeplab.model.weights.formats.torch_file import load_file, load_safetensors, named_tensors
 from dist_deeplab.model.weights.locate import local_path
 from dist_deeplab.model.weights.provenance import marked, with_provenance
-from dist_deeplab.model.weights.state_dict import recognise
-from dist_deeplab.model.weights.tensorflow import bundle_index, is_table, read_tensorflow
-from dist_deeplab.model.weights.torch_file import load_file, load_safetensors, named_tensors
 from dist_deeplab.model.weights.variant import Variant, Weights
 
 _CHECKPOINT = "dist_deeplab.checkpoint"

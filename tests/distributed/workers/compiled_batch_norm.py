@@ -9,8 +9,8 @@ import sys
 import torch
 from torch import nn
 
+from dist_deeplab.distributed.process_group import DistEnv, leave, process_group
 from dist_deeplab.model.batch_norm import SyncBatchNorm
-from dist_deeplab.runtime.distributed import DistEnv, leave, process_group
 
 
 def main(env: DistEnv, backend: str) -> None:

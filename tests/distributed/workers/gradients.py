@@ -14,13 +14,13 @@ import torch
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.data.shards import load_manifest
+from dist_deeplab.data.shards.manifest import load_manifest
 from dist_deeplab.data.transforms import Augmentation
+from dist_deeplab.distributed.parallel import prepare_model
+from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_to_all, leave, process_group
 from dist_deeplab.model.batch_norm import FrozenBatchNorm, norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.runtime.distributed import DistEnv, all_reduce_sum, gather_to_all, leave, process_group
-from dist_deeplab.runtime.parallel import prepare_model
 from dist_deeplab.training.optim import build_optimizer, set_lr
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep

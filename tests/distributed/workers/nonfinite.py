@@ -16,13 +16,13 @@ import torch
 
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.loader import Batch
+from dist_deeplab.distributed.parallel import prepare_model
+from dist_deeplab.distributed.process_group import DistEnv, leave, process_group
+from dist_deeplab.distributed.replicas import check_replicas
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE, Preprocessing
-from dist_deeplab.runtime.distributed import DistEnv, leave, process_group
-from dist_deeplab.runtime.parallel import prepare_model
-from dist_deeplab.runtime.replicas import check_replicas
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.nonfinite import Evidence
 from dist_deeplab.training.optim import build_optimizer

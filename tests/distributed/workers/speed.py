@@ -4,11 +4,11 @@ import torch
 
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.batch import Batch
+from dist_deeplab.distributed.parallel import prepare_model, unwrap
+from dist_deeplab.distributed.process_group import DistEnv, leave, process_group
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.runtime.distributed import DistEnv, leave, process_group
-from dist_deeplab.runtime.parallel import prepare_model, unwrap
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep

@@ -12,8 +12,8 @@ from dist_deeplab.data import order
 from dist_deeplab.data.batch import Batch
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.data.shard_reader import ShardReader
-from dist_deeplab.data.shards import Manifest, ShardError, load_manifest
+from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
+from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.data.transforms import Augmentation
 
 SEED, NUM_STEPS, GLOBAL_SIZE = 3, 6, 4

@@ -28,8 +28,8 @@ from dist_deeplab.data.loader import (
     eval_loader,
 )
 from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.data.shard_index import build_index
-from dist_deeplab.data.shards import FORMAT, Manifest, ShardError, load_manifest
+from dist_deeplab.data.shards.index import build_index
+from dist_deeplab.data.shards.manifest import FORMAT, Manifest, ShardError, load_manifest
 from dist_deeplab.data.transforms import Augmentation
 
 SEED, CROP, GLOBAL_SIZE, NUM_STEPS = 7, 33, 4, 5  # 20 positions of 8 samples: epochs change inside a step
@@ -179,7 +179,7 @@ RUN_THAT_LOSES_A_WORKER = textwrap.dedent(
     import multiprocessing, os, signal, sys
     from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
     from dist_deeplab.data.order import BatchSplit
-    from dist_deeplab.data.shards import load_manifest
+    from dist_deeplab.data.shards.manifest import load_manifest
     from dist_deeplab.data.transforms import Augmentation
 
     dataset = TrainDataset(

@@ -10,9 +10,9 @@ import pytest
 from dist_deeplab.data import stream as stream_module
 from dist_deeplab.data.loader import EvalDataset
 from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.data.prefetch import Plan, start_prefetch
-from dist_deeplab.data.shard_cache import ShardCache
-from dist_deeplab.data.shards import Manifest, ShardError, load_manifest
+from dist_deeplab.data.shards.cache import ShardCache
+from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
+from dist_deeplab.data.shards.prefetch import Plan, start_prefetch
 from dist_deeplab.data.stream import Place, StreamDataset, StreamLoader
 from dist_deeplab.data.transforms import Augmentation
 from tests.file_server import serve
@@ -141,7 +141,7 @@ def test_shards_are_fetched_ahead_in_the_order_of_their_first_use(shard_set: Man
             f"/train-00000{number}.tar" for number in plan.shards()
         ]
     from dist_deeplab.data import order
-    from dist_deeplab.data.shards import open_index
+    from dist_deeplab.data.shards.manifest import open_index
 
     positions = np.concatenate([part for step in range(3, 50) for part in split.positions(step, 1)])
     used = open_index(manifest)["shard"][order.samples_at(positions, num_samples=8, seed=5)].tolist()

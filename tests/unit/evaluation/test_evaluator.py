@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dist_deeplab.data.labels import LabelSpace
 from dist_deeplab.data.loader import EvalDataset, eval_batches
-from dist_deeplab.data.shard_writer import write_shards
-from dist_deeplab.data.shards import Manifest, ShardError
-from dist_deeplab.data.sources import SourceSample
+from dist_deeplab.data.packing.labels import LabelSpace
+from dist_deeplab.data.packing.sources import SourceSample
+from dist_deeplab.data.packing.writer import write_shards
+from dist_deeplab.data.shards.manifest import Manifest, ShardError
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.evaluation.boundaries import TRIMAP_WIDTHS
 from dist_deeplab.evaluation.evaluator import EvaluationStopped, draw_panels, evaluate
@@ -21,7 +22,6 @@ from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE, Preprocessing
-from dist_deeplab.runtime.distributed import DistEnv
 from tests.networks import discerning_network
 
 NUM_CLASSES, IGNORE = 4, 255

@@ -14,7 +14,7 @@ from benchmarks.competitors import Variant, expand, variants
 from benchmarks.harness import Row, Timing, interleave, ratio_column
 from benchmarks.peers import plain_network
 
-from dist_deeplab.data.shards import Manifest
+from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2

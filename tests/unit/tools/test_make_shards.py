@@ -16,8 +16,8 @@ from packing import look, pack
 from PIL import Image
 
 from dist_deeplab.data import voc
-from dist_deeplab.data.shard_reader import ShardReader
-from dist_deeplab.data.shards import load_manifest
+from dist_deeplab.data.shards.manifest import load_manifest
+from dist_deeplab.data.shards.reader import ShardReader
 from tests.commands import exit_code
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from dist_deeplab.data import voc, voc_download
+from dist_deeplab.data import voc
 from dist_deeplab.data.decode import decode_label
-from dist_deeplab.data.shard_reader import ShardReader
-from dist_deeplab.data.shards import ShardError, load_manifest
+from dist_deeplab.data.packing import voc_download
+from dist_deeplab.data.shards.manifest import ShardError, load_manifest
+from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.downloads import fetching
 from tests.file_server import FileServer, serve
 

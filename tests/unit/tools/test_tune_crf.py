@@ -9,7 +9,7 @@ import tune_crf as tool
 
 from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data.loader import EvalDataset
-from dist_deeplab.data.shards import Manifest
+from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation.confusion import count_pixels, scores
 from dist_deeplab.evaluation.crf import dense_crf

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dist_deeplab.data.batch import BadSample, Batch
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.training.bad_samples import FILE, BadSamples
 
 ALONE = DistEnv()

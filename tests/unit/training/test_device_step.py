@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dist_deeplab.config import OptimConfig
+from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.runtime.parallel import place_model
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision

@@ -8,17 +8,17 @@ import torch
 
 from dist_deeplab.config import RunConfig, load_config
 from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.model.weights import SCRATCH
-from dist_deeplab.runtime.distributed import DistEnv
 from dist_deeplab.training import memory
-from dist_deeplab.training.footprint import count_footprint
 from dist_deeplab.training.memory import (
     explained_out_of_memory,
     free_memory_bytes,
     largest_fitting,
     settle_micro_size,
 )
+from dist_deeplab.training.memory_estimate import count_footprint
 
 SMALL = ("model.backbone=resnet_tiny", "data.crop_size=65", "data.num_classes=5")
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -8,10 +8,10 @@ import pytest
 
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.weights import load_weights
-from dist_deeplab.model.weights.caffe_names import place_of
-from dist_deeplab.model.weights.crc32c import crc32c, masked_crc32c
-from dist_deeplab.model.weights.protobuf import Message
-from dist_deeplab.model.weights.sstable import read_table
+from dist_deeplab.model.weights.formats.caffe_names import place_of
+from dist_deeplab.model.weights.formats.crc32c import crc32c, masked_crc32c
+from dist_deeplab.model.weights.formats.protobuf import Message
+from dist_deeplab.model.weights.formats.sstable import read_table
 from dist_deeplab.model.weights.variant import Damaged
 from tests.unit.model.weights import writers
 from tests.unit.model.weights.networks import CaffeLayer, CaffeNetBuilder, drsleep_variables

@@ -334,7 +334,7 @@ def test_arrays_of_any_protocol_and_order_are_read(tmp_path: Path, protocol: int
 
 def test_a_pickle_of_python_2_is_read() -> None:
     """Written by hand as numpy 1.x wrote under Python 2: byte strings for bytes, and module names of that time."""
-    from dist_deeplab.model.weights.plain_pickle import read_pickle
+    from dist_deeplab.model.weights.formats.plain_pickle import read_pickle
 
     values = np.array([1.5, -2.0], dtype="<f4")
     data = (

@@ -1,0 +1,67 @@
+"""WebDataset tars made elsewhere become a set: index and manifest beside them, after every sample was decoded."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dist_deeplab.data.packing.labels import LabelSpace
+from dist_deeplab.data.packing.verify import Seen, survey_set
+from dist_deeplab.data.packing.writer import write_manifest
+from dist_deeplab.data.shards.index import find_members
+from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
+
+
+def index_tars(
+    tars: Sequence[Path],
+    *,
+    split: str,
+    labels: LabelSpace,
+    image: str | None = None,
+    label: str | None = None,
+    overwrite: bool = False,
+    workers: int = 1,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Manifest:
+    """Write index and manifest beside the tars, which stay as they are, and return the manifest.
+
+    Args:
+        tars: uncompressed, all in one folder; labels are 8-bit greyscale or palette PNGs of class indices.
+        split: the set's name.
+        labels: what labels may be.
+        image: what follows the key in an image's name; default: the first known one that is there.
+        label: the same for labels.
+        overwrite: replace a manifest of this name.
+        workers: processes that decode.
+        progress: wraps the samples, to show how far this is.
+
+    Raises:
+        ShardError: no tar, not in one folder, samples that are incomplete or can't be trained on (the first is named).
+    """
+    folders = {tar.parent.resolve() for tar in tars}
+    if len(folders) != 1:
+        raise ShardError(f"the tars lie in {len(folders)} folders; a set lies in one, with its manifest")
+    if len({tar.name for tar in tars}) != len(tars):
+        raise ShardError("a tar is named twice")
+    missing = next((tar for tar in tars if not tar.is_file()), None)
+    if missing is not None:
+        raise ShardError(f"there is no file {missing}")
+    final = tars[0].parent / f"{split}.json"
+    if final.exists() and not overwrite:
+        raise ShardError(f"{final} is there already; nothing was written (--overwrite replaces it)")
+    members = [find_members(tars[0], image=image, label=label)]
+    draft = final.with_name(f".{split}.draft.json")
+    nothing = np.zeros(len(labels.class_names), dtype=np.int64)
+    try:
+        # 1. A draft, by which samples can be read; 2. all of them decoded and counted; 3. the manifest.
+        write_manifest(tars, draft, split=split, labels=labels, class_pixels=nothing, members=members)
+        class_pixels = nothing.copy()
+        for seen in survey_set(load_manifest(draft), workers=workers, progress=progress):
+            if not isinstance(seen, Seen):
+                raise seen
+            class_pixels += seen.class_pixels
+        write_manifest(tars, final, split=split, labels=labels, class_pixels=class_pixels, members=members)
+    finally:
+        draft.unlink(missing_ok=True)
+        draft.with_suffix(".index.npy").unlink(missing_ok=True)
+    return load_manifest(final)

@@ -1,0 +1,133 @@
+"""A finished set looked at again: does it hold what its manifest says, and what does that look like?"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from dist_deeplab.data.decode import DecodeError, decode_image, decode_label
+from dist_deeplab.data.packing.labels import LabelSpace
+from dist_deeplab.data.packing.ordered_map import ordered_map
+from dist_deeplab.data.shards.manifest import Manifest, ShardError, keys_digest
+from dist_deeplab.data.shards.reader import ShardReader
+from dist_deeplab.data.voc import PALETTE
+from dist_deeplab.errors import UserError
+from dist_deeplab.files import sha256
+
+_TILE = 200  # longer side of a picture on the contact sheet, pixels
+_GAP = 6
+_CAPTION = 18  # height of the line under a picture
+_VOID_GREY = 224
+
+
+class Seen(NamedTuple):
+    """What one sample holds: its key, height and width, pixels of each class int64 [num_classes], void pixels."""
+
+    key: str
+    size: tuple[int, int]
+    class_pixels: np.ndarray
+    num_void: int
+
+
+def verify(
+    manifest: Manifest, *, workers: int = 1, progress: Callable[[Iterable[int]], Iterable[int]] = iter
+) -> Iterator[str]:
+    """Yield every problem of the set, one sentence each; nothing where it is sound.
+
+    Checked: each shard's and the index's SHA-256; each sample's checksums, headers, decodability, sizes, labels; the
+    manifest's numbers of samples and pixels and its digest of the keys.
+    """
+    if sha256(manifest.index_path) != manifest.index_sha256:
+        yield f"the index {manifest.index_path} does not have the SHA-256 of the manifest"
+    for number, shard in enumerate(manifest.shards):
+        if manifest.cache is None and sha256(manifest.path.with_name(shard.name)) != shard.sha256:
+            yield f"the shard {manifest.shard_name(number)} does not have the SHA-256 of the manifest"
+    keys = []
+    class_pixels = np.zeros(manifest.num_classes, dtype=np.int64)
+    for seen in survey_set(manifest, workers=workers, progress=progress):
+        if isinstance(seen, UserError):
+            yield str(seen)
+        else:
+            keys.append(seen.key)
+            class_pixels += seen.class_pixels
+    if len(keys) < manifest.num_samples:  # already named: the sums below can't be right
+        return
+    if keys_digest(keys) != manifest.keys_sha256:
+        yield f"the keys do not have the digest that {manifest.path} says"
+    if len(set(keys)) != len(keys):
+        yield f"{len(keys) - len(set(keys))} keys come more than once"
+    if tuple(class_pixels.tolist()) != manifest.class_pixels:
+        yield f"the pixels of the classes are not those that {manifest.path} says"
+
+
+def survey_set(
+    manifest: Manifest, *, workers: int = 1, progress: Callable[[Iterable[int]], Iterable[int]] = iter
+) -> Iterator["Seen | UserError"]:
+    """Yield what each sample holds, or what is wrong with it, in the order of the index."""
+    look = functools.partial(_look, ShardReader(manifest))
+    return ordered_map(look, progress(range(manifest.num_samples)), workers=workers)
+
+
+def _look(reader: ShardReader, index: int) -> "Seen | UserError":
+    try:
+        image, label, key = load_sample(reader, index)
+        labels = LabelSpace(reader.manifest.class_names, reader.manifest.ignore_label)
+        counts = labels.count(label, where=f"sample {key!r} in {reader.shard_name(index)}")
+        return Seen(key, (image.shape[0], image.shape[1]), counts, int((label == labels.ignore_label).sum()))
+    except UserError as error:
+        return error
+
+
+def load_sample(reader: ShardReader, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return image uint8 [H, W, 3], label uint8 [H, W] and key of a sample.
+
+    Raises:
+        ShardError: unreadable, undecodable, or of two sizes.
+    """
+    sample = reader.read(index)
+    where = f"sample {sample.key!r} in {reader.shard_name(index)}"
+    try:
+        image, label = decode_image(sample.image), decode_label(sample.label)
+    except DecodeError as error:
+        raise ShardError(f"{where}: {error}") from None
+    if image.shape[:2] != label.shape:
+        raise ShardError(f"{where}: image {image.shape[:2]} and label {label.shape} differ in size")
+    return image, label, sample.key
+
+
+def contact_sheet(manifest: Manifest, *, num_samples: int, columns: int = 3) -> np.ndarray:
+    """Return a picture, uint8 [H, W, 3] RGB, of samples spread over the set: image and coloured label side by side.
+
+    Void is light grey. Under each pair its key and the classes in it.
+    """
+    reader = ShardReader(manifest)
+    count = min(num_samples, manifest.num_samples)
+    cells = [_cell(*load_sample(reader, i * manifest.num_samples // count), manifest) for i in range(count)]
+    columns = min(columns, count)
+    height, width = (max(cell.shape[axis] for cell in cells) + _GAP for axis in (0, 1))
+    rows = -(-count // columns)
+    sheet = np.full((rows * height + _GAP, columns * width + _GAP, 3), 255, dtype=np.uint8)
+    for number, cell in enumerate(cells):
+        top, left = _GAP + number // columns * height, _GAP + number % columns * width
+        sheet[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
+    return sheet
+
+
+def _cell(image: np.ndarray, label: np.ndarray, key: str, manifest: Manifest) -> np.ndarray:
+    """Return image and label side by side with a caption, uint8 [h, w, 3]."""
+    scale = _TILE / max(image.shape[:2])
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    palette = PALETTE.copy()
+    palette[manifest.ignore_label] = _VOID_GREY
+    pair = [cv2.resize(image, size, interpolation=cv2.INTER_AREA), cv2.resize(palette[label], size, interpolation=0)]
+    cell = np.full((_TILE + _CAPTION, 2 * _TILE + _GAP // 2, 3), 255, dtype=np.uint8)
+    for number, picture in enumerate(pair):
+        left = number * (_TILE + _GAP // 2)
+        cell[: size[1], left : left + size[0]] = picture
+    there = [name for value, name in enumerate(manifest.class_names) if (label == value).any() and value != 0]
+    caption = f"{key}: {', '.join(there) or manifest.class_names[0]}"
+    ascii_caption = caption.encode("ascii", "replace").decode()[:64]
+    cv2.putText(cell, ascii_caption, (1, _TILE + 13), cv2.FONT_HERSHEY_SIMPLEX, 0.36, (0, 0, 0), 1, cv2.LINE_AA)
+    return cell

@@ -1,0 +1,220 @@
+"""Image and label files -> WebDataset shards with index and manifest.
+
+Everything is checked before it is written, and nothing carries its final name before it is complete: shards and
+index first, the manifest last. A killed run leaves a hidden folder that the next one removes, never half a set.
+The bytes depend on the samples and the size of a shard alone, not on the number of processes, the time or the machine.
+"""
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import webdataset
+
+from dist_deeplab.data.decode import DecodeError, decode_image, encode_label
+from dist_deeplab.data.packing.labels import LabelMap, LabelSpace, decode_mask
+from dist_deeplab.data.packing.ordered_map import ordered_map
+from dist_deeplab.data.packing.sources import SourceSample
+from dist_deeplab.data.shards.index import OURS, MemberNames, build_index
+from dist_deeplab.data.shards.manifest import Manifest, Shard, ShardError, keys_digest, load_manifest
+from dist_deeplab.files import fsync, sha256
+
+_MTIME = 0  # one fixed time for all members: the same input gives the same bytes; as a float it would need PAX headers
+
+DEFAULT_SAMPLES = 500  # of VOC: some 60 MB
+
+Progress = Callable[[Iterable[SourceSample]], Iterable[SourceSample]]
+
+
+class Packed(NamedTuple):
+    """A sample as it goes into a shard: {ending: bytes}, and its pixels of each class, int64 [num_classes]."""
+
+    key: str
+    members: dict[str, bytes]
+    class_pixels: np.ndarray
+
+
+def write_shards(
+    samples: Sequence[SourceSample],
+    out: Path,
+    *,
+    split: str,
+    labels: LabelSpace,
+    samples_per_shard: int = DEFAULT_SAMPLES,
+    max_shard_bytes: int | None = None,
+    label_map: LabelMap | None = None,
+    overwrite: bool = False,
+    workers: int = 1,
+    progress: Progress = iter,
+) -> Manifest:
+    """Check all samples, write them to `out`, and return the manifest.
+
+    Args:
+        samples: in the order in which they are written.
+        out: folder, made if missing.
+        split: the set's name.
+        labels: what masks may hold.
+        samples_per_shard: a shard is full at so many samples,
+        max_shard_bytes: or before its members would have more bytes than this.
+        label_map: for masks that hold other levels or colours.
+        overwrite: replace a set of this name.
+        workers: processes; they change nothing but the time.
+        progress: wraps the samples, to show how far this is.
+
+    Raises:
+        ShardError: no samples; one twice; a file missing, damaged or of a wrong kind; sizes of image and label that
+            differ; a label out of range; a set `split` that is there already and `overwrite` is false.
+    """
+    check_samples(samples, split=split)
+    final = out / f"{split}.json"
+    if final.exists() and not overwrite:
+        raise ShardError(f"{final} is there already; nothing was written (--overwrite replaces the set)")
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = out / f".{split}.unfinished"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        pack = functools.partial(pack_sample, labels=labels, label_map=label_map)
+        packed = ordered_map(pack, progress(samples), workers=workers)
+        class_pixels = _write_tars(
+            packed, scratch, split=split, samples_per_shard=samples_per_shard, max_bytes=max_shard_bytes
+        )
+        tars = sorted(scratch.glob("*.tar"))
+        write_manifest(tars, scratch / final.name, split=split, labels=labels, class_pixels=class_pixels)
+        _publish(scratch, final)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return load_manifest(final)
+
+
+def check_samples(samples: Sequence[SourceSample], *, split: str) -> None:
+    """Check keys and that all files are there, before any is read.
+
+    Raises:
+        ShardError: see `write_shards`.
+    """
+    if not samples:
+        raise ShardError(f"the split {split!r} names no samples; nothing was written")
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.key in seen:
+            raise ShardError(f"the sample {sample.key!r} is listed twice; keys must be unique")
+        if not sample.key or set(sample.key) & set("./ "):
+            raise ShardError(
+                f"the key {sample.key!r} holds a dot, slash or space, which ends a key in WebDataset; rename"
+            )
+        seen.add(sample.key)
+        for kind, path in (("image", sample.image), ("label", sample.label)):
+            if not path.is_file():
+                raise ShardError(f"the {kind} {path} of sample {sample.key!r} does not exist")
+
+
+def pack_sample(sample: SourceSample, *, labels: LabelSpace, label_map: LabelMap | None) -> Packed:
+    """Return a sample's members: a JPEG's or PNG's own bytes, other pictures as PNG; the label as 8-bit indices.
+
+    Raises:
+        ShardError: see `write_shards`.
+    """
+    content = sample.image.read_bytes()
+    try:
+        image = decode_image(content)
+    except DecodeError as error:
+        raise ShardError(f"{sample.image}: {error}") from None
+    try:
+        label = decode_mask(sample.label.read_bytes(), label_map)
+    except DecodeError as error:
+        raise ShardError(f"{sample.label}: {error}") from None
+    height, width = image.shape[:2]
+    if label.shape != (height, width):
+        turned = "; an EXIF orientation is not applied here: store the image upright" * (label.shape == (width, height))
+        raise ShardError(
+            f"sizes differ: {sample.image} is {width}x{height}, {sample.label} is {label.shape[1]}x{label.shape[0]}"
+            f"{turned}"
+        )
+    if content.startswith(b"\xff\xd8"):
+        image_member = {"jpg": content}
+    elif content.startswith(b"\x89PNG"):
+        image_member = {"rgb.png": content}
+    else:
+        image_member = {"rgb.png": cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()}
+    return Packed(sample.key, image_member | {"png": encode_label(label)}, labels.count(label, where=str(sample.label)))
+
+
+def _write_tars(
+    packed: Iterable[Packed], folder: Path, *, split: str, samples_per_shard: int, max_bytes: int | None
+) -> np.ndarray:
+    """Write the samples to `<split>-000000.tar ...` and return the pixels of each class, int64 [num_classes]."""
+    pattern = str(folder / split).replace("%", "%%") + "-%06d.tar"
+    class_pixels: np.ndarray = np.zeros(1, dtype=np.int64)
+    with webdataset.ShardWriter(pattern, maxcount=samples_per_shard, maxsize=2**62, mtime=_MTIME, verbose=0) as writer:
+        for sample in packed:
+            num_bytes = sum(map(len, sample.members.values()))
+            if max_bytes and writer.count and writer.size + num_bytes > max_bytes:
+                writer.next_stream()
+            writer.write({"__key__": sample.key, **sample.members})
+            class_pixels = class_pixels + sample.class_pixels
+    return class_pixels
+
+
+def write_manifest(
+    tars: Sequence[Path],
+    path: Path,
+    *,
+    split: str,
+    labels: LabelSpace,
+    class_pixels: np.ndarray,
+    members: Sequence[MemberNames] = OURS,
+) -> None:
+    """Write the manifest `path`, `<name>.json`, and before it `<name>.index.npy`, beside the tars.
+
+    Raises:
+        ShardError: see `build_index`; or the tars hold no samples.
+    """
+    index, keys = build_index(tars, members=members)
+    if not keys:
+        raise ShardError(f"there are no samples in {', '.join(map(str, tars[:3]))}")
+    index_path = path.with_suffix(".index.npy")
+    unfinished = index_path.with_name(f".{index_path.name}.unfinished.npy")
+    np.save(unfinished, index)
+    os.replace(unfinished, index_path)
+    manifest = Manifest(
+        split=split,
+        num_samples=len(keys),
+        num_classes=len(labels.class_names),
+        ignore_label=labels.ignore_label,
+        class_names=labels.class_names,
+        class_pixels=tuple(int(n) for n in class_pixels),
+        keys_sha256=keys_digest(keys),
+        index=index_path.name,
+        index_sha256=sha256(index_path),
+        shards=tuple(
+            Shard(tar.name, int(np.sum(index["shard"] == i)), tar.stat().st_size, sha256(tar))
+            for i, tar in enumerate(tars)
+        ),
+        path=path,
+    )
+    for file in (*tars, index_path):
+        fsync(file)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+    fsync(unfinished)
+    os.replace(unfinished, path)
+
+
+def _publish(scratch: Path, final: Path) -> None:
+    """Move the finished files beside `final`, the manifest last; remove the shards of a set that is replaced."""
+    final.unlink(missing_ok=True)  # 1. from here to 3. there is no set, rather than a mixed one
+    split = final.stem
+    for old in final.parent.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
+        old.unlink()
+    for file in sorted(scratch.iterdir()):  # 2.
+        if file.name != final.name:
+            os.replace(file, final.parent / file.name)
+    os.replace(scratch / final.name, final)  # 3.
+    fsync(final.parent)

@@ -1,0 +1,1 @@
+"""Reading shards: manifest, index, reader, cache of remote shards."""

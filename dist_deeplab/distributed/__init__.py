@@ -1,0 +1,1 @@
+"""Several processes as one: process group, rendezvous, DDP, watchdog, stop requests, the launcher's contract."""

@@ -1,0 +1,187 @@
+"""What can be wrong with a cluster, looked at from all ranks together. Every rank calls these functions."""
+
+import hashlib
+import os
+import platform
+import secrets
+import shutil
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from dist_deeplab.distributed.process_group import DistEnv, broadcast_from_main, gather_to_all
+from dist_deeplab.errors import UserError, first_line
+from dist_deeplab.files import fsync
+
+_LIBRARIES = ("torch", "numpy", "opencv-python-headless", "Pillow", "mlflow")
+_PACKAGE = Path(__file__).resolve().parent.parent
+_MIB = 2**20
+_ALL_REDUCE_BYTES = {"cuda": 256 * _MIB, "cpu": 32 * _MIB}  # ResNet-101's gradients are 176 MB
+_REPEATS = 5
+_FREE_BYTES = 10 * 2**30  # five checkpoints of ResNet-101 and the pictures, with room to spare
+_FILE_BYTES = 16 * _MIB
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table."""
+
+    what: str
+    verdict: Literal["ok", "warning", "FAILED"]
+    text: str
+
+
+def render(findings: list[Finding]) -> str:
+    """Return the table and a conclusion."""
+    width = max(len(finding.what) for finding in findings)
+    lines = [f"{finding.verdict:7}  {finding.what:{width}}  {finding.text}" for finding in findings]
+    counts = [sum(finding.verdict == verdict for finding in findings) for verdict in ("FAILED", "warning")]
+    return "\n".join([*lines, f"{counts[0]} failed, {counts[1]} warnings", ""])
+
+
+def on_all_ranks(what: str, look: Callable[[], str]) -> Finding:
+    """Compare what `look` returns on all ranks; an error of one rank, or a difference, fails."""
+    try:
+        own = f"={look()}"
+    except (UserError, OSError, RuntimeError) as error:
+        own = f"!{first_line(error)}"
+    answers = gather_to_all(own)
+    text = _by_answer([answer[1:] for answer in answers])
+    sound = len(set(answers)) == 1 and answers[0].startswith("=")
+    return Finding(what, "ok" if sound else "FAILED", text)
+
+
+def check_software(env: DistEnv) -> list[Finding]:
+    """Compare the code and the libraries of all ranks."""
+    found = []
+    for name in _LIBRARIES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} -")
+    hosts = gather_to_all(socket.gethostname())
+    per_host = sorted({(host, hosts.count(host)) for host in hosts})
+    ranks = f"{env.world_size} ranks by {env.launcher}: " + ", ".join(f"{n} on {host}" for host, n in per_host)
+    uneven = len({n for _, n in per_host}) > 1
+    return [
+        Finding("ranks", "warning" if uneven else "ok", ranks),
+        on_all_ranks("code", lambda: f"dist_deeplab {code_digest()[:12]}"),
+        on_all_ranks("libraries", lambda: f"Python {platform.python_version()}, {', '.join(found)}"),
+    ]
+
+
+def code_digest() -> str:
+    """Return a SHA-256 of the package's source files and their names."""
+    digest = hashlib.sha256()
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(f"{file.relative_to(_PACKAGE)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def check_devices(env: DistEnv) -> list[Finding]:
+    """Name the devices and multiply two matrices on each."""
+
+    def look() -> str:
+        device = env.device
+        matrix = torch.eye(256, device=device)
+        if not torch.equal(matrix @ matrix, matrix):
+            raise RuntimeError(f"{device} on {socket.gethostname()} multiplies wrongly")
+        if device.type == "cpu":
+            return f"CPU, {torch.get_num_threads()} threads a rank"
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+
+    return [on_all_ranks("devices", look)]
+
+
+def check_network(env: DistEnv) -> list[Finding]:
+    """Measure the all-reduce that gradients will go through, and compare its result with what it must be."""
+    if env.world_size == 1:
+        return [Finding("all-reduce", "ok", "a single process: nothing to measure")]
+    tensor = torch.empty(_ALL_REDUCE_BYTES[env.device.type] // 4, device=env.device)
+    seconds = []
+    for _ in range(_REPEATS + 1):  # the first one opens connections
+        tensor.fill_(float(env.rank))
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(tensor)
+        is_right = bool((tensor == sum(range(env.world_size))).all())  # waits for the device, too
+        seconds.append(time.perf_counter() - started)
+    slowest = max(gather_to_all(min(seconds[1:])))
+    # A ring sends and receives 2 (n - 1) / n of the data through each rank's link.
+    size = tensor.numel() * 4
+    bus = size * 2 * (env.world_size - 1) / env.world_size / slowest
+    text = f"{size / _MIB:.0f} MiB in {1000 * slowest:.1f} ms: {bus / 1e9:.2f} GB/s through each rank"
+    right = all(gather_to_all(is_right))
+    backend = "NCCL" if env.device.type == "cuda" else "gloo"
+    return [Finding(f"all-reduce ({backend})", "ok" if right else "FAILED", text if right else "wrong sums; " + text)]
+
+
+def check_disk(env: DistEnv, folder: Path) -> list[Finding]:
+    """Try what checkpoints need of the disk, and whether all ranks see the same files."""
+    trial = broadcast_from_main(str(folder / f".doctor-{secrets.token_hex(4)}"))
+    path = Path(trial)
+    written = broadcast_from_main(_write_trial(path) if env.is_main else "")
+    findings = [Finding("writing", "FAILED" if written.startswith("!") else "ok", f"{folder}: {written.lstrip('!')}")]
+    if not written.startswith("!"):
+        token = broadcast_from_main((path / "token").read_text(encoding="utf-8") if env.is_main else "")
+        findings.append(on_all_ranks("shared disk", lambda: _read_trial(path, token)))
+        free = shutil.disk_usage(path).free if env.is_main else 0
+        free = broadcast_from_main(free)
+        enough = "ok" if free >= _FREE_BYTES else "warning"
+        findings.append(Finding("free space", enough, f"{free / 2**30:.1f} GiB in {folder}"))  # type: ignore[arg-type]
+    dist.barrier() if env.world_size > 1 else None
+    if env.is_main:
+        shutil.rmtree(path, ignore_errors=True)
+    return findings
+
+
+def _write_trial(path: Path) -> str:
+    """Return how fast a file is on disk, or ! and the problem."""
+    try:
+        path.mkdir(parents=True)
+        started = time.perf_counter()
+        (path / "file.tmp").write_bytes(os.urandom(_FILE_BYTES))
+        fsync(path / "file.tmp")
+        os.replace(path / "file.tmp", path / "file")
+        fsync(path)
+        seconds = time.perf_counter() - started
+        (path / "token").write_text(secrets.token_hex(16), encoding="utf-8")
+    except OSError as error:
+        return f"!{first_line(error)}; choose another output_dir"
+    return f"write, fsync and rename of {_FILE_BYTES / _MIB:.0f} MiB at {_FILE_BYTES / 1e6 / seconds:.0f} MB/s"
+
+
+def _read_trial(path: Path, token: str) -> str:
+    """Return that this host sees what the main rank's wrote.
+
+    Raises:
+        UserError: it does not.
+    """
+    file = path / "token"
+    deadline = time.monotonic() + 10  # NFS caches the absence of a file for some seconds
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if not file.exists():
+        raise UserError(f"{socket.gethostname()} does not see what the main rank wrote to {path.parent}")
+    if file.read_text(encoding="utf-8") != token:
+        raise UserError(f"{socket.gethostname()} reads other content in {path.parent} than the main rank wrote")
+    return f"all ranks see the same files in {path.parent}"
+
+
+def _by_answer(answers: list[str]) -> str:
+    """Return the answer, or each with the ranks that gave it."""
+    ranks = defaultdict(list)
+    for rank, answer in enumerate(answers):
+        ranks[answer].append(rank)
+    if len(ranks) == 1:
+        return answers[0]
+    return "; ".join(f"rank {', '.join(map(str, who))}: {answer}" for answer, who in ranks.items())

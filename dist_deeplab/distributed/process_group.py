@@ -1,0 +1,286 @@
+"""Who this process is among the ranks, the process group's lifetime, and the few collectives used.
+
+Only `distributed/` knows what the main rank is; everything else makes the same calls on every rank.
+"""
+
+import contextlib
+import datetime
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dist_deeplab.distributed.launcher import tell_launcher
+from dist_deeplab.distributed.rendezvous import meet
+from dist_deeplab.errors import UserError, first_line
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_GRACE_S = 3.0  # how long other ranks leave the main rank to report an error that all of them have
+_ECHO_GRACE_S = 5.0
+_STARTUP_TIMEOUT_S = 600.0
+_HANG_TIMEOUT_S = 1800.0  # covers the main rank drawing figures or saving to a slow disk while others wait
+_LATER_S = 60.0  # collectives give up so much later than the watchdog, which has more to say
+_SLURM_PORTS = (20000, 12000)  # first port and how many: below the ephemeral ones (32768 and up)
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DistEnv:
+    """This process among the ranks."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    launcher: str = "single process"
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "DistEnv":
+        """Read torchrun's variables, else those of a Slurm step with several tasks, else be the only process.
+
+        Raises:
+            UserError: some of torchrun's variables are set and others are not, or are no numbers.
+        """
+        present = [name for name in _TORCHRUN[:3] if name in environ]
+        if present:
+            missing = [name for name in _TORCHRUN if name not in environ]
+            if missing:
+                raise UserError(
+                    f"the environment has {', '.join(present)} but not {', '.join(missing)}; start with torchrun, "
+                    "or unset them to run as a single process"
+                )
+            rank, world_size, local_rank = (_integer(environ, name) for name in _TORCHRUN[:3])
+            if not 0 <= rank < world_size:
+                raise UserError(f"RANK={rank} is not in 0..{world_size - 1} (WORLD_SIZE={world_size}); use torchrun")
+            return cls(rank, local_rank, world_size, "torchrun")
+        if "SLURM_PROCID" in environ and _integer(environ, "SLURM_STEP_NUM_TASKS", default=1) > 1:
+            return cls(
+                _integer(environ, "SLURM_PROCID"),
+                _integer(environ, "SLURM_LOCALID"),
+                _integer(environ, "SLURM_STEP_NUM_TASKS"),
+                "slurm",
+            )
+        return cls()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.rank == 0
+
+    def on_main(self, function: Callable[..., T], *arguments: object) -> T | None:
+        """The result of `function(*arguments)` on the main rank, None on the others: for printing and writing files."""
+        return function(*arguments) if self.is_main else None
+
+    def on_each_node(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call `function(*arguments)` on one rank of each node."""
+        if self.local_rank == 0:
+            function(*arguments)
+
+    @property
+    def device(self) -> torch.device:
+        """The rank's GPU, or the CPU where there is none.
+
+        Raises:
+            UserError: more ranks on this node than GPUs.
+        """
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {self.local_rank} has no GPU: {torch.cuda.device_count()} here; start as many processes "
+                "a node as it has GPUs"
+            )
+        return torch.device("cuda", self.local_rank)
+
+
+def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise UserError(f"the environment variable {name} is {text!r}, not a number") from None
+
+
+@contextlib.contextmanager
+def process_group(
+    env: DistEnv, *, startup_timeout_s: float = _STARTUP_TIMEOUT_S, hang_timeout_s: float = _HANG_TIMEOUT_S
+) -> Iterator[dist.Store | None]:
+    """Hold the default process group open: gloo for CPU tensors, NCCL for CUDA tensors. Nothing at world size 1.
+
+    Yields:
+        The store that all ranks share, None at world size 1.
+
+    Args:
+        env: this rank.
+        startup_timeout_s: how long to wait for the other ranks.
+        hang_timeout_s: how long a collective may take.
+
+    Raises:
+        UserError: more ranks on this node than GPUs; ranks that did not come.
+    """
+    device = env.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if env.world_size == 1:
+        yield None
+        return
+    if env.launcher == "slurm":
+        _set_slurm_rendezvous()
+    store = meet(env.rank, env.world_size, timeout_s=startup_timeout_s)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("process_group", store),
+        rank=env.rank,
+        world_size=env.world_size,
+        timeout=datetime.timedelta(seconds=hang_timeout_s + _LATER_S),
+    )
+    try:
+        yield store
+    finally:
+        gc.collect()  # DDP sits in reference cycles and holds the group: use it in a function that has returned by now
+        dist.destroy_process_group()
+
+
+def _set_slurm_rendezvous() -> None:
+    """Derive MASTER_ADDR and MASTER_PORT, where they are not set, from the job: first host, port from its id.
+
+    Raises:
+        UserError: scontrol can't tell the hosts.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ.get("SLURM_STEP_NODELIST", "")
+        command = ["scontrol", "show", "hostnames", nodes]
+        try:
+            hosts = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+            os.environ["MASTER_ADDR"] = hosts[0]
+        except (OSError, subprocess.SubprocessError, IndexError) as error:
+            said = getattr(error, "stderr", "") or str(error)
+            raise UserError(
+                f"`{' '.join(command)}` does not name the job's first node ({first_line(OSError(said))}); set "
+                "MASTER_ADDR to it"
+            ) from None
+    first, count = _SLURM_PORTS
+    os.environ.setdefault("MASTER_PORT", str(first + int(os.environ["SLURM_JOB_ID"]) % count))
+
+
+def launched_s_ago() -> float:
+    """Return the age in seconds of what started the run: torchrun, whose restarts do not reset it, or this process."""
+    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # proc(5): field 22, in ticks since boot
+        return max(0.0, float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - started)
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def refuse_restart() -> None:
+    """Keep torchrun's --max-restarts from starting again what would only stop or fail again.
+
+    Whatever the exit code, torchrun takes it for a failure to be tried again; a SIGTERM ends it instead.
+    """
+    left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    )
+    if left > 0 and _is_torchrun(os.getppid()):
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _is_torchrun(pid: int) -> bool:
+    """Return whether a process is torchrun, and not one that merely has its variables from further up."""
+    try:
+        return b"torch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process with `exit_code`, without the interpreter's own ending; for a command's last line.
+
+    Once DDP was used, torch (2.13) keeps gloo's threads running after the group is destroyed. One of them that lets go
+    of a tensor while the interpreter ends aborts the process ("terminate called without an active exception",
+    SIGABRT), and a launcher takes a finished run for a failed one.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def exit_with_error(env: DistEnv, error: UserError) -> int:
+    """Print the error once for all ranks that have it, and return its exit code.
+
+    The main rank speaks at once. Another one first leaves it time to do so (the launcher then ends this process), and
+    speaks only if the mistake turns out to be its own, e.g. data missing on its node.
+    """
+    if not env.is_main:
+        time.sleep(_GRACE_S)
+    where = "" if env.is_main else f" (rank {env.rank})"
+    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    tell_launcher("refused")
+    refuse_restart()
+    return error.exit_code
+
+
+def exit_with_crash(env: DistEnv, error: Exception) -> int:
+    """Log an unexpected error with its traceback, to the rank's log file too, and return exit code 1.
+
+    A broken connection is mostly the echo of another rank's error: that one gets time to speak, and the launcher to
+    end this process.
+    """
+    if env.world_size > 1 and isinstance(error, RuntimeError):
+        time.sleep(_ECHO_GRACE_S)
+    log.error("rank %d failed", env.rank, exc_info=error)
+    return 1
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size() -> int:
+    """Return the number of ranks in the process group, 1 without one."""
+    return dist.get_world_size() if _active() else 1
+
+
+def ranks_on_host(environ: Mapping[str, str] = os.environ) -> int:
+    """Return how many ranks share this host's cores: torchrun says it; srun gives each task cores of its own."""
+    return _integer(environ, "LOCAL_WORLD_SIZE", default=1)
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Add `tensor` up over all ranks, in place, and return it."""
+    if _active():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_from_main(value: T) -> T:
+    """Return the main rank's picklable `value` on every rank."""
+    if not _active():
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_to_all(value: T) -> list[T]:
+    """Return every rank's picklable `value`, in rank order."""
+    if not _active():
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box

@@ -1,0 +1,69 @@
+"""LevelDB's table format, in which TensorFlow keeps checkpoints (V1) or their index (V2): keys in order, and values.
+
+Written from the description in LevelDB's doc/table_format.md. Only what TensorFlow writes is read: no compression.
+"""
+
+from collections.abc import Iterator
+
+from dist_deeplab.model.weights.formats.crc32c import masked_crc32c
+from dist_deeplab.model.weights.formats.protobuf import read_varint
+from dist_deeplab.model.weights.variant import Damaged
+
+MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")  # the file's last bytes
+_FOOTER_BYTES = 48
+_TRAILER_BYTES = 5  # of a block: compression, checksum
+_MAX_KEY_BYTES = 4096
+
+
+def read_table(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+    """Yield a table's keys and values, in its order.
+
+    Raises:
+        Damaged: not a table, or not as it was written: each block has a checksum.
+    """
+    if len(data) < _FOOTER_BYTES or data[-8:] != MAGIC:
+        raise Damaged("it does not end as a TensorFlow table does")
+    footer = data[-_FOOTER_BYTES:-8]
+    _, position = _read_handle(footer, 0)  # of the block of meta blocks, which nobody writes
+    index, _ = _read_handle(footer, position)
+    covered = 0
+    for _, handle in _read_block(data, index):
+        block, _ = _read_handle(handle, 0)
+        covered += block[1] + _TRAILER_BYTES
+        if covered > len(data):
+            raise Damaged("its blocks overlap")
+        yield from _read_block(data, block)
+
+
+def _read_handle(data: memoryview, position: int) -> tuple[tuple[int, int], int]:
+    """Return a block's offset and length, and the position behind them."""
+    offset, position = read_varint(data, position)
+    length, position = read_varint(data, position)
+    return (offset, length), position
+
+
+def _read_block(data: memoryview, handle: tuple[int, int]) -> Iterator[tuple[bytes, memoryview]]:
+    """Yield a block's keys and values. A key states how much it shares with the one before."""
+    offset, length = handle
+    if offset + length + _TRAILER_BYTES > len(data) or length < 4:
+        raise Damaged("a block lies outside of it")
+    whole = data[offset : offset + length + 1]
+    if int.from_bytes(data[offset + length + 1 : offset + length + _TRAILER_BYTES], "little") != masked_crc32c(whole):
+        raise Damaged("the checksum of a block is wrong")
+    if whole[-1] != 0:
+        raise Damaged(f"a block is compressed (kind {whole[-1]}), which TensorFlow's checkpoints are not")
+    num_restarts = int.from_bytes(whole[length - 4 : length], "little")
+    end = length - 4 - 4 * num_restarts
+    if end < 0:
+        raise Damaged("a block has more restarts than room")
+    position, key = 0, b""
+    while position < end:
+        shared, position = read_varint(whole, position)
+        rest, position = read_varint(whole, position)
+        size, position = read_varint(whole, position)
+        if shared > len(key) or shared + rest > _MAX_KEY_BYTES or rest + size > end - position:
+            raise Damaged("an entry of a block lies outside of it")
+        key = key[:shared] + bytes(whole[position : position + rest])
+        position += rest
+        yield key, whole[position : position + size]
+        position += size

@@ -1,0 +1,220 @@
+"""Send a run's journal to MLflow: while the run is going on, or afterwards.
+
+    python -m dist_deeplab.tracking.mlflow.uploader RUN_DIR [--uri URI] [--follow PID | --once]
+
+Reads RUN_DIR/metrics.jsonl from where it stopped last time (kept in RUN_DIR/mlflow.json) and sends points with the
+journal's own times, so that sending one twice changes nothing. With --follow it goes on until the journal ends the run
+or process PID is gone. When the server can't be reached it waits and tries again; the journal is the queue.
+
+Training starts one for each run; tools/sync_mlflow.py does the same for many runs that could not be sent.
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dist_deeplab.tracking.journal import JOURNAL, read_records
+from dist_deeplab.tracking.mlflow.run import MirrorState, MlflowRun
+from dist_deeplab.tracking.mlflow.store import explain
+from dist_deeplab.tracking.provenance import redact
+from dist_deeplab.tracking.run_files import RUN_FILE
+from dist_deeplab.tracking.system_metrics import FOLDER as SYSTEM_FOLDER
+
+log = logging.getLogger("mlflow_mirror")
+
+Record = dict[str, Any]
+_POLL_S = 1.0
+_RETRY_S = (2.0, 5.0, 15.0, 30.0)  # waits after one, two, three, and more failures in a row
+_GIVE_UP_S = 600.0  # after the run has ended; what is left stays in the journal
+_BATCH = 500  # MLflow takes at most 1000 metrics a call
+_MODEL_TIMEOUT_S = 3600.0
+
+
+class Mirror:
+    """One run's way from journal to MLflow."""
+
+    def __init__(self, run_dir: Path, *, uri: str = "") -> None:
+        self.run_dir = run_dir
+        self.info = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+        self.uri = redact(uri) or self.info["tracking"]["uri"]
+        self.state = MirrorState(run_dir, self.uri)
+        self.run: MlflowRun | None = None
+        self._last_time: float | None = None
+
+    def connect(self) -> MlflowRun:
+        """Open the store, and the run: a new one, or the one that this folder has had from the start."""
+        if self.run is None:
+            run = MlflowRun(self.run_dir, self.info, self.state, self.uri)
+            first = next((record for record, _ in read_records(self.run_dir / JOURNAL) if "time" in record), {})
+            run.open(first.get("time"))
+            self.run = run
+        return self.run
+
+    def send_new(self) -> str | None:
+        """Send what the journal holds beyond the last call; return the status once the journal ends the run."""
+        run = self.connect()
+        for path in sorted((self.run_dir / SYSTEM_FOLDER).glob("*.jsonl")):
+            for batch, end in _batches(read_records(path, self.state["sent_system"].get(path.name, 0))):
+                run.send(batch)
+                self.state.save(sent_system={**self.state["sent_system"], path.name: end})
+        for batch, end in _batches(read_records(self.run_dir / JOURNAL, self.state["sent_bytes"])):
+            run.send(batch)
+            self.state.save(sent_bytes=end)
+            self._last_time = max((r["time"] for r in batch if _tells_the_end(r)), default=self._last_time)
+            ending = [r["status"] for r in batch if r.get("status", "RUNNING") != "RUNNING" and self._is_current(r)]
+            if ending:
+                self.state.save(status=ending[-1])
+                return str(ending[-1])
+        return None
+
+    def finish(self, status: str) -> None:
+        """Set the run's final status, and log its model where the run wants that."""
+        run = self.connect()
+        if self._last_time is None:  # nothing new but, perhaps, late results
+            records = (record for record, _ in read_records(self.run_dir / JOURNAL))
+            self._last_time = max((r["time"] for r in records if _tells_the_end(r)), default=None)
+        run.finish(status, self._last_time)
+        if status == "FINISHED" and self.info.get("model_command"):
+            self._log_model(self.info["model_command"])
+
+    def _log_model(self, arguments: list[str]) -> None:
+        """Log the best checkpoint as a model, unless that was done: by a process of its own, since it imports torch."""
+        self.state.load()
+        if self.state["model"]:
+            return
+        command = [sys.executable, *arguments, str(self.run_dir), "--uri", self.uri]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_MODEL_TIMEOUT_S)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise RuntimeError(f"the model could not be logged: {reason[-300:]}")
+        self.state.load()
+
+    def note_failure(self, error: Exception) -> None:
+        """Count a refusal of the store, for the run to see; a full disk here is no reason to stop."""
+        self.run = None
+        try:
+            self.state.save(failed_sends=self.state["failed_sends"] + 1, error=explain(error))
+        except OSError as disk:
+            log.warning("cannot write to %s: %s", self.run_dir, disk)
+
+    def note_success(self) -> None:
+        """Forget the last refusal."""
+        if self.state["error"]:
+            self.state.save(error="")
+
+    def _is_current(self, record: Record) -> bool:
+        return bool(record["attempt"] == self.info["attempt"])
+
+
+def mirror_until_done(mirror: Mirror, *, is_running: Callable[[], bool], give_up_s: float = _GIVE_UP_S) -> bool:
+    """Send until the journal ends the run, or the run's process is gone; return whether all was sent.
+
+    Once the run has ended, a store that takes nothing is given up after `give_up_s`.
+    """
+    failures = 0
+    ended_at: float | None = None
+    while True:
+        alive = is_running()  # asked before reading, so that nothing written before its death is missed
+        try:
+            status = mirror.send_new()
+            status = status or mirror.state["status"] or (None if alive else "FAILED")
+            if failures:
+                log.warning("MLflow takes points again")
+            failures = 0
+            if status is not None:
+                mirror.finish(status)
+            mirror.note_success()
+            if status is not None:
+                return True
+        except Exception as error:  # whatever MLflow, its database or the network may raise
+            failures += 1
+            mirror.note_failure(error)
+            if failures == 1:
+                log.warning("MLflow does not take points (%s); trying again, nothing is lost", explain(error))
+            if not alive:
+                ended_at = ended_at or time.monotonic()
+                if time.monotonic() - ended_at >= give_up_s:
+                    log.warning("giving up; tools/sync_mlflow.py %s sends the rest", mirror.run_dir)
+                    return False
+        time.sleep(_RETRY_S[min(failures, len(_RETRY_S)) - 1] if failures else _POLL_S)
+
+
+def _tells_the_end(record: Record) -> bool:
+    """Return whether the run went on at the record's time: late results, of an evaluation, say nothing of its end."""
+    return "time" in record and not record.get("late")
+
+
+def _batches(records: Iterator[tuple[Record, int]]) -> Iterator[tuple[list[Record], int]]:
+    batch: list[Record] = []
+    end = 0
+    for record, end in records:
+        batch.append(record)
+        if len(batch) == _BATCH:
+            yield batch, end
+            batch = []
+    if batch:
+        yield batch, end
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
+
+
+def _process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return os.getppid() == pid
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m dist_deeplab.tracking.mlflow.uploader", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--uri", default="", help="MLflow store, where not the one that the run was started with")
+    parser.add_argument("--once", action="store_true", help="do not wait: neither for the store nor for another mirror")
+    parser.add_argument("--follow", type=int, metavar="PID", help="process that writes the journal")
+    arguments = parser.parse_args()
+    if not (arguments.run_dir / RUN_FILE).is_file():
+        parser.error(f"{arguments.run_dir} is no run's folder: it has no {RUN_FILE}")
+    if arguments.uri:
+        os.environ["MLFLOW_TRACKING_URI"] = arguments.uri  # with its password; the folder gets it without
+    if Mirror(arguments.run_dir, uri=arguments.uri).uri == "none":
+        parser.error(f"{arguments.run_dir} was run with tracking.uri=none; say where to send it with --uri")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_without_secrets)
+    os.nice(10)  # training goes first
+    pid = arguments.follow
+    if pid is not None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm warns all processes of a step; this one outlives the run
+    lock = FileLock(arguments.run_dir / "mlflow.lock")
+    try:
+        # The mirror of an attempt that was killed may still be sending; it ends as soon as it is done.
+        with lock.acquire(timeout=0 if arguments.once else _GIVE_UP_S):
+            done = mirror_until_done(
+                Mirror(arguments.run_dir, uri=arguments.uri),
+                is_running=lambda: pid is not None and _process_exists(pid),
+                give_up_s=0.0 if arguments.once else _GIVE_UP_S,
+            )
+    except Timeout:
+        log.warning("another process is sending %s just now", arguments.run_dir)
+        return 1
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,48 @@
+"""Each rank's seconds are shared, kept, and the slowest one is named."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_deeplab.distributed import rank_times
+from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.distributed.rank_times import RankTimes
+
+OWN = {"time/step_s": 1.0, "time/data_s": 0.1, "time/wait_s": 0.6}
+
+
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks 1 (which waits for data and makes the others wait) and 2."""
+    rows = torch.tensor([[0.0, 0.0, 0.0], [0.8, 0.2, 0.0], [0.1, 0.3, 0.6]], dtype=torch.float64)
+    monkeypatch.setattr(rank_times, "all_reduce_sum", lambda table: table + rows)
+
+
+def test_the_largest_of_each_are_metrics_and_all_of_them_are_kept(others: None, tmp_path: Path) -> None:
+    values = RankTimes(DistEnv(0, 0, 3, "slurm"), tmp_path).record(20, OWN)
+    assert values == pytest.approx({"time/data_max_s": 0.8, "time/compute_max_s": 0.3, "time/wait_max_s": 0.6})
+    (line,) = (tmp_path / rank_times.FILE).read_text().splitlines()
+    expected = {"step": 20, "data_s": [0.1, 0.8, 0.1], "compute_s": [0.3, 0.2, 0.3], "wait_s": [0.6, 0.0, 0.6]}
+    assert json.loads(line) == expected
+
+
+def test_a_rank_that_makes_the_others_wait_is_named(
+    others: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
+    RankTimes(DistEnv(0, 0, 3, "slurm"), tmp_path).record(20, OWN)
+    assert (
+        "rank 1 is the slowest: 0.800 s for data and 0.200 s of work a step, the median rank needs 0.400" in caplog.text
+    )
+
+
+def test_another_rank_writes_nothing(others: None, tmp_path: Path) -> None:
+    RankTimes(DistEnv(2, 2, 3, "slurm"), tmp_path / "absent").record(20, OWN)
+
+
+def test_a_single_process_has_nobody_to_compare_with(tmp_path: Path) -> None:
+    assert RankTimes(DistEnv(), tmp_path).record(20, OWN) == {}
+    assert not list(tmp_path.iterdir())

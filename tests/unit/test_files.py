@@ -1,0 +1,41 @@
+"""What can't be written is refused in one sentence, and nothing is written yet."""
+
+from pathlib import Path
+
+import pytest
+
+from dist_deeplab.errors import UserError
+from dist_deeplab.files import prepare_file, prepare_folder
+
+
+def test_a_folder_is_made_with_those_above_it_and_may_be_there_already(tmp_path: Path) -> None:
+    for _ in range(2):
+        prepare_folder(tmp_path / "a" / "b", remedy="?")
+        assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_the_folder_of_a_file_is_made_but_no_file(tmp_path: Path) -> None:
+    prepare_file(tmp_path / "a" / "scores.json", remedy="?")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [("taken", "it is a file"), ("taken/below", "Not a directory"), ("n" * 300, "File name too long")],
+)
+def test_a_folder_that_cannot_be_is_refused_with_the_remedy(tmp_path: Path, place: str, problem: str) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError) as caught:
+        prepare_folder(tmp_path / place, remedy="choose another --out")
+    assert str(caught.value) == f"cannot write to the folder {tmp_path / place}: {problem}; choose another --out"
+
+
+def test_a_folder_without_the_right_to_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write nearly anywhere
+    with pytest.raises(UserError, match="it may not be written to; choose another --out"):
+        prepare_folder(tmp_path, remedy="choose another --out")
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"cannot write the file {tmp_path}: it is a folder; choose another --json"):
+        prepare_file(tmp_path, remedy="choose another --json")
