@@ -6,15 +6,13 @@ notices a truncated file but not a flipped byte) and is written last.
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from dist_deeplab.errors import UserError, first_line
-from dist_deeplab.files import fsync, sha256
+from dist_deeplab.files import replace_file, replace_text, sha256, sidecar_digests
 
 FORMAT = "dist_deeplab.checkpoint/1"
 
@@ -73,7 +71,7 @@ def write_tensors(path: Path, content: dict[str, Any]) -> str:
             raise OSError(f"cannot write {path}: what was read back is not what was written")
         return hashed.digest.hexdigest()
 
-    return _write(path, fill)
+    return replace_file(path, fill)
 
 
 def write_sidecar(path: Path, *, step: int, digests: list[str], size_bytes: int | None = None) -> None:
@@ -81,21 +79,7 @@ def write_sidecar(path: Path, *, step: int, digests: list[str], size_bytes: int 
     size = path.stat().st_size if size_bytes is None else size_bytes
     values = {"format": FORMAT, "step": step, "sha256": digests[0], "size_bytes": size}
     text = json.dumps(values | ({"replaces": digests[1:]} if digests[1:] else {}))
-    _write(path.with_suffix(".json"), lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
-
-
-def sidecar_digests(path: Path) -> list[str]:
-    """Return the digests that a checkpoint may have, the newest first; none where the sidecar can't be read."""
-    try:
-        values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return [values["sha256"], *values.get("replaces", [])]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
-
-
-def temporary_name(path: Path) -> Path:
-    """Return where a file lies while it is being written."""
-    return path.with_name(f".{path.name}.tmp")
+    replace_text(path.with_suffix(".json"), text + "\n")
 
 
 class _HashedFile:
@@ -120,17 +104,3 @@ class _HashedFile:
 
     def flush(self) -> None:
         """Nothing is buffered."""
-
-
-def _write(path: Path, fill: Callable[[Path], Any]) -> Any:
-    """Fill a temporary file, sync it to disk, rename it to `path`, and return what `fill` returned."""
-    temporary = temporary_name(path)
-    try:
-        result = fill(temporary)
-        fsync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync(path.parent)
-    return result

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_deeplab.checkpointing.file import sidecar_digests, temporary_name, verify, write_sidecar, write_tensors
+from dist_deeplab.checkpointing.file import verify, write_sidecar, write_tensors
 from dist_deeplab.checkpointing.snapshot import Snapshot
 from dist_deeplab.distributed.process_group import broadcast_from_main
 from dist_deeplab.errors import TrainingError, UserError
-from dist_deeplab.files import fsync
+from dist_deeplab.files import replace_file, sidecar_digests
 
 BEST = "best"
 _STEP_NAME = re.compile(r"step_(\d{8})")
@@ -139,16 +139,16 @@ class CheckpointFolder:
     def _link_best(self, path: Path, *, step: int, digest: str) -> None:
         """Make `best.pt` a second name of the file just written: no copy of hundreds of megabytes."""
         best = self.path / f"{BEST}.pt"
-        temporary = temporary_name(best)
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(path, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, temporary)
+
+        def link(temporary: Path) -> None:
+            try:
+                os.link(path, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, temporary)
+
         # The sidecar goes first and names old and new file: killed between the two renames, best.pt still verifies.
         write_sidecar(best, step=step, digests=[digest, *sidecar_digests(best)[:2]], size_bytes=path.stat().st_size)
-        os.replace(temporary, best)
-        fsync(self.path)
+        replace_file(best, link)
 
     def _set_later_aside(self, step: int) -> None:
         """Rename checkpoints of later steps: they were passed over, and must neither be found nor count as kept."""

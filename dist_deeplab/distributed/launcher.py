@@ -4,7 +4,7 @@ import logging
 import os
 from pathlib import Path
 
-from dist_deeplab.files import fsync
+from dist_deeplab.files import replace_text
 
 VARIABLE = "DIST_DEEPLAB_OUTCOME"
 
@@ -22,11 +22,7 @@ def tell_launcher(status: str, *, first_step: int = 0, last_step: int = 0) -> No
     name = os.environ.get(VARIABLE)
     if not name:
         return
-    path = Path(name)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(f"{status} {first_step} {last_step}\n", encoding="utf-8")
-        fsync(temporary)
-        os.replace(temporary, path)
+        replace_text(Path(name), f"{status} {first_step} {last_step}\n")
     except OSError as error:  # no reason to end a run
         log.warning("the launcher can't be told that the run is %s: %s", status, error)

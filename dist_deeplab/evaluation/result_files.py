@@ -1,10 +1,9 @@
 """The files of predictions: which there are, which exist already, and how they are written."""
 
-import os
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -13,6 +12,7 @@ from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import drawing
 from dist_deeplab.evaluation.images import Source
 from dist_deeplab.evaluation.prediction import Prediction
+from dist_deeplab.files import replace_file
 
 EXTRAS = {"overlay": ".jpg", "side_by_side": ".jpg", "probabilities": ".npz"}
 """What there can be beside the mask: the folder's name, and the files' suffix."""
@@ -55,12 +55,9 @@ class ResultFiles:
         pred = done.prob.argmax(0).astype(np.uint8)
         for kind, file in self.of(done.source).items():
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.tmp")
-            with temporary.open("wb") as target:
-                self._fill(target, kind, done, pred)
-            os.replace(temporary, file)
+            replace_file(file, functools.partial(self._fill, kind=kind, done=done, pred=pred), durable=False)
 
-    def _fill(self, target: IO[bytes], kind: str, done: Prediction, pred: np.ndarray) -> None:
+    def _fill(self, target: Path, *, kind: str, done: Prediction, pred: np.ndarray) -> None:
         if kind == "mask":
             drawing.palette_image(pred).save(target, format="PNG")
         elif kind == "overlay":
@@ -70,4 +67,5 @@ class ResultFiles:
             shot = drawing.side_by_side(done.image, pred, self.class_names)
             shot.save(target, format="JPEG", quality=_JPEG_QUALITY)
         else:
-            np.savez_compressed(target, prob=done.prob.astype(np.float16), class_names=np.array(self.class_names))
+            with target.open("wb") as file:  # a path without .npz would get one
+                np.savez_compressed(file, prob=done.prob.astype(np.float16), class_names=np.array(self.class_names))

@@ -1,11 +1,11 @@
 """The two small files that tell what a run's folder is: `run.json`, and `mlflow.json` about its copy in MLflow."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_deeplab.files import replace_text
 from dist_deeplab.tracking.provenance import redact_all, slurm_job
 
 RUN_FILE = "run.json"
@@ -21,9 +21,7 @@ def write_run_file(run_dir: Path, *, uri: str, experiment: str, attempt: int, ru
         "slurm_jobs": list(dict.fromkeys(jobs)),
         **run_info,
     }
-    temporary = run_dir / f".{RUN_FILE}.tmp"
-    temporary.write_text(json.dumps(redact_all(about), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, run_dir / RUN_FILE)
+    replace_text(run_dir / RUN_FILE, json.dumps(redact_all(about), indent=1) + "\n")
 
 
 def read_run_file(run_dir: Path) -> dict[str, Any]:

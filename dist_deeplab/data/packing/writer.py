@@ -23,7 +23,7 @@ from dist_deeplab.data.packing.ordered_map import ordered_map
 from dist_deeplab.data.packing.sources import SourceSample
 from dist_deeplab.data.shards.index import OURS, MemberNames, build_index
 from dist_deeplab.data.shards.manifest import Manifest, Shard, ShardError, keys_digest, load_manifest
-from dist_deeplab.files import fsync, sha256
+from dist_deeplab.files import fsync, replace_file, replace_text, sha256
 
 _MTIME = 0  # one fixed time for all members: the same input gives the same bytes; as a float it would need PAX headers
 
@@ -180,9 +180,7 @@ def write_manifest(
     if not keys:
         raise ShardError(f"there are no samples in {', '.join(map(str, tars[:3]))}")
     index_path = path.with_suffix(".index.npy")
-    unfinished = index_path.with_name(f".{index_path.name}.unfinished.npy")
-    np.save(unfinished, index)
-    os.replace(unfinished, index_path)
+    replace_file(index_path, functools.partial(_save_array, array=index))
     manifest = Manifest(
         split=split,
         num_samples=len(keys),
@@ -199,12 +197,14 @@ def write_manifest(
         ),
         path=path,
     )
-    for file in (*tars, index_path):
-        fsync(file)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
-    fsync(unfinished)
-    os.replace(unfinished, path)
+    for tar in tars:
+        fsync(tar)
+    replace_text(path, json.dumps(manifest.to_json(), indent=1) + "\n")
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:  # numpy would add .npy to another path
+        np.save(file, array)
 
 
 def _publish(scratch: Path, final: Path) -> None:

@@ -1,7 +1,6 @@
 """Weights out: for ours and for other people's networks."""
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dist_deeplab.errors import UserError
-from dist_deeplab.files import fsync
+from dist_deeplab.files import replace_file
 from dist_deeplab.model.weights.formats.torch_file import METADATA_KEY
 from dist_deeplab.model.weights.variant import Variant
 
@@ -102,9 +101,8 @@ def export(tensors: _Tensors, variant: Variant, path: Path, *, to: str) -> list[
     """
     renamed, notes = _RENAMED[to](tensors, variant)
     content = OrderedDict((name, tensor.contiguous()) for name, tensor in renamed.items())
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def fill(temporary: Path) -> None:
         if to == "safetensors":
             from safetensors.torch import save_file
 
@@ -113,9 +111,10 @@ def export(tensors: _Tensors, variant: Variant, path: Path, *, to: str) -> list[
             # Modules keep their versions here, and load_state_dict passes over what it does not know.
             content._metadata = OrderedDict({"": {METADATA_KEY: variant.to_plain()}})  # type: ignore[attr-defined]
             torch.save(content, temporary)
-        fsync(temporary)
-        os.replace(temporary, path)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, fill)
     except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     return notes

@@ -1,12 +1,11 @@
 """`load_weights`: from a path or URL to tensors under our names, whatever known family they are of."""
 
-import json
 import os
 import re
 from pathlib import Path
 
 from dist_deeplab.errors import UserError
-from dist_deeplab.files import sha256
+from dist_deeplab.files import sha256, sidecar_digests
 from dist_deeplab.model.weights.formats.caffe_names import weights_of
 from dist_deeplab.model.weights.formats.caffemodel import looks_like_caffemodel, read_caffemodel
 from dist_deeplab.model.weights.formats.kaffe import MAGIC, read_kaffe
@@ -72,12 +71,8 @@ def _verify(path: Path) -> None:
     Raises:
         UserError: it is damaged: torch does not notice a flipped byte.
     """
-    try:
-        values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        expected = [values["sha256"], *values.get("replaces", [])]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # copied without it
-    if sha256(path) not in expected:
+    expected = sidecar_digests(path)
+    if expected and sha256(path) not in expected:
         raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is not the one in its sidecar")
 
 

@@ -4,13 +4,13 @@ import functools
 import getpass
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from dist_deeplab.files import replace_text
 from dist_deeplab.tracking.mlflow.images import ImageSeries
 from dist_deeplab.tracking.mlflow.store import full_uri, open_client, open_experiment
 from dist_deeplab.tracking.run_files import MLFLOW_FILE, RUN_FILE
@@ -58,9 +58,7 @@ class MirrorState:
     def save(self, **changes: Any) -> None:
         """Take changes and write the file."""
         self.values.update(changes, uri=self._uri)
-        temporary = self._path.with_name(f".{MLFLOW_FILE}.tmp")
-        temporary.write_text(json.dumps(self.values), encoding="utf-8")
-        os.replace(temporary, self._path)
+        replace_text(self._path, json.dumps(self.values))
 
 
 class MlflowRun:
