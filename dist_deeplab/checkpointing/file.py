@@ -17,7 +17,7 @@ from dist_deeplab.files import replace_file, replace_text, sha256, sidecar_diges
 FORMAT = "dist_deeplab.checkpoint/1"
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_content(path: Path) -> dict[str, Any]:
     """Return the content of a verified checkpoint, tensors on the CPU; no code in the file is run.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dist_deeplab.checkpointing.file import load_checkpoint
+from dist_deeplab.checkpointing.file import load_content
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
@@ -61,7 +61,7 @@ def _tell(config: RunConfig, short: RunConfig, env: DistEnv) -> None:
     def of(key: str) -> list[float]:
         return [point["value"] for point in points if point.get("key") == key and point["step"] > _SETTLE]
 
-    saved = load_checkpoint(short.run_dir / "checkpoints" / f"step_{STEPS:08d}.pt")
+    saved = load_content(short.run_dir / "checkpoints" / f"step_{STEPS:08d}.pt")
     footprint = count_footprint(config, Variant.from_plain(saved["variant"]))
     peak = max(of("memory/peak_gib")) * 2**30
     log.info("%s", forecast(config, of("time/step_s"), of("time/data_s")))
