@@ -24,7 +24,7 @@ from dist_deeplab.data.decode import DecodeError, decode_label
 from dist_deeplab.data.packing.labels import read_lines
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
-from dist_deeplab.evaluation.boundaries import NUM_BANDS, band_map
+from dist_deeplab.evaluation.accumulator import NUM_BANDS, band_map
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious, scores
 from dist_deeplab.evaluation.evaluator import Evaluation, ImageScore
 from dist_deeplab.files import prepare_file, prepare_folder
