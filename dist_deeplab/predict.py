@@ -16,15 +16,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
 from dist_deeplab.config import RunConfig
-from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.distributed.process_group import (
     DistEnv,
     exit_with_crash,
@@ -38,14 +37,11 @@ from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import submission
 from dist_deeplab.evaluation.crf import CrfPool, open_crf, require_crf
 from dist_deeplab.evaluation.images import Source, find_images
-from dist_deeplab.evaluation.inference import Predictor, inference_settings, load_network
+from dist_deeplab.evaluation.inference import Predictor, inference_settings
 from dist_deeplab.evaluation.prediction import Prediction, Windows, predict_images
 from dist_deeplab.evaluation.result_files import EXTRAS, ResultFiles
 from dist_deeplab.files import prepare_folder
 from dist_deeplab.logs import setup_logging
-from dist_deeplab.model.weights import Variant
-from dist_deeplab.training.precision import allow_tf32
-from dist_deeplab.training.resume import read_checkpoint
 
 _SHOWN = 50  # unreadable files listed in the terminal; unreadable.txt has all
 
@@ -58,20 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         env = DistEnv.from_environ()
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large pictures are expected here
-        saved = read_checkpoint(arguments.checkpoint)
-        settings = inference_settings(saved, arguments.overrides)
+        checkpoint = read_checkpoint(arguments.checkpoint)
+        settings = inference_settings(checkpoint, arguments.overrides)
         require_crf(settings.eval.crf)
         if arguments.voc_submission:
-            submission.require_voc_classes(saved["class_names"])
+            submission.require_voc_classes(checkpoint.class_names)
         sources = find_images(arguments.images, outside=arguments.out)
         if arguments.list:
             sources = listed(sources, arguments.list)
-        results = result_files(arguments, saved["class_names"])
+        results = result_files(arguments, checkpoint.class_names)
         prepare_folder(arguments.out, remedy="choose another --out")
         with process_group(env):
             wanted = results.wanted(sources, overwrite=arguments.overwrite, skip_existing=arguments.skip_existing)
             sources = gather_to_all(wanted)[0]  # every rank has looked before one writes
-            problems = predict(env, saved, settings, sources, results, arguments)
+            problems = predict(env, checkpoint, settings, sources, results, arguments)
             env.on_main(report, problems, len(sources), arguments)
         return 1 if problems else 0
     except UserError as error:
@@ -82,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def predict(
     env: DistEnv,
-    saved: dict[str, Any],
+    checkpoint: Checkpoint,
     settings: RunConfig,
     sources: Sequence[Source],
     results: ResultFiles,
@@ -90,13 +86,11 @@ def predict(
 ) -> list[str]:
     """Predict this rank's share, write the results, and return what could not be read on any rank."""
     setup_logging(to_terminal=env.is_main, rank=env.rank, folder=None)
-    variant = Variant.from_plain(saved["variant"])
-    allow_tf32(settings.precision.dtype)
-    net = place_model(load_network(saved), env.device)
+    predictor = Predictor.from_checkpoint(checkpoint, settings, env.device)
     own = sources[env.rank :: env.world_size]
     log.info("%d pictures (%d on this rank) to %s", len(sources), len(own), arguments.out)
     predictions = predict_images(
-        Predictor.build(net, variant.preprocessing, settings.eval),
+        predictor,
         own,
         device=env.device,
         batch_size=settings.eval.batch_size,

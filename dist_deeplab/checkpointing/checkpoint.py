@@ -15,7 +15,10 @@ from dist_deeplab.model.weights import Variant
 
 _FOR_INFERENCE = ("model", "variant", "config", "class_names")
 _NEEDED = (*_FOR_INFERENCE, "optimizer", "step", "train_keys_sha256")
-_ABOUT_THE_RUN = ("class_names", "config", "mlflow_run_id", "train_key_hashes", "train_keys_sha256", "variant", "versions")
+_BESIDE_THE_STATE = (
+    *("format", "variant", "config", "class_names", "train_keys_sha256", "train_key_hashes"),
+    *("mlflow_run_id", "versions"),
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Checkpoint:
             raise UserError(f"{where} lacks {', '.join(missing)}; use another checkpoint")
         try:
             return cls(
-                state={name: value for name, value in content.items() if name not in (*_ABOUT_THE_RUN, "format")},
+                state={name: value for name, value in content.items() if name not in _BESIDE_THE_STATE},
                 config=config_from_dict(content["config"], where=where),
                 variant=Variant.from_plain(content["variant"]),
                 class_names=tuple(map(str, content["class_names"])),

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_deeplab.config import EvalConfig, RunConfig, config_to_dict
+from dist_deeplab.checkpointing.checkpoint import Checkpoint
+from dist_deeplab.config import EvalConfig, RunConfig
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation.inference import (
     Predictor,
@@ -123,7 +124,7 @@ def test_padding_does_not_reach_beyond_what_the_network_sees(net: DeepLabV2, ima
 
 def test_a_checkpoint_gives_back_its_network(net: DeepLabV2, image: torch.Tensor, content: torch.Tensor) -> None:
     config = RunConfig.model_validate({"model": {"backbone": "resnet_tiny"}, "data": {"num_classes": NUM_CLASSES}})
-    saved = {"model": net.state_dict(), "variant": SCRATCH.to_plain(), "config": config_to_dict(config)}
+    saved = Checkpoint({"model": net.state_dict()}, config, SCRATCH, ())
     again = load_network(saved)
     assert not again.training
     assert torch.equal(Predictor(again, CAFFE).logits(image, content), _plain(net, image, content))
