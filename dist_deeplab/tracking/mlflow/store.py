@@ -83,7 +83,7 @@ def open_client(uri: str) -> Any:
     Raises:
         Exception: whatever MLflow, its database or the network raises.
     """
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the mirror retries, without a 4-minute block
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the uploader retries, without a 4-minute block
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     no_telemetry()
