@@ -40,6 +40,7 @@ from dist_deeplab.evaluation.inference import Predictor, inference_name, inferen
 from dist_deeplab.files import prepare_file, prepare_folder
 from dist_deeplab.logs import setup_logging
 from dist_deeplab.model.weights import Variant
+from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.post_training import add_to_run
 from dist_deeplab.training.builders import build_cache
 from dist_deeplab.training.precision import allow_tf32
@@ -144,7 +145,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def report_folder(arguments: argparse.Namespace, settings: configuration.RunConfig) -> Path:
     """Return --out, or its default beside the checkpoints."""
     checkpoint: Path = arguments.checkpoint
-    name = f"{checkpoint.stem}_{Path(arguments.data).stem}{inference_name(settings.eval)}"
+    name = f"{checkpoint.stem}_{Path(shown_url(arguments.data)).stem}{inference_name(settings.eval)}"
     return arguments.out or checkpoint.parent.parent / "eval" / name
 
 

@@ -29,9 +29,9 @@ import dist_deeplab
 from dist_deeplab.config import config_from_dict
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import serving
+from dist_deeplab.redaction import redact
 from dist_deeplab.tracking.mlflow.run import UploadState
 from dist_deeplab.tracking.mlflow.store import explain, full_uri, no_telemetry, require_known_store, take_credentials
-from dist_deeplab.tracking.provenance import redact
 from dist_deeplab.tracking.run_files import RUN_FILE, mlflow_run_id, read_mlflow_file
 from dist_deeplab.training.resume import read_checkpoint
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab.files import replace_text
-from dist_deeplab.tracking.provenance import redact_all, slurm_job
+from dist_deeplab.redaction import redact_all
+from dist_deeplab.tracking.provenance import slurm_job
 
 RUN_FILE = "run.json"
 MLFLOW_FILE = "mlflow.json"  # what the uploader remembers: run id, and how much of the journal was sent

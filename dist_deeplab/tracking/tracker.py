@@ -16,10 +16,11 @@ from typing import Any
 from dist_deeplab.distributed.meter import Cost
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
+from dist_deeplab.redaction import redact
 from dist_deeplab.tracking.divergence import Divergence
 from dist_deeplab.tracking.journal import JOURNAL, Journal
 from dist_deeplab.tracking.mlflow.process import UploaderProcess
-from dist_deeplab.tracking.provenance import host_name, redact, slurm_job
+from dist_deeplab.tracking.provenance import host_name, slurm_job
 from dist_deeplab.tracking.run_files import write_run_file
 from dist_deeplab.tracking.system_metrics import start_system_metrics
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from filelock import FileLock
 
 from dist_deeplab.errors import UserError
-from dist_deeplab.tracking.provenance import redact
+from dist_deeplab.redaction import redact
 
 _SCHEMES = {"", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's pages for training, not for GenAI

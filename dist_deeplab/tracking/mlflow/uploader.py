@@ -23,10 +23,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dist_deeplab.redaction import redact
 from dist_deeplab.tracking.journal import JOURNAL, read_records
-from dist_deeplab.tracking.mlflow.run import UploadState, MlflowRun
+from dist_deeplab.tracking.mlflow.run import MlflowRun, UploadState
 from dist_deeplab.tracking.mlflow.store import explain
-from dist_deeplab.tracking.provenance import redact
 from dist_deeplab.tracking.run_files import RUN_FILE
 from dist_deeplab.tracking.system_metrics import FOLDER as SYSTEM_FOLDER
 
