@@ -105,8 +105,7 @@ def score(
         "step": saved["step"],
         "data": str(manifest.path),
         "keys_sha256": manifest.keys_sha256,
-        "inference": settings.eval.model_dump(mode="json", exclude={"every", "num_panels"}),
-        "crf": settings.crf.model_dump(mode="json", exclude={"num_workers"}) if settings.eval.crf else None,
+        "inference": configuration.score_settings(settings),
         "num_images_trained_on": overlap.num_images if overlap else None,
         "notes": notes,
     }

@@ -23,7 +23,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from dist_deeplab import config as configuration
@@ -203,19 +202,18 @@ def is_finished(child: Child) -> bool:
 
 def warn_of_other_origin(child: Child) -> None:
     """Say what a finished run was trained or scored from, where something else is asked for now."""
-    for key in ("data.train", "data.val", "model.init", "model.restore_last"):
-        section, leaf = key.split(".")
-        old, new = read_config(child)[section][leaf], getattr(getattr(child.config, section), leaf)
+    before, now = configuration.flatten(read_config(child)), configuration.flatten(child.config)
+    for key in (key for key, mark in configuration.AFFECTS.items() if mark.what == "origin"):
+        old, new = before[key], now[key]
         if new not in ("", old):
             log.warning(
                 "it was trained with %s=%s; %s=%s is not read: for that choose another name=", key, old, key, new
             )
 
 
-def read_config(child: Child) -> dict[str, Any]:
-    """Return the configuration that the run was started with."""
-    saved: dict[str, Any] = yaml.safe_load((child.config.run_dir / "config.yaml").read_text(encoding="utf-8"))
-    return saved
+def read_config(child: Child) -> configuration.RunConfig:
+    """The configuration that the run was started with."""
+    return configuration.load_config(child.config.run_dir / "config.yaml")
 
 
 def journal_size(child: Child) -> int:

@@ -179,7 +179,7 @@ def build_train_loader(
     data = config.data
     what: dict[str, Any] = {
         "num_classes": data.num_classes,
-        "augmentation": Augmentation(data.crop_size, data.scale_range, data.mirror, data.ignore_label),
+        "augmentation": Augmentation(data.crop_size, data.scale_range, data.flip, data.ignore_label),
         "max_bad_samples": data.max_bad_samples,
     }
     how: dict[str, Any] = {"num_workers": data.num_workers, "pin_memory": env.device.type == "cuda"}

@@ -17,7 +17,6 @@ from dist_deeplab.tracking import run_files
 from dist_deeplab.tracking.mlflow import uploader
 from dist_deeplab.tracking.mlflow.uploader import Mirror, mirror_until_done
 from dist_deeplab.tracking.tracker import open_tracker
-from tests.conftest import REPO
 from tests.tracking.conftest import Proxy, Server
 
 STEPS = range(1, 41)
@@ -105,7 +104,7 @@ def test_training_goes_on_while_the_server_hangs_and_says_so_once(
 
 
 def test_what_was_not_sent_is_sent_by_hand_once_a_killed_server_is_back(server: Server, tmp_path: Path) -> None:
-    """SIGKILL of the server in the middle of a run; the run ends without it; tools/sync_mlflow.py sends the rest."""
+    """SIGKILL of the server in the middle of a run; the run ends without it; sync-mlflow sends the rest."""
     folder = tmp_path / "killed_server"
     tracker = start_run(folder, server.uri)
     log_steps(tracker, STEPS[:10])
@@ -115,7 +114,7 @@ def test_what_was_not_sent_is_sent_by_hand_once_a_killed_server_is_back(server: 
     tracker.close("FINISHED")
     assert not mirror_until_done(Mirror(folder), is_running=lambda: False, give_up_s=0.0)
     server.start()
-    sync = [sys.executable, str(REPO / "tools" / "sync_mlflow.py"), str(folder), str(tmp_path)]
+    sync = [sys.executable, "-m", "dist_deeplab", "sync-mlflow", str(folder), str(tmp_path)]
     done = subprocess.run(sync, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == [f"{folder}: sent", "1 of 1 runs are in MLflow"], done.stderr
     assert_complete(server, "killed_server")

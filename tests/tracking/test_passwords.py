@@ -13,7 +13,7 @@ import pytest
 
 from dist_deeplab.tracking.mlflow.uploader import Mirror, mirror_until_done
 from dist_deeplab.tracking.tracker import resolve_uri
-from tests.conftest import REPO, command_environ
+from tests.conftest import command_environ
 from tests.tracking.conftest import Server
 from tests.tracking.test_outages import assert_complete, log_steps, start_run
 
@@ -62,7 +62,7 @@ def test_a_password_opens_the_server_a_wrong_or_missing_one_loses_nothing_and_no
     assert "MLFLOW_TRACKING_PASSWORD" in error and "not authenticated" in error, "what to do, and what the server said"
     logging.getLogger("mlflow_mirror").removeHandler(output)
 
-    sync = [sys.executable, str(REPO / "tools" / "sync_mlflow.py"), str(folder)]
+    sync = [sys.executable, "-m", "dist_deeplab", "sync-mlflow", str(folder)]
     environ = command_environ()
     del environ["MLFLOW_TRACKING_USERNAME"], environ["MLFLOW_TRACKING_PASSWORD"]
     missing = subprocess.run(sync, env=environ, capture_output=True, text=True, timeout=120)

@@ -1,6 +1,6 @@
 """The package has levels: imports only go down, and packages on one level do not import each other.
 
-    commands  train.py, evaluate.py and the others beside them
+    commands  __main__.py, train.py, evaluate.py and the others beside them, commands/
     level 4   training/  evaluation/  comparison/
     level 3   checkpointing/  tracking/
     level 2   distributed/  data/  model/
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAME = "dist_deeplab"
 COMMANDS = 5
 LEVELS = {
+    "commands": COMMANDS,
     "training": 4,
     "evaluation": 4,
     "comparison": 4,

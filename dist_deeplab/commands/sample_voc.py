@@ -1,11 +1,11 @@
 """Draw a small procedural data set in the VOCdevkit layout: try the whole training with no data and no internet.
 
-    python tools/make_sample_voc.py --out data/sample                  # 160 train and 40 val images, seed 0
-    python tools/make_sample_voc.py --out data/more --num-train 1000 --num-val 200 --seed 1
+    dist-deeplab sample-voc --out data/sample                  # 160 train and 40 val images, seed 0
+    dist-deeplab sample-voc --out data/more --num-train 1000 --num-val 200 --seed 1
 
 The result is DIR/VOCdevkit/VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation, as in VOC 2012:
 palette masks, void (255) along every object's outline, images of several sizes, 1 in 12 JPEGs greyscale. Seven of
-the 20 classes occur (tools/drawing), each in every split of 7 images or more. 200 images take about 6 s of a core (all
+the 20 classes occur (drawing/), each in every split of 7 images or more. 200 images take about 6 s of a core (all
 cores share the work) and 3 MB; their short side is 112 to 160 px, small on purpose, for training on a CPU.
 
 The same arguments (and library versions) give the same bytes: image i depends on the seed, i and the class whose turn
@@ -21,10 +21,10 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from drawing.objects import CLASSES
-from drawing.scenes import draw_scene
 from PIL import Image
 
+from dist_deeplab.commands.drawing.objects import CLASSES
+from dist_deeplab.commands.drawing.scenes import draw_scene
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing.ordered_map import num_cores, ordered_map, useful_workers
 

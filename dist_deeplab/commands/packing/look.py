@@ -7,12 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dist_deeplab.data.packing.import_tars import index_tars
-from dist_deeplab.data.packing.labels import LabelSpace, read_class_names
-from dist_deeplab.data.packing.ordered_map import useful_workers
-from dist_deeplab.data.packing.verify import SampleContent, contact_sheet, inspect_set, verify
-from dist_deeplab.data.shards.manifest import ShardError, load_manifest
-from packing.arguments import (
+from dist_deeplab.commands.packing.arguments import (
     add_label_arguments,
     add_workers,
     check_label_arguments,
@@ -20,7 +15,12 @@ from packing.arguments import (
     parser_of,
     require_plain_name,
 )
-from packing.printing import print_manifest, print_set, show_progress
+from dist_deeplab.commands.packing.printing import print_manifest, print_set, show_progress
+from dist_deeplab.data.packing.import_tars import index_tars
+from dist_deeplab.data.packing.labels import LabelSpace, read_class_names
+from dist_deeplab.data.packing.ordered_map import useful_workers
+from dist_deeplab.data.packing.verify import SampleContent, contact_sheet, inspect_set, verify
+from dist_deeplab.data.shards.manifest import ShardError, load_manifest
 
 COMMANDS = ("index", "verify", "info")
 _MAX_PROBLEMS = 50

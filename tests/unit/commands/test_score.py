@@ -7,8 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import score_predictions as tool
 from PIL import Image
+
+from dist_deeplab.commands import score as tool
 
 
 @pytest.fixture

@@ -7,16 +7,16 @@ import time
 from functools import partial
 from pathlib import Path
 
-import make_sample_voc as tool
 import numpy as np
 import pytest
 from PIL import Image
 
+from dist_deeplab.commands import sample_voc as tool
 from dist_deeplab.data import voc
 from tests.commands import exit_code
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "make_sample_voc.py"
+ROOT = Path(__file__).resolve().parents[3]
+COMMAND = [sys.executable, "-m", "dist_deeplab", "sample-voc"]
 NUM_TRAIN, NUM_VAL = 21, 7
 ARGUMENTS = ("--num-train", str(NUM_TRAIN), "--num-val", str(NUM_VAL))
 
@@ -48,7 +48,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_line_gives_the_same_bytes_as_a_run_in_this_process(out: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(TOOL), "--out", str(tmp_path), *ARGUMENTS, "--seed", "0"]
+    command = [*COMMAND, "--out", str(tmp_path), *ARGUMENTS, "--seed", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert read_tree(tmp_path) == read_tree(out)
@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_nothing(
 
 
 def test_a_killed_run_leaves_no_vocdevkit_and_the_next_run_makes_it(tmp_path: Path) -> None:
-    command = [sys.executable, str(TOOL), "--out", str(tmp_path), "--num-train", "300"]
+    command = [*COMMAND, "--out", str(tmp_path), "--num-train", "300"]
     with subprocess.Popen(command, cwd=ROOT) as process:
         while not list(tmp_path.glob(".VOCdevkit-*/VOCdevkit/VOC2012/SegmentationClass/*.png")):
             assert process.poll() is None

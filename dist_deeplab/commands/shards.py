@@ -2,16 +2,16 @@
 
 From VOC folders (a folder that holds JPEGImages, SegmentationClass and ImageSets), any number of splits at once:
 
-    python tools/make_shards.py --voc-root VOCdevkit/VOC2012 --split train val --out data/voc
+    dist-deeplab shards --voc-root VOCdevkit/VOC2012 --split train val --out data/voc
 
 From a folder of images and one of masks; from a tree as mmsegmentation, Cityscapes or CamVid have it:
 
-    python tools/make_shards.py --images photos --masks masks --class-names names.txt --split train --out data/mine
-    python tools/make_shards.py --tree data/ade20k --class-names names.txt --split train val --out data/mine
+    dist-deeplab shards --images photos --masks masks --class-names names.txt --split train --out data/mine
+    dist-deeplab shards --tree data/ade20k --class-names names.txt --split train val --out data/mine
 
 From a list file with one `image label` pair of paths a line (DrSleep's format):
 
-    python tools/make_shards.py --list my_train.txt --data-root /data/mine --class-names names.txt \\
+    dist-deeplab shards --list my_train.txt --data-root /data/mine --class-names names.txt \\
         --split train --out data/mine
 
 Masks hold class indices (greyscale or palette). If they hold other grey levels or colours, --label-map names a file of
@@ -19,9 +19,9 @@ Masks hold class indices (greyscale or palette). If they hold other grey levels 
 
 Shards made elsewhere; is a set sound; what is in it (with a contact sheet to look at):
 
-    python tools/make_shards.py index data/other/*.tar --split train --class-names names.txt
-    python tools/make_shards.py verify data/voc/train.json
-    python tools/make_shards.py info data/voc/train.json --sheet train.png
+    dist-deeplab shards index data/other/*.tar --split train --class-names names.txt
+    dist-deeplab shards verify data/voc/train.json
+    dist-deeplab shards info data/voc/train.json --sheet train.png
 
 Writes OUT/SPLIT-000000.tar ..., OUT/SPLIT.index.npy and, last, OUT/SPLIT.json, the manifest that `data.train` and
 `data.val` name. Every sample is decoded and checked before it is written; a killed run leaves no manifest.
@@ -31,8 +31,7 @@ Exit codes: 0 done, 2 wrong arguments or data.
 import sys
 from collections.abc import Sequence
 
-from packing import look, pack
-
+from dist_deeplab.commands.packing import look, pack
 from dist_deeplab.errors import UserError
 
 

@@ -10,7 +10,7 @@ from dist_deeplab.data.packing.ordered_map import num_cores
 
 def parser_of(manual: str, command: str = "") -> argparse.ArgumentParser:
     """A parser whose help is the tool's manual."""
-    prog = f"tools/make_shards.py {command}".strip()
+    prog = f"dist-deeplab shards {command}".strip()
     return argparse.ArgumentParser(prog=prog, description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 

@@ -1,8 +1,8 @@
 """Convert weights of any known family to a file for this project or for other people's networks.
 
-    python tools/convert_weights.py train_iter_20000.caffemodel deeplab.pth
-    python tools/convert_weights.py runs/voc_resnet101/checkpoints/best.pt deeplabv2.pth --to kazuto1011
-    python tools/convert_weights.py model.ckpt-20000 deeplab.safetensors --to safetensors --report
+    dist-deeplab convert-weights train_iter_20000.caffemodel deeplab.pth
+    dist-deeplab convert-weights runs/voc_resnet101/checkpoints/best.pt deeplabv2.pth --to kazuto1011
+    dist-deeplab convert-weights model.ckpt-20000 deeplab.safetensors --to safetensors --report
 
 IN is what model.init takes: a path, or a URL (with #sha256=HEX to check it). OUT is, by --to:
     state_dict   a plain state dict under this project's names (torch.load, model.init)

@@ -1,12 +1,12 @@
-"""tools/convert_weights.py: any known family in, four formats out, nothing half or silently random."""
+"""convert-weights: any known family in, four formats out, nothing half or silently random."""
 
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dist_deeplab.commands import convert_weights
 from dist_deeplab.data import voc
 from dist_deeplab.evaluation.inference import load_network
 from dist_deeplab.model.weights import load_weights
@@ -23,12 +23,11 @@ from tests.unit.model.weights.networks import (
 )
 
 TINY = ((1, 1, 2, 1), 16)
-REPO = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def convert() -> Any:
-    return runpy.run_path(str(REPO / "tools/convert_weights.py"))["main"]
+    return convert_weights.main
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Send runs to MLflow that could not be sent while they went on: nodes without a network, a server that was away.
 
-    python tools/sync_mlflow.py runs/*                              each to the store it was started with
-    python tools/sync_mlflow.py --uri https://mlflow.example.org runs/voc_resnet101
-    MLFLOW_TRACKING_USERNAME=me MLFLOW_TRACKING_PASSWORD=... python tools/sync_mlflow.py --uri https://... runs/*
+    dist-deeplab sync-mlflow runs/*                              each to the store it was started with
+    dist-deeplab sync-mlflow --uri https://mlflow.example.org runs/voc_resnet101
+    MLFLOW_TRACKING_USERNAME=me MLFLOW_TRACKING_PASSWORD=... dist-deeplab sync-mlflow --uri https://... runs/*
 
 Sends what is left of each run's journal, with the journal's own times; again and again changes nothing. Folders that
 are no runs are passed over. A run that is going on is left to its own process. Exit codes: 0 all is in MLflow, 1 some
@@ -13,9 +12,8 @@ is not, 2 wrong arguments.
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dist_deeplab.errors import UserError
 from dist_deeplab.tracking import run_files
@@ -23,11 +21,11 @@ from dist_deeplab.tracking.journal import JOURNAL
 from dist_deeplab.tracking.mlflow.store import require_known_store
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs")
     parser.add_argument("--uri", default="", help="MLflow store, where not the one that the run was started with")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     runs = [folder for folder in arguments.folders if (folder / run_files.RUN_FILE).is_file()]
     if not runs:
         parser.error(f"no run's folder among {len(arguments.folders)}: none has a {run_files.RUN_FILE}")

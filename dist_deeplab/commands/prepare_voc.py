@@ -1,14 +1,14 @@
 """From nothing to shards of VOC 2012: train, val, trainval and train_aug (10,582 images), ready for training.
 
-    python tools/prepare_voc.py --out data/voc
+    dist-deeplab prepare-voc --out data/voc
 
 Downloads VOC 2012 (2.0 GB) and SBD (1.4 GB), verifies them, converts SBD's labels, and packs all sets; needs some 9 GB.
 Killed at any moment, the same command resumes where it was. With --voc-only SBD, and so train_aug, is left out.
 
 Archives that are here already, or mirrors (tried in this order, before the official places):
 
-    python tools/prepare_voc.py --out data/voc --voc-archive VOCtrainval_11-May-2012.tar --sbd-archive benchmark.tgz
-    python tools/prepare_voc.py --out data/voc --voc-archive https://mirror.example/VOCtrainval_11-May-2012.tar
+    dist-deeplab prepare-voc --out data/voc --voc-archive VOCtrainval_11-May-2012.tar --sbd-archive benchmark.tgz
+    dist-deeplab prepare-voc --out data/voc --voc-archive https://mirror.example/VOCtrainval_11-May-2012.tar
 
 Checksums: neither data set's owners publish one; those checked are the MD5s that torchvision carries. --voc-md5 and
 --sbd-md5 give others, `none` checks nothing; only with the official archives is the number of images checked too.
@@ -24,12 +24,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from packing.arguments import add_workers, check_workers
-from packing.printing import print_manifest, show_progress
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as ProgressBar
 
+from dist_deeplab.commands.packing.arguments import add_workers, check_workers
+from dist_deeplab.commands.packing.printing import print_manifest, show_progress
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing import voc_download
 from dist_deeplab.data.packing.labels import LabelSpace
@@ -45,7 +45,7 @@ from dist_deeplab.files import prepare_folder
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="tools/prepare_voc.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="dist-deeplab prepare-voc", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for everything")
     for name, archive in (("voc", voc_download.VOC2012), ("sbd", voc_download.SBD)):

@@ -1,6 +1,6 @@
 """Find the dense CRF's parameters on a subset of images by trying a grid, as the paper did.
 
-    python tools/tune_crf.py runs/voc_resnet101/checkpoints/best.pt --data data/voc/val.json
+    dist-deeplab tune-crf runs/voc_resnet101/checkpoints/best.pt --data data/voc/val.json
     ... --num-images 100 --grid crf.bi_w=3:6:1 crf.bi_xy_std=30:100:10 crf.bi_rgb_std=3:6:1 eval.scales=[0.5,0.75,1.0]
 
 DeepLab-v2 fixes pos_w = 3 and pos_xy_std = 3 (VOC's final ones: 3 and 1) and searches the other three on 100 images,
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="tools/tune_crf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="dist-deeplab tune-crf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file with its .json beside it")
     parser.add_argument("--data", required=True, metavar="MANIFEST", help="shards to tune on, or a URL of them")

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import export as tool
 import numpy as np
 import pytest
 import torch
 
+from dist_deeplab.commands import export as tool
 from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.evaluation.exportable import Exportable
@@ -57,7 +57,7 @@ def test_an_onnx_file_computes_the_same_and_says_what_it_is(checkpoint: Path, tm
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} (the extra export) is not installed")
     out = tmp_path / "model.onnx"
-    assert "checked on 5 pictures" in python(tool.__file__, checkpoint, out)
+    assert "checked on 5 pictures" in python("-m", "dist_deeplab", "export", checkpoint, out)
     read = "import json, onnx, sys; print(json.dumps({e.key: e.value for e in onnx.load(sys.argv[1]).metadata_props}))"
     metadata = json.loads(python("-c", read, out))
     assert json.loads(metadata["class_names"]) == list(CLASS_NAMES)
@@ -86,7 +86,7 @@ print(json.loads(extra["metadata.json"])["checkpoint"])
 
 def test_a_program_takes_any_size_and_batch(checkpoint: Path, saved: dict[str, object], tmp_path: Path) -> None:
     out = tmp_path / "model.pt2"
-    assert "checked on 5 pictures" in python(tool.__file__, checkpoint, out)
+    assert "checked on 5 pictures" in python("-m", "dist_deeplab", "export", checkpoint, out)
     image = torch.rand(3, 3, 41, 70) * 255
     torch.save(image, tmp_path / "image.pt")
     said = python("-c", RUN_PROGRAM, out, tmp_path / "image.pt", tmp_path / "logits.pt")

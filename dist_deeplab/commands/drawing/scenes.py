@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
+from dist_deeplab.commands.drawing.objects import CLASSES, Array, Color, Patch, noise, pick
 from dist_deeplab.data import voc
-from drawing.objects import CLASSES, Array, Color, Patch, noise, pick
 
 SCALE = 3
 """Scenes are drawn this many times larger, then averaged down: smooth outlines."""

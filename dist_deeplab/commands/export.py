@@ -1,7 +1,7 @@
 """Export a checkpoint for use without this project: ONNX, or a torch.export program.
 
-    python tools/export.py runs/voc_resnet101/checkpoints/best.pt model.onnx --check photos/
-    python tools/export.py CHECKPOINT model.pt2            # torch.export.load("model.pt2").module()(image)
+    dist-deeplab export runs/voc_resnet101/checkpoints/best.pt model.onnx --check photos/
+    dist-deeplab export CHECKPOINT model.pt2            # torch.export.load("model.pt2").module()(image)
 
 Either takes `image`, float32 RGB values of 0..255 [B, 3, H, W], any H and W from 2 on, and gives `logits`
 [B, classes, H, W]: preprocessing, padding and resizing are inside. Class names and what the network is are in its
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="tools/export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="dist-deeplab export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file with its .json beside it")
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write, .onnx or .pt2")

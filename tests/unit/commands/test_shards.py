@@ -9,19 +9,19 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import make_shards as tool
 import numpy as np
 import pytest
-from packing import look, pack
 from PIL import Image
 
+from dist_deeplab.commands import shards as tool
+from dist_deeplab.commands.packing import look, pack
 from dist_deeplab.data import voc
 from dist_deeplab.data.shards.manifest import load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
 from tests.commands import exit_code
 
 ROOT = Path(__file__).resolve().parents[3]
-TOOL = ROOT / "tools" / "make_shards.py"
+COMMAND = [sys.executable, "-m", "dist_deeplab", "shards"]
 
 
 run = partial(exit_code, tool.main)
@@ -46,9 +46,7 @@ def own_voc(voc_root: Path, tmp_path: Path) -> Path:
 
 def test_the_command_packs_a_voc_split_and_says_what_it_holds(voc_root: Path, tmp_path: Path) -> None:
     arguments = ["--voc-root", str(voc_root), "--split", "val", "--out", str(tmp_path), "--samples-per-shard", "2"]
-    done = subprocess.run(
-        [sys.executable, str(TOOL), *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     manifest = load_manifest(tmp_path / "val.json")
     assert (manifest.num_samples, len(manifest.shards)) == (5, 3)
@@ -105,7 +103,7 @@ def test_a_set_is_replaced_with_overwrite_only(
 def test_every_command_in_the_manual_is_accepted() -> None:
     assert tool.__doc__ is not None
     manual = tool.__doc__.replace("\\\n", " ")
-    commands = re.findall(r"python tools/make_shards\.py (.*)", manual)
+    commands = re.findall(r"dist-deeplab shards (.*)", manual)
     assert len(commands) == 7
     for command in commands:
         arguments = shlex.split(command)
@@ -141,7 +139,7 @@ def test_every_command_in_the_manual_is_accepted() -> None:
 )
 def test_wrong_arguments_end_with_2_and_a_sentence(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*shlex.split(arguments)) == 2
-    assert "make_shards.py: error: " in capsys.readouterr().err
+    assert "dist-deeplab shards: error: " in capsys.readouterr().err
 
 
 def test_a_missing_folder_list_or_names_file_ends_with_2_and_its_name(

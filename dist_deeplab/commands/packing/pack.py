@@ -4,6 +4,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_deeplab.commands.packing.arguments import (
+    add_label_arguments,
+    add_workers,
+    check_label_arguments,
+    parser_of,
+    require_plain_name,
+)
+from dist_deeplab.commands.packing.printing import print_manifest, print_statistics, show_progress
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing import cityscapes, sources
 from dist_deeplab.data.packing.label_statistics import count_labels
@@ -13,8 +21,6 @@ from dist_deeplab.data.packing.sources import SourceSample
 from dist_deeplab.data.packing.writer import DEFAULT_SAMPLES, check_samples, write_shards
 from dist_deeplab.data.shards.manifest import ShardError
 from dist_deeplab.files import prepare_folder
-from packing.arguments import add_label_arguments, add_workers, check_label_arguments, parser_of, require_plain_name
-from packing.printing import print_manifest, print_statistics, show_progress
 
 _NO_LIMIT = 10**9
 

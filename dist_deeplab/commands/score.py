@@ -1,7 +1,7 @@
 """Score a folder of predicted masks against a folder of labels: the code that scores training, on files.
 
-    python tools/score_predictions.py PREDICTIONS VOCdevkit/VOC2012/SegmentationClass --list val.txt
-    python tools/score_predictions.py PREDICTIONS LABELS --class-names names.txt --json scores.json --out report
+    dist-deeplab score PREDICTIONS VOCdevkit/VOC2012/SegmentationClass --list val.txt
+    dist-deeplab score PREDICTIONS LABELS --class-names names.txt --json scores.json --out report
 
 Both folders hold <key>.png, 8-bit class indices (greyscale or palette). Without --list every label must have its
 prediction. What is missing, of another size, in colour or of an unknown class is refused by name. Exit codes: 0 done,
@@ -24,7 +24,7 @@ from dist_deeplab.data.decode import DecodeError, decode_label
 from dist_deeplab.data.packing.labels import read_lines
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
-from dist_deeplab.evaluation.boundaries import NUM_BANDS, band_map
+from dist_deeplab.evaluation.accumulator import NUM_BANDS, band_map
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious, scores
 from dist_deeplab.evaluation.evaluator import Evaluation, ImageScore
 from dist_deeplab.files import prepare_file, prepare_folder
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="tools/score_predictions.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="dist-deeplab score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("predictions", type=Path, metavar="PRED_DIR", help="folder of predicted masks, <key>.png")
     parser.add_argument("labels", type=Path, metavar="GT_DIR", help="folder of labels, <key>.png")

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import prepare_voc as tool
 import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from dist_deeplab.commands import prepare_voc as tool
 from dist_deeplab.data import voc
 from dist_deeplab.data.decode import decode_label
 from dist_deeplab.data.packing import voc_download

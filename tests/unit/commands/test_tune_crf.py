@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import tune_crf as tool
 
+from dist_deeplab.commands import tune_crf as tool
 from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data.loader import EvalDataset
 from dist_deeplab.data.shards.manifest import Manifest
