@@ -33,7 +33,7 @@ from dist_deeplab.distributed.process_group import (
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
-from dist_deeplab.evaluation.contamination import find_overlap
+from dist_deeplab.evaluation.contamination import find_contamination
 from dist_deeplab.evaluation.crf import open_crf, require_crf
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel, draw_panels, evaluate
 from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings, load_network
@@ -80,7 +80,7 @@ def score(
 ) -> None:
     """Evaluate, print the table and write the report; every rank calls it."""
     setup_logging(to_terminal=env.is_main, rank=env.rank, folder=None)
-    variant, overlap = Variant.from_plain(saved["variant"]), find_overlap(saved, manifest)
+    variant, overlap = Variant.from_plain(saved["variant"]), find_contamination(saved, manifest)
     notes = [str(overlap)] if overlap and overlap.num_images else []
     if variant.note:
         notes.append(f"NOTE on these weights: {variant.note}")
