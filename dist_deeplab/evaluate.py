@@ -28,13 +28,14 @@ from dist_deeplab.distributed.session import Session, session
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
-from dist_deeplab.evaluation.contamination import find_overlap
+from dist_deeplab.evaluation.contamination import find_contamination
 from dist_deeplab.evaluation.crf import open_crf, require_crf
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel, draw_panels, evaluate
 from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings, load_network
 from dist_deeplab.files import prepare_file, prepare_folder
 from dist_deeplab.logs import setup_logging
 from dist_deeplab.model.weights import Variant
+from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.post_training import add_to_run
 from dist_deeplab.training.builders import build_cache
 from dist_deeplab.training.precision import allow_tf32
@@ -73,7 +74,7 @@ def score(
     """Evaluate, print the table and write the report; every rank calls it."""
     env = ranks.env
     setup_logging(to_terminal=env.is_main, rank=env.rank, folder=None)
-    variant, overlap = Variant.from_plain(saved["variant"]), find_overlap(saved, manifest)
+    variant, overlap = Variant.from_plain(saved["variant"]), find_contamination(saved, manifest)
     notes = [str(overlap)] if overlap and overlap.num_images else []
     if variant.note:
         notes.append(f"NOTE on these weights: {variant.note}")
@@ -99,8 +100,7 @@ def score(
         "step": saved["step"],
         "data": str(manifest.path),
         "keys_sha256": manifest.keys_sha256,
-        "inference": settings.eval.model_dump(mode="json", exclude={"every", "num_panels"}),
-        "crf": settings.crf.model_dump(mode="json", exclude={"num_workers"}) if settings.eval.crf else None,
+        "inference": configuration.score_settings(settings),
         "num_images_trained_on": overlap.num_images if overlap else None,
         "notes": notes,
     }
@@ -139,7 +139,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def report_folder(arguments: argparse.Namespace, settings: configuration.RunConfig) -> Path:
     """Return --out, or its default beside the checkpoints."""
     checkpoint: Path = arguments.checkpoint
-    name = f"{checkpoint.stem}_{Path(arguments.data).stem}{inference_name(settings.eval)}"
+    name = f"{checkpoint.stem}_{Path(shown_url(arguments.data)).stem}{inference_name(settings.eval)}"
     return arguments.out or checkpoint.parent.parent / "eval" / name
 
 

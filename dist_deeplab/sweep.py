@@ -23,7 +23,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from dist_deeplab import config as configuration
@@ -36,8 +35,8 @@ from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import STOPPED_EARLY, UserError
 from dist_deeplab.files import prepare_folder
 from dist_deeplab.logs import setup_logging
+from dist_deeplab.redaction import redact
 from dist_deeplab.tracking import run_files
-from dist_deeplab.tracking.provenance import redact
 from dist_deeplab.tracking.tracker import JOURNAL, open_tracker, resolve_uri
 
 log = logging.getLogger("dist_deeplab.sweep")
@@ -128,7 +127,7 @@ def about(sweep: Sweep) -> dict[str, Any]:
     names = list(dict.fromkeys([*before, *(child.config.name for child in sweep.children)]))
     grid = {key: value for key, _, value in (argument.partition("=") for argument in sweep.grid)}
     return {
-        "uri": resolve_uri(config.tracking.uri, config.output_dir),
+        "uri": resolve_uri(config.tracking.uri.real, config.output_dir),
         "experiment": config.tracking.experiment,
         "run_info": {
             "name": sweep.folder.name,
@@ -201,19 +200,18 @@ def is_finished(child: Child) -> bool:
 
 def warn_of_other_origin(child: Child) -> None:
     """Say what a finished run was trained or scored from, where something else is asked for now."""
-    for key in ("data.train", "data.val", "model.init", "model.restore_last"):
-        section, leaf = key.split(".")
-        old, new = read_config(child)[section][leaf], getattr(getattr(child.config, section), leaf)
+    before, now = configuration.flatten(read_config(child)), configuration.flatten(child.config)
+    for key in (key for key, mark in configuration.AFFECTS.items() if mark.what == "origin"):
+        old, new = before[key], now[key]
         if new not in ("", old):
             log.warning(
                 "it was trained with %s=%s; %s=%s is not read: for that choose another name=", key, old, key, new
             )
 
 
-def read_config(child: Child) -> dict[str, Any]:
-    """Return the configuration that the run was started with."""
-    saved: dict[str, Any] = yaml.safe_load((child.config.run_dir / "config.yaml").read_text(encoding="utf-8"))
-    return saved
+def read_config(child: Child) -> configuration.RunConfig:
+    """The configuration that the run was started with."""
+    return configuration.load_config(child.config.run_dir / "config.yaml")
 
 
 def journal_size(child: Child) -> int:
@@ -247,7 +245,7 @@ def conclude(sweep: Sweep) -> int:
 def where_to_look(sweep: Sweep, folders: Sequence[Path]) -> str:
     """Return how to open MLflow's page that compares the runs: a command, and an address."""
     config = sweep.children[0].config
-    uri = redact(resolve_uri(config.tracking.uri, config.output_dir))
+    uri = redact(resolve_uri(config.tracking.uri.real, config.output_dir))
     copies = [run_files.read_mlflow_file(folder) for folder in folders]
     ids = [copy["run_id"] for copy in copies if copy.get("run_id")]
     if uri == "none" or len(ids) < 2:

@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dist_deeplab.config.keys import AFFECTS
 from dist_deeplab.errors import UserError
 
 _OPENING, _CLOSING = "[{", "]}"
-_FIXED = ("name", "output_dir", "resume", "tracking.")
 _MAX_RUNS = 1000
 _MAX_LENGTH = 60  # of a value in a name: a folder has at most 255 bytes
 
@@ -58,7 +58,7 @@ def expand(arguments: Sequence[str]) -> tuple[list[str], list[GridRun]]:
         if len(values) == 1:
             fixed.append(argument)
             continue
-        if key.startswith(_FIXED):
+        if key in AFFECTS and AFFECTS[key].what == "nothing":
             raise UserError(f"{argument!r}: {key} cannot be part of a grid; each run gets a name of its values")
         repeated = {value for value in values if values.count(value) > 1}
         if repeated:

@@ -12,7 +12,7 @@ from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_to_all
 from dist_deeplab.distributed.session import Session
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.evaluation.accumulator import ImageScore, Tally
+from dist_deeplab.evaluation.accumulator import ConfusionAccumulator, ImageScore
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious
 from dist_deeplab.evaluation.crf import CrfPool
 from dist_deeplab.evaluation.inference import Predictor
@@ -83,19 +83,19 @@ def evaluate(
     env = session.env
     dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)
     batches = eval_batches(dataset, batch_size=batch_size, padded=predictor.align_corners)[env.rank :: env.world_size]
-    tally = Tally(manifest, env.device)
+    accumulator = ConfusionAccumulator(manifest, env.device)
     stopped = False
     for batch, pred in _predictions(predictor, dataset, batches, env, num_workers=num_workers, crf=crf):
-        tally.add(batch, pred)
-        tally.report_now_and_then(out_of=sum(map(len, batches)))
+        accumulator.add(batch, pred)
+        accumulator.report_progress(out_of=sum(map(len, batches)))
         session.progress.mark()
         stopped = bool(session.stop)
         if stopped:
             break
     if all_reduce_sum(torch.tensor(int(stopped))).item():
         raise EvaluationStopped
-    images = _in_the_sets_order(tally.scores(), [index for indices in batches for index in indices], manifest)
-    total = all_reduce_sum(tally.counts).cpu().numpy()
+    images = _in_the_sets_order(accumulator.scores(), [index for indices in batches for index in indices], manifest)
+    total = all_reduce_sum(accumulator.counts).cpu().numpy()
     return Evaluation(
         confusion=total.sum(0),
         num_images=len(images),

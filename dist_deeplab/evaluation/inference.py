@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dist_deeplab.config import EvalConfig, RunConfig, load_config
+from dist_deeplab.config import AFFECTS, EvalConfig, RunConfig, config_from_dict, load_config
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, upsample
@@ -30,9 +30,6 @@ def load_network(saved: dict[str, Any]) -> DeepLabV2:
     return net.eval()
 
 
-_MAY_CHANGE = ("data.num_workers=", "data.cache_dir=", "data.cache_gib=", "eval.", "crf.")
-
-
 def inference_settings(saved: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     """Return the configuration of a checkpoint's run, with overrides of what does not belong to its weights.
 
@@ -40,13 +37,12 @@ def inference_settings(saved: dict[str, Any], overrides: Sequence[str]) -> RunCo
         UserError: an override that would have no effect on what a finished network does.
     """
     for override in overrides:
-        if not override.startswith(("data.num_workers=", "data.cache_", "eval.", "crf.")) or override.startswith(
-            "eval.every="
-        ):
+        key = override.partition("=")[0]
+        if key in AFFECTS and not AFFECTS[key].inference:
             raise UserError(
                 f"{override!r} has no meaning here: the checkpoint fixes all but data.num_workers, crf.* and eval.*"
             )
-    return load_config(None, overrides, base=saved["config"])
+    return load_config(None, overrides, base=config_from_dict(saved["config"], where="the checkpoint"))
 
 
 def inference_name(config: EvalConfig) -> str:

@@ -18,7 +18,7 @@ from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.session import Session
 from dist_deeplab.distributed.stop_request import StopRequest
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.evaluation.boundaries import TRIMAP_WIDTHS
+from dist_deeplab.evaluation.accumulator import TRIMAP_WIDTHS
 from dist_deeplab.evaluation.evaluator import EvaluationStopped, draw_panels, evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.batch_norm import norm_factory
@@ -98,7 +98,7 @@ def _slow_prediction(net: DeepLabV2, path: Path, preprocessing: Preprocessing) -
 
 
 def _slow_distance(label: np.ndarray) -> np.ndarray:
-    """King's moves to the nearest pixel that is void or touches another label, plus one; by brute force."""
+    """Chebyshev distance to the nearest pixel that is void or touches another label, plus one; by brute force."""
     height, width = label.shape
     border = []
     for y in range(height):
