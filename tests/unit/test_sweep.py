@@ -73,7 +73,7 @@ def test_every_run_is_trained_and_the_comparison_is_printed_and_kept(
     assert main(arguments) == 0
     assert trainings.started == ALL
     out = capsys.readouterr().out
-    assert "winner: power=1.0, mIoU 50.00" in out
+    assert "winner: power=1.0, mIoU 0.5000" in out
     folder = tmp_path / "poly-sweep"
     assert {"comparison.png", "comparison.csv", "run.json", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
     about = json.loads((folder / "run.json").read_text())
