@@ -141,7 +141,7 @@ def test_a_winner_that_fitted_less_generalised_better(records: list[RunRecord]) 
     assert "1 of the other 2 settings has a lower training loss" in " ".join(concluded(records))
 
 
-def test_a_run_without_a_score_comes_last_and_one_run_alone_has_nobody_to_beat(records: list[RunRecord]) -> None:
+def test_a_run_without_a_score_comes_last_and_one_run_alone_has_no_winner(records: list[RunRecord]) -> None:
     del records[2].curves["val/mIoU"]
     assert [record.name for record in settings.compare(records).runs] == ["low", "high", "mid"]
     assert "nothing to compare" in concluded(records[:1])[0]
@@ -185,8 +185,12 @@ def test_runs_with_equal_settings_are_called_by_their_names(records: list[RunRec
 
 
 def test_the_command_compares_folders_without_a_store(
-    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compare.main([run.name for run in runs]) == 0
+    assert "winner: power=0.9" in capsys.readouterr().out
+    assert sorted(tmp_path.iterdir()) == sorted(runs), "no file is left where nobody asked for one"
     assert compare.main([*map(str, runs), "--out", str(tmp_path / "c.png")]) == 0
     out = capsys.readouterr().out
     assert "winner: power=0.9" in out
@@ -211,7 +215,7 @@ def test_the_folder_of_a_sweep_means_its_runs_that_have_begun(runs: list[Path], 
         (["nothing", "--out", "figure"], "needs an ending that says its kind, e.g. figure.png"),
     ],
 )
-def test_what_is_no_run_is_refused_in_one_sentence(
+def test_names_that_are_not_runs_are_refused_in_one_sentence(
     arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -220,7 +224,7 @@ def test_what_is_no_run_is_refused_in_one_sentence(
     (tmp_path / "file").write_text("")
     assert compare.main(arguments) == 2
     assert says in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists(), "nothing is made by looking"
+    assert not (tmp_path / "runs").exists(), "nothing is created by looking"
 
 
 def test_a_damaged_journal_or_folder_says_what_it_is(runs: list[Path]) -> None:
