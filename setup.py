@@ -61,9 +61,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "dist-deeplab-train = dist_deeplab.train:main",
-            "dist-deeplab-evaluate = dist_deeplab.evaluate:main",
-            "dist-deeplab-predict = dist_deeplab.predict:main",
+            "dist-deeplab = dist_deeplab.__main__:main",
         ]
     },
     classifiers=[

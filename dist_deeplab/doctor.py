@@ -61,7 +61,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check_shards(config: configuration.RunConfig) -> list[Finding]:
     """Read some samples of each configured set on every rank; every rank must call it."""
-    sets = {key: path for key, path in (("data.train", config.data.train), ("data.val", config.data.val)) if path}
+    given = {"data.train": config.data.train, "data.val": config.data.val}
+    sets = {key: location.real for key, location in given.items() if location}
     return [checks.on_all_ranks(key, functools.partial(read_some, path)) for key, path in sets.items()]
 
 

@@ -34,13 +34,14 @@ from dist_deeplab.distributed.process_group import (
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
-from dist_deeplab.evaluation.contamination import find_overlap
+from dist_deeplab.evaluation.contamination import find_contamination
 from dist_deeplab.evaluation.crf import open_crf, require_crf
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel, draw_panels, evaluate
 from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings, load_network
 from dist_deeplab.files import prepare_file, prepare_folder
 from dist_deeplab.logs import setup_logging
 from dist_deeplab.model.weights import Variant
+from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.post_training import add_to_run
 from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint
@@ -79,7 +80,7 @@ def score(
 ) -> None:
     """Evaluate, print the table and write the report; every rank calls it."""
     setup_logging(to_terminal=env.is_main, rank=env.rank, folder=None)
-    variant, overlap = Variant.from_plain(saved["variant"]), find_overlap(saved, manifest)
+    variant, overlap = Variant.from_plain(saved["variant"]), find_contamination(saved, manifest)
     notes = [str(overlap)] if overlap and overlap.num_images else []
     if variant.note:
         notes.append(f"NOTE on these weights: {variant.note}")
@@ -144,7 +145,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def report_folder(arguments: argparse.Namespace, settings: configuration.RunConfig) -> Path:
     """Return --out, or its default beside the checkpoints."""
     checkpoint: Path = arguments.checkpoint
-    name = f"{checkpoint.stem}_{Path(arguments.data).stem}{inference_name(settings.eval)}"
+    name = f"{checkpoint.stem}_{Path(shown_url(arguments.data)).stem}{inference_name(settings.eval)}"
     return arguments.out or checkpoint.parent.parent / "eval" / name
 
 

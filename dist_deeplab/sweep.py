@@ -35,8 +35,8 @@ from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
 from dist_deeplab.files import prepare_folder
 from dist_deeplab.logs import setup_logging
+from dist_deeplab.redaction import redact
 from dist_deeplab.tracking import run_files
-from dist_deeplab.tracking.provenance import redact
 from dist_deeplab.tracking.tracker import JOURNAL, open_tracker, resolve_uri
 
 STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
@@ -129,7 +129,7 @@ def about(sweep: Sweep) -> dict[str, Any]:
     names = list(dict.fromkeys([*before, *(child.config.name for child in sweep.children)]))
     grid = {key: value for key, _, value in (argument.partition("=") for argument in sweep.grid)}
     return {
-        "uri": resolve_uri(config.tracking.uri, config.output_dir),
+        "uri": resolve_uri(config.tracking.uri.real, config.output_dir),
         "experiment": config.tracking.experiment,
         "run_info": {
             "name": sweep.folder.name,
@@ -247,7 +247,7 @@ def conclude(sweep: Sweep) -> int:
 def where_to_look(sweep: Sweep, folders: Sequence[Path]) -> str:
     """Return how to open MLflow's page that compares the runs: a command, and an address."""
     config = sweep.children[0].config
-    uri = redact(resolve_uri(config.tracking.uri, config.output_dir))
+    uri = redact(resolve_uri(config.tracking.uri.real, config.output_dir))
     copies = [run_files.read_mlflow_file(folder) for folder in folders]
     ids = [copy["run_id"] for copy in copies if copy.get("run_id")]
     if uri == "none" or len(ids) < 2:

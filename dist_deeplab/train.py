@@ -86,7 +86,7 @@ def start(config: RunConfig, env: DistEnv, *, profile: bool = False) -> int:
     """Check all that can be checked before any heavy work, then train; return the exit code. Every rank calls it."""
     train_set, val_set = open_data(config)
     require_crf(config.eval.crf)
-    require_known_store(resolve_uri(config.tracking.uri, config.output_dir))
+    require_known_store(resolve_uri(config.tracking.uri.real, config.output_dir))
     split = split_batch(config, env)
     with open_session(config, env) as run:
         trace = config.run_dir / "profile" / f"rank_{env.rank}.json.gz" if profile else None

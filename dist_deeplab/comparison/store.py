@@ -4,8 +4,8 @@ from typing import Any
 
 from dist_deeplab.comparison.record import IOU, MIOU, RunRecord
 from dist_deeplab.errors import UserError
+from dist_deeplab.redaction import redact
 from dist_deeplab.tracking.mlflow.store import explain, open_client, sqlite_path
-from dist_deeplab.tracking.provenance import redact
 
 _CURVES = (MIOU, "train/loss", "lr/backbone", "images_per_s")  # those whose course matters, beside val/iou/*
 _PARENT = "mlflow.parentRunId"

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from dist_deeplab.config.keys import AFFECTS, RENAMED, SECTIONS, nearest_key
 from dist_deeplab.config.problems import sentence
 from dist_deeplab.config.schema import RunConfig
-from dist_deeplab.config.section import Section
+from dist_deeplab.config.section import Location, Section
 from dist_deeplab.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def config_to_yaml(config: RunConfig) -> str:
 
 
 def _yaml_line(key: str, value: Any) -> str:
-    plain = list(value) if isinstance(value, tuple) else value
+    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Location) else value
     text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
     return f"{key}: {text.removesuffix(_YAML_END).strip()}"
 
@@ -141,7 +141,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise UserError(f"{parent!r} in the configuration file must be a section of keys, not {target!r}")
     section = SECTIONS[parents[0]] if parents else RunConfig
-    if section.model_fields[leaf].annotation is str and not isinstance(value, str | list | dict):
+    if section.model_fields[leaf].annotation in (str, Location) and not isinstance(value, str | list | dict):
         value = text  # what was typed: 007, 2026-01-31 and no are names here, not what YAML makes of them
     target[leaf] = value
 

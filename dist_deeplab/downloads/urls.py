@@ -5,6 +5,7 @@ import urllib.parse
 from pathlib import PurePosixPath
 
 from dist_deeplab.errors import UserError
+from dist_deeplab.redaction import shown_url
 
 SCHEMES = ("https", "http", "s3", "gs", "hf")
 _ALLOWED = ", ".join(f"{scheme}://" for scheme in SCHEMES)
@@ -40,8 +41,7 @@ def check_url(url: str) -> str:
 
 def shown(url: str) -> str:
     """The URL without what may be secret: the user's part and all behind the question mark."""
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return shown_url(url).partition("#")[0]
 
 
 def name_in(url: str) -> str:

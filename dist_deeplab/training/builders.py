@@ -71,7 +71,7 @@ def build_tracker(config: RunConfig, env: DistEnv, info: dict[str, object]) -> T
     return open_tracker(
         config.run_dir,
         env=env,
-        uri=resolve_uri(config.tracking.uri, config.output_dir),
+        uri=resolve_uri(config.tracking.uri.real, config.output_dir),
         experiment=config.tracking.experiment,
         config_yaml=config_to_yaml(config),
         run_info=info,
@@ -87,7 +87,7 @@ def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
             "--out data/voc` and add data.train=data/voc/train.json, or try ./launch/quickstart.sh, which draws some"
         )
     cache = build_cache(config.data.cache_dir, config.data.cache_gib)
-    manifests = [load_manifest(path, cache=cache) for path in (config.data.train, config.data.val) if path]
+    manifests = [load_manifest(path.real, cache=cache) for path in (config.data.train, config.data.val) if path]
     for manifest in manifests:
         require_fit(manifest, num_classes=config.data.num_classes, ignore_label=config.data.ignore_label)
     if manifests[-1].class_names != manifests[0].class_names:
@@ -118,7 +118,7 @@ def starting_weights(config: RunConfig, saved: dict[str, Any] | None) -> Weights
     if saved is not None:
         return None
     if config.model.init:
-        return load_weights(config.model.init)
+        return load_weights(config.model.init.real)
     if config.model.train_only == "head":
         raise UserError("model.train_only=head leaves the backbone as it is; give its weights by model.init=...")
     return None
