@@ -18,7 +18,7 @@ from dist_deeplab.data.stream import Place, StreamDataset, StreamLoader
 from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.distributed.parallel import prepare_model
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.distributed.session import Session, session
+from dist_deeplab.distributed.session import TrainingSession, training_session
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
@@ -38,7 +38,7 @@ from dist_deeplab.training.step import TrainStep
 log = logging.getLogger(__name__)
 
 
-def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[Session]:
+def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[TrainingSession]:
     """Return what holds while the run goes on: the ranks' connection, the folder's lock, watchdog and signals."""
     set_determinism(config.deterministic)  # before any GPU is used
     if config.optim.implementation == "apex":
@@ -46,7 +46,7 @@ def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[Sess
     if config.precision.backend == "apex":
         require_apex("precision.backend=apex", "amp", INSTEAD_OF_AMP)
     limits = config.distributed
-    return session(
+    return training_session(
         env,
         config.run_dir,
         startup_timeout_s=limits.startup_timeout_s,
