@@ -33,14 +33,12 @@ from dist_deeplab.comparison.record import read_folder
 from dist_deeplab.config import RunConfig
 from dist_deeplab.config.grid import expand
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import STOPPED_EARLY, UserError
 from dist_deeplab.files import prepare_folder
 from dist_deeplab.logs import format_count, setup_logging
 from dist_deeplab.redaction import redact
 from dist_deeplab.tracking import run_files
 from dist_deeplab.tracking.tracker import JOURNAL, open_tracker, resolve_uri
-
-STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 log = logging.getLogger("dist_deeplab.sweep")
 
