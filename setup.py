@@ -46,7 +46,7 @@ setup(
         "numpy>=1.26",
         "rich>=13",
         "matplotlib>=3.8",
-        "filelock",
+        "filelock>=4.1",
         "scipy",  # SBD's labels; MLflow needs it anyway
         "safetensors>=0.4",
         "fsspec",  # torch needs it anyway; the packages behind s3:// and the like are the extra `remote`

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab import config as configuration
+from dist_deeplab.data.shards.cache import build_cache
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.parallel import place_model
@@ -37,7 +38,6 @@ from dist_deeplab.logs import setup_logging
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.post_training import add_to_run
-from dist_deeplab.training.builders import build_cache
 from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint
 
@@ -53,7 +53,7 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
     """Check all that can be checked before any heavy work, then score; return the exit code."""
     saved = read_checkpoint(arguments.checkpoint)
     settings = inference_settings(saved, arguments.overrides)
-    manifest = load_manifest(arguments.data, cache=build_cache(settings.data))
+    manifest = load_manifest(arguments.data, cache=build_cache(settings.data.cache_dir, settings.data.cache_gib))
     require_crf(settings.eval.crf)
     check_classes(saved, manifest, arguments.checkpoint)
     prepare_folder(report_folder(arguments, settings), remedy="choose another --out")

@@ -2,7 +2,6 @@
 
 import logging
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_deeplab.checkpointing.folder import CheckpointFolder
-from dist_deeplab.config import DataConfig, RunConfig, config_to_dict, config_to_yaml
+from dist_deeplab.config import RunConfig, config_to_dict, config_to_yaml
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.data.shards.cache import ShardCache
+from dist_deeplab.data.shards.cache import build_cache
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest, require_fit
 from dist_deeplab.data.stream import Place, StreamDataset, StreamLoader
 from dist_deeplab.data.transforms import Augmentation
@@ -87,7 +86,7 @@ def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
             "no training data: make shards by `python tools/make_shards.py --voc-root VOCdevkit/VOC2012 --split train "
             "--out data/voc` and add data.train=data/voc/train.json, or try ./launch/quickstart.sh, which draws some"
         )
-    cache = build_cache(config.data)
+    cache = build_cache(config.data.cache_dir, config.data.cache_gib)
     manifests = [load_manifest(path.real, cache=cache) for path in (config.data.train, config.data.val) if path]
     for manifest in manifests:
         require_fit(manifest, num_classes=config.data.num_classes, ignore_label=config.data.ignore_label)
@@ -97,11 +96,6 @@ def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
     if cache:
         cache.require_room(sum(manifest.size_bytes for manifest in fixed if manifest.cache))
     return manifests[0], manifests[1] if config.data.val else None
-
-
-def build_cache(data: DataConfig) -> ShardCache | None:
-    """Return where shards from URLs go, if anywhere."""
-    return ShardCache(Path(data.cache_dir).expanduser(), round(data.cache_gib * 2**30)) if data.cache_dir else None
 
 
 def split_batch(config: RunConfig, env: DistEnv) -> BatchSplit:
