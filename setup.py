@@ -46,7 +46,7 @@ setup(
         "numpy>=1.26",
         "rich>=13",
         "matplotlib>=3.8",
-        "filelock",
+        "filelock>=4.1",
         "scipy",  # SBD's labels; MLflow needs it anyway
         "safetensors>=0.4",
         "protobuf>=4.22",  # .caffemodel files and TensorFlow checkpoints; MLflow needs it anyway
@@ -63,9 +63,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "dist-deeplab-train = dist_deeplab.train:main",
-            "dist-deeplab-evaluate = dist_deeplab.evaluate:main",
-            "dist-deeplab-predict = dist_deeplab.predict:main",
+            "dist-deeplab = dist_deeplab.__main__:main",
         ]
     },
     classifiers=[

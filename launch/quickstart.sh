@@ -38,7 +38,7 @@ setup_environment ""
 voc=data/sample_voc/VOCdevkit/VOC2012
 shards=data/sample_voc/shards
 
-python tools/make_sample_voc.py --out data/sample_voc
+python -m dist_deeplab sample-voc --out data/sample_voc
 missing=()
 for split in train val; do
     # The manifest is written last: where it exists, the shards are complete.
@@ -47,7 +47,7 @@ for split in train val; do
     fi
 done
 if ((${#missing[@]})); then
-    python tools/make_shards.py --voc-root "$voc" --split "${missing[@]}" --out "$shards"
+    python -m dist_deeplab shards --voc-root "$voc" --split "${missing[@]}" --out "$shards"
 fi
 
 processes=${NPROC_PER_NODE:-$(num_processes 2)}

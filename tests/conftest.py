@@ -45,12 +45,12 @@ def torchrun_command(num_processes: int, *target: str) -> list[str]:
 
 def make_sample_shards(root: Path) -> Path:
     """Draw 16 + 7 images and return the folder with their shards: train.json (16) and val.json (7)."""
-    tools = REPO / "tools"
-    make_sample = [sys.executable, tools / "make_sample_voc.py", "--out", root, "--num-train", "16", "--num-val", "7"]
+    command = [sys.executable, "-m", "dist_deeplab"]
+    make_sample = [*command, "sample-voc", "--out", root, "--num-train", "16", "--num-val", "7"]
     subprocess.run(make_sample, check=True, env=command_environ(), capture_output=True)
     for split in ("train", "val"):
         voc = root / "VOCdevkit" / "VOC2012"
-        make = [sys.executable, tools / "make_shards.py", "--voc-root", voc, "--split", split, "--out", root / "shards"]
+        make = [*command, "shards", "--voc-root", voc, "--split", split, "--out", root / "shards"]
         subprocess.run([*make, "--samples-per-shard", "6"], check=True, env=command_environ(), capture_output=True)
     return root / "shards"
 

@@ -4,8 +4,7 @@ A configuration is made of the defaults, a YAML file that changes some of them, 
 this order. An unknown key is an error that names the nearest key.
 """
 
-import copy
-import difflib
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,120 +12,73 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dist_deeplab.config.grid import split_values
+from dist_deeplab.config.keys import AFFECTS, RENAMED, SECTIONS, nearest_key
 from dist_deeplab.config.problems import sentence
 from dist_deeplab.config.schema import RunConfig
-from dist_deeplab.config.section import Section
+from dist_deeplab.config.section import Location, Section
 from dist_deeplab.errors import UserError
 
-_FREE_TO_CHANGE = (
-    *(
-        "name",
-        "output_dir",
-        "resume",
-        "resume_anyway",
-        "max_hours",
-        "data.train",
-        "data.val",
-        "data.cache_",
-        "data.max_bad_samples",
-        "data.num_workers",
-        "model.init",
-        "model.restore_last",
-    ),
-    *("model.sync_bn", "batch.micro_size", "eval.", "crf.", "checkpoint.", "distributed.", "tracking."),
-    *("speed.channels_last", "speed.cudnn_benchmark", "speed.compile", "speed.recompute", "speed.static_graph"),
-    *("deterministic", "optim.implementation", "precision.max_nonfinite_steps"),
-)
+log = logging.getLogger(__name__)
+
+_RENAMED_NOTICE = "the key %s is called %s now; its old name still works"
 _YAML_END = "...\n"  # what PyYAML closes a bare scalar with
 
-_KNOWN_ELSEWHERE_AS = {
-    "accumulation_steps": "batch.micro_size",
-    "batch_size": "batch.global_size",
-    "data_dir": "data.train",
-    "data_list": "data.train",
-    "grad_update_every": "batch.micro_size",
-    "input_size": "data.crop_size",
-    "is_training": "model.batch_norm",
-    "learning_rate": "optim.lr",
-    "not_restore_last": "model.restore_last",
-    "num_steps": "max_steps",
-    "random_mirror": "data.mirror",
-    "random_scale": "data.scale_range",
-    "random_seed": "seed",
-    "init_model": "model.init",
-    "load_from": "model.init",
-    "pretrained": "model.init",
-    "restore_from": "model.init",
-    "save_num_images": "eval.num_panels",
-    "save_pred_every": "checkpoint.every",
-    "snapshot_dir": "output_dir",
-}
-"""Names of the same settings in DrSleep's and others' scripts, for the hint in an error."""
 
-_SECTIONS: dict[str, type[Section]] = {name: type(value) for name, value in RunConfig() if isinstance(value, Section)}
+def load_config(path: str | Path | None, overrides: Iterable[str] = (), *, base: RunConfig | None = None) -> RunConfig:
+    """The defaults, changed by the YAML file `path` (None: no file), changed by `section.key=value` strings.
 
-
-def load_config(
-    path: str | Path | None, overrides: Iterable[str] = (), *, base: dict[str, Any] | None = None
-) -> RunConfig:
-    """Return the defaults, changed by the YAML file `path` (None: no file), changed by `section.key=value` strings.
-
-    `base`, nested plain values as `config_to_dict` gives them, stands in for a file.
-
-    Values of overrides are YAML: `data.scale_range=[0.5,1.5]`, `data.mirror=false`, `model.init=`.
+    `base` stands in for a file. Values of overrides are YAML: `data.scale_range=[0.5,1.5]`, `data.flip=false`,
+    `model.init=`. A key under its old name is taken, with one line of notice.
 
     Raises:
         UserError: file missing or not YAML; unknown key (the nearest one is named); value of a wrong type or range.
     """
-    values: dict[str, Any] = copy.deepcopy(base or {})
+    values = config_to_dict(base) if base else {}
     if path is not None:
         values = _read_yaml(Path(path))
         _check_keys(values, where=str(path))
+        values = _with_new_names(values, where=str(path), notice=True)
     overrides = list(overrides)
-    for override in overrides:
-        _apply_override(values, override)
     where = "the command line" if path is None else f"{path} (with overrides)" if overrides else str(path)
-    return config_from_dict(values, where=where)
+    try:
+        for override in overrides:
+            _apply_override(values, override)
+        return config_from_dict(values, where=where)
+    except UserError as error:
+        raise UserError(f"{error}{_sweep_hint(overrides, str(error))}") from None
 
 
 def config_from_dict(values: dict[str, Any], *, where: str) -> RunConfig:
-    """Return the RunConfig of nested `values`; `where` names their origin in errors.
+    """The RunConfig of nested `values`; `where` names their origin in errors.
 
     Raises:
         UserError: unknown key, or value of a wrong type or range.
     """
     _check_keys(values, where=where)
+    values = _with_new_names(values, where=where)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(f"configuration from {where}: {sentence(error)}") from None
 
 
+def _sweep_hint(overrides: Iterable[str], error: str) -> str:
+    """Continuation of an error about an override whose value is several, separated by commas; empty for others."""
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if key in error and key in AFFECTS and AFFECTS[key].what != "nothing" and len(split_values(text)) > 1:
+            return f"; several values are a grid: to train one run per value, give {override!r} to dist-deeplab sweep"
+    return ""
+
+
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return nested plain values (str, int, float, bool, None, list) that `config_from_dict` takes back."""
+    """Nested plain values (str, int, float, bool, None, list) that `config_from_dict` takes back."""
     return config.model_dump(mode="json")
 
 
-def flatten(config: RunConfig) -> dict[str, Any]:
-    """Return {"section.key": plain value} in the order of definition."""
-    flat: dict[str, Any] = {}
-    for key, value in config_to_dict(config).items():
-        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
-    return flat
-
-
-def changed_from_defaults(config: RunConfig) -> dict[str, Any]:
-    """Return {"section.key": value} of what a run computes with and where it differs from the defaults."""
-    defaults = flatten(RunConfig())
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if value != defaults[key] and not key.startswith(("name", "output_dir", "resume", "tracking."))
-    }
-
-
 def config_to_yaml(config: RunConfig) -> str:
-    """Return the configuration as YAML, each key preceded by its documentation; `load_config` reads it back."""
+    """The configuration as YAML, each key preceded by its documentation; `load_config` reads it back."""
     lines = []
     for name, field in RunConfig.model_fields.items():
         value = getattr(config, name)
@@ -139,21 +91,8 @@ def config_to_yaml(config: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def recipe_differences(saved: dict[str, Any], current: RunConfig) -> list[str]:
-    """Return `key: saved -> current` for every key that decides what a run computes and that has changed.
-
-    Paths, loader workers, the micro-batch, how often things happen and where they are reported may change.
-    """
-    old, new = flatten(config_from_dict(saved, where="the checkpoint")), flatten(current)
-    return [
-        f"{key}: {old[key]} -> {new[key]}"
-        for key in new
-        if old[key] != new[key] and not key.startswith(_FREE_TO_CHANGE) and not isinstance(new[key], dict)
-    ]
-
-
 def _yaml_line(key: str, value: Any) -> str:
-    plain = list(value) if isinstance(value, tuple) else value
+    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Location) else value
     text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
     return f"{key}: {text.removesuffix(_YAML_END).strip()}"
 
@@ -191,13 +130,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `section: {{key: value}}` pairs, not a {type(values).__name__}")
     # A section whose keys are all commented out means its defaults.
-    return {key: {} if value is None and key in _SECTIONS else value for key, value in values.items()}
+    return {key: {} if value is None and key in SECTIONS else value for key, value in values.items()}
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"cannot read the argument {override!r}: write section.key=value, e.g. optim.lr=1e-3")
+    if key in RENAMED:
+        log.warning(_RENAMED_NOTICE, key, RENAMED[key])
+        key = RENAMED[key]
     *parents, leaf = key.split(".")
     _check_key_path([*parents, leaf], where=f"the argument {override!r}")
     try:
@@ -211,10 +153,30 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise UserError(f"{parent!r} in the configuration file must be a section of keys, not {target!r}")
-    section = _SECTIONS[parents[0]] if parents else RunConfig
-    if section.model_fields[leaf].annotation is str and not isinstance(value, str | list | dict):
+    section = SECTIONS[parents[0]] if parents else RunConfig
+    if section.model_fields[leaf].annotation in (str, Location) and not isinstance(value, str | list | dict):
         value = text  # what was typed: 007, 2026-01-31 and no are names here, not what YAML makes of them
     target[leaf] = value
+
+
+def _with_new_names(values: dict[str, Any], *, where: str, notice: bool = False) -> dict[str, Any]:
+    """The values under the keys' names of today.
+
+    Raises:
+        UserError: a key is given by both of its names, with different values.
+    """
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for old, new in RENAMED.items():
+        (section, leaf), new_leaf = old.split("."), new.rpartition(".")[2]
+        keys = values.get(section)
+        if not isinstance(keys, dict) or leaf not in keys:
+            continue
+        value = keys.pop(leaf)
+        if notice:
+            log.warning(_RENAMED_NOTICE, old, new)
+        if keys.setdefault(new_leaf, value) != value:
+            raise UserError(f"{where} gives both {new} and its old name {old}; keep {new}")
+    return values
 
 
 def _check_keys(values: dict[str, Any], *, where: str) -> None:
@@ -228,12 +190,8 @@ def _check_keys(values: dict[str, Any], *, where: str) -> None:
 def _check_key_path(parts: Sequence[str], *, where: str) -> None:
     """Raise UserError, naming the nearest key, unless `parts` is a top-level key, a section or a section's key."""
     key = ".".join(parts)
-    known = list(flatten(RunConfig()))
-    if key in known or key in _SECTIONS:
+    if key in AFFECTS or key in SECTIONS or key in RENAMED:
         return
-    elsewhere = _KNOWN_ELSEWHERE_AS.get(parts[-1].replace("-", "_"))
-    nearest = difflib.get_close_matches(key, [*known, *_SECTIONS], n=1, cutoff=0.5)
-    same_leaf = [k for k in known if k.rpartition(".")[2] == parts[-1]]
-    guesses = [elsewhere] if elsewhere else same_leaf or nearest
-    hint = f"did you mean {guesses[0]!r}?" if guesses else "--print-config lists all keys"
+    nearest = nearest_key(key)
+    hint = f"did you mean {nearest!r}?" if nearest else "--print-config lists all keys"
     raise UserError(f"unknown configuration key {key!r} in {where}; {hint}")

@@ -5,25 +5,36 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from dist_deeplab.config.section import NonNegative, Positive, Section, Text
+from dist_deeplab.config.section import (
+    EXECUTION,
+    EXECUTION_EVERYWHERE,
+    NOTHING,
+    SCORE,
+    Location,
+    NonNegative,
+    Positive,
+    Section,
+    Text,
+)
+from dist_deeplab.redaction import redact
 
 
 class EvalConfig(Section):
-    every: NonNegative = 1000
+    every: Annotated[NonNegative, EXECUTION] = 1000
     """Steps between evaluations on data.val; one more at the end. 0: only at the end."""
-    batch_size: Positive = 4
+    batch_size: Annotated[Positive, EXECUTION_EVERYWHERE] = 4
     """Images of one size taken through the network at once; what an image scores does not depend on it."""
-    scales: tuple[Annotated[float, Field(gt=0, le=4)], ...] = (1.0,)
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], SCORE] = (1.0,)
     """Input scales whose logits are fused, e.g. [0.5, 0.75, 1.0] (the paper's)."""
-    fusion: Literal["max", "mean"] = "max"
+    fusion: Annotated[Literal["max", "mean"], SCORE] = "max"
     """How logits of several scales become one: max is the paper's."""
-    flip: bool = False
+    flip: Annotated[bool, SCORE] = False
     """Average with the prediction on the mirrored image."""
-    align_corners: bool = True
+    align_corners: Annotated[bool, SCORE] = True
     """true: logits sit on pixels, as in training; false: half-pixel resizing, unpadded images (kazuto1011's way)."""
-    crf: bool = False
+    crf: Annotated[bool, SCORE] = False
     """Refine by a dense CRF (section crf); about a second of a core per image, in processes beside the GPU."""
-    num_panels: NonNegative = 4
+    num_panels: Annotated[NonNegative, EXECUTION_EVERYWHERE] = 4
     """Validation images shown as image | label | prediction | errors."""
 
     @field_validator("scales")
@@ -37,51 +48,52 @@ class EvalConfig(Section):
 class CrfConfig(Section):
     """The dense CRF of eval.crf; defaults are DeepLab-v2's for VOC 2012."""
 
-    iterations: Positive = 10
+    iterations: Annotated[Positive, SCORE] = 10
     """Mean-field iterations."""
-    pos_w: Annotated[float, Field(ge=0)] = 3.0
+    pos_w: Annotated[float, Field(ge=0), SCORE] = 3.0
     """Weight of the smoothness kernel."""
-    pos_xy_std: Annotated[float, Field(gt=0)] = 1.0
+    pos_xy_std: Annotated[float, Field(gt=0), SCORE] = 1.0
     """Its standard deviation in pixels."""
-    bi_w: Annotated[float, Field(ge=0)] = 4.0
+    bi_w: Annotated[float, Field(ge=0), SCORE] = 4.0
     """Weight of the appearance kernel, which looks at colours too."""
-    bi_xy_std: Annotated[float, Field(gt=0)] = 67.0
+    bi_xy_std: Annotated[float, Field(gt=0), SCORE] = 67.0
     """Its standard deviation in pixels."""
-    bi_rgb_std: Annotated[float, Field(gt=0)] = 3.0
+    bi_rgb_std: Annotated[float, Field(gt=0), SCORE] = 3.0
     """Its standard deviation in colour values of 0..255."""
-    num_workers: Positive | None = None
+    num_workers: Annotated[Positive | None, EXECUTION_EVERYWHERE] = None
     """CRF processes per rank; empty: this rank's share of the cores."""
 
 
 class CheckpointConfig(Section):
-    every: Positive = 500
+    every: Annotated[Positive, EXECUTION] = 500
     """Steps between checkpoints; one more at the end."""
-    keep_last: Annotated[int, Field(ge=2)] = 2
+    keep_last: Annotated[int, Field(ge=2), EXECUTION] = 2
     """Newest checkpoints kept, beside the best; at least 2, so that a damaged one leaves another."""
-    keep_every: NonNegative = 0
+    keep_every: Annotated[NonNegative, EXECUTION] = 0
     """Keep those of steps that this divides for good, e.g. 5000; 0: none."""
 
 
 class TrackingConfig(Section):
-    uri: Text = ""
+    uri: Annotated[Location, NOTHING] = Location()
     """MLflow store; empty: MLFLOW_TRACKING_URI, else SQLite in <output_dir>/mlflow.db; none: no MLflow."""
-    experiment: str = "dist_deeplab"
+    experiment: Annotated[str, NOTHING] = "dist_deeplab"
     """MLflow experiment that holds the run."""
-    log_every: Positive = 20
+    log_every: Annotated[Positive, NOTHING] = 20
     """Steps between log lines and metric points; each costs one CPU-GPU synchronisation."""
-    system_metrics: bool = False
+    system_metrics: Annotated[bool, NOTHING] = False
     """Record load, memory, network and GPUs of every node each 10 s."""
-    log_model: bool = False
+    log_model: Annotated[bool, NOTHING] = False
     """After the last step log the best checkpoint as an MLflow model: image in, mask out."""
-    register_as: Text = ""
+    register_as: Annotated[Text, NOTHING] = ""
     """Name in MLflow's model registry under which that model becomes a new version (implies log_model); no / or :."""
-    parent: Text = ""
+    parent: Annotated[Text, NOTHING] = ""
     """Folder of the sweep that this run is of, seen from its own; launch/sweep.sh sets it."""
 
     @field_validator("uri")
     @classmethod
-    def _without_password(cls, value: str) -> str:
-        if re.search(r"://[^/@\s]*:[^/@\s]*@", value):
+    def _without_secrets(cls, value: Location) -> Location:
+        is_database_user = re.fullmatch(r"(?!https?:)[\w+]+://[^:@/?]+@[^?]*", value.real)
+        if redact(value.real, {}) != value.real and not is_database_user:
             raise ValueError(
                 "must not hold a password, which would end up in files and records; set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or for a database MLFLOW_TRACKING_URI"

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 
 from dist_deeplab.config.results import CheckpointConfig, CrfConfig, EvalConfig, TrackingConfig
-from dist_deeplab.config.section import Positive, Section
+from dist_deeplab.config.section import EXECUTION, NOTHING, RECIPE, Positive, Section
 from dist_deeplab.config.training import (
     BatchConfig,
     DataConfig,
@@ -26,21 +26,21 @@ from dist_deeplab.config.training import (
 
 
 class RunConfig(Section):
-    name: str = "voc_resnet101"
+    name: Annotated[str, NOTHING] = "voc_resnet101"
     """Folder of the run under output_dir, and its name in MLflow."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63), RECIPE] = 0
     """Fixes sample order, augmentation and initial weights."""
-    max_steps: Positive = 20000
+    max_steps: Annotated[Positive, RECIPE] = 20000
     """Optimizer steps."""
-    max_hours: Annotated[float, Field(gt=0)] | None = None
+    max_hours: Annotated[Annotated[float, Field(gt=0)] | None, EXECUTION] = None
     """Save and stop (exit code 75) after so many hours since the launch: before a known limit. Empty: no limit."""
-    output_dir: str = "runs"
+    output_dir: Annotated[str, NOTHING] = "runs"
     """Folder of all runs."""
-    resume: str = "auto"
+    resume: Annotated[str, NOTHING] = "auto"
     """auto: go on from the run's newest checkpoint; never: refuse a used folder; PATH: start a new folder from it."""
-    resume_anyway: bool = False
+    resume_anyway: Annotated[bool, NOTHING] = False
     """Go on although the recipe or the training samples are not the checkpoint's; what differs is logged."""
-    deterministic: bool = False
+    deterministic: Annotated[bool, EXECUTION] = False
     """Repeat a run bit by bit on the same hardware and number of ranks: slower algorithms on a GPU."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -4,33 +4,43 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dist_deeplab.config.section import NonNegative, Positive, Section, Text
+from dist_deeplab.config.section import (
+    EXECUTION,
+    EXECUTION_EVERYWHERE,
+    ORIGIN,
+    RECIPE,
+    Location,
+    NonNegative,
+    Positive,
+    Section,
+    Text,
+)
 
 
 class DataConfig(Section):
-    train: Text = ""
+    train: Annotated[Location, ORIGIN] = Location()
     """Manifest of the training shards, e.g. data/voc/train.json (tools/make_shards.py writes it)."""
-    val: Text = ""
+    val: Annotated[Location, ORIGIN] = Location()
     """Manifest of the validation shards; empty: train without evaluation."""
-    num_classes: Annotated[int, Field(ge=2, le=255)] = 21
+    num_classes: Annotated[int, Field(ge=2, le=255), RECIPE] = 21
     """Classes including background; labels are 0 .. num_classes-1."""
-    ignore_label: Annotated[int, Field(ge=0, le=255)] = 255
+    ignore_label: Annotated[int, Field(ge=0, le=255), RECIPE] = 255
     """Label of void pixels: no loss, no score. Padding gets it too."""
-    scale_range: tuple[float, float] = (0.5, 1.5)
+    scale_range: Annotated[tuple[float, float], RECIPE] = (0.5, 1.5)
     """Random scale is uniform in [low, high]."""
-    mirror: bool = True
-    """Mirror left-right with probability 1/2."""
-    crop_size: Annotated[int, Field(ge=1, le=8193)] = 321
+    flip: Annotated[bool, RECIPE] = True
+    """Flip horizontally with probability 1/2."""
+    crop_size: Annotated[int, Field(ge=1, le=8193), RECIPE] = 321
     """Side of the square training crop in pixels; 8k+1 keeps logits on the pixel grid."""
-    num_workers: Annotated[int, Field(ge=0, le=256)] = 4
+    num_workers: Annotated[int, Field(ge=0, le=256), EXECUTION_EVERYWHERE] = 4
     """Loader processes per rank; 0 decodes in the training process."""
-    access: Literal["indexed", "stream"] = "indexed"
+    access: Annotated[Literal["indexed", "stream"], RECIPE] = "indexed"
     """indexed: exact order, any split, exact resume; stream: best effort, for sets that fit on no disk of a node."""
-    cache_dir: Text = ""
+    cache_dir: Annotated[Text, EXECUTION_EVERYWHERE] = ""
     """Folder on a disk of each node for the shards of data.train and data.val that are URLs."""
-    cache_gib: Annotated[float, Field(gt=0)] = 200.0
+    cache_gib: Annotated[float, Field(gt=0), EXECUTION_EVERYWHERE] = 200.0
     """Largest size of that folder in GiB; shards unused for longest go first."""
-    max_bad_samples: NonNegative = 0
+    max_bad_samples: Annotated[NonNegative, EXECUTION] = 0
     """Training samples that may be damaged: they are replaced, counted and listed; one more ends the run."""
 
     @field_validator("crop_size")
@@ -49,46 +59,46 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    backbone: Literal["resnet101", "resnet50", "resnet_tiny"] = "resnet101"
+    backbone: Annotated[Literal["resnet101", "resnet50", "resnet_tiny"], RECIPE] = "resnet101"
     """resnet101 is the paper's; resnet_tiny is a small bottleneck network for trying things out on a CPU."""
-    batch_norm: Literal["sync", "frozen", "local"] = "sync"
+    batch_norm: Annotated[Literal["sync", "frozen", "local"], RECIPE] = "sync"
     """sync: statistics over all ranks; frozen: stored statistics and affine kept (paper); local: per rank."""
-    sync_bn: Literal["own", "torch"] = "own"
+    sync_bn: Annotated[Literal["own", "torch"], EXECUTION] = "own"
     """Implementation behind `sync`; torch's own works on CUDA only."""
-    init: Text = ""
+    init: Annotated[Location, ORIGIN] = Location()
     """Weights to start from, a file of any known family or its URL (#sha256=HEX checks it); empty: random weights."""
-    train_only: Literal["all", "head"] = "all"
-    """head: train the last layers alone on a backbone that stands still, its batch norm too (fine_tune.py)."""
-    restore_last: bool = True
+    train_only: Annotated[Literal["all", "head"], RECIPE] = "all"
+    """head: train the last layers alone on a frozen backbone, its batch norm too (fine_tune.py)."""
+    restore_last: Annotated[bool, ORIGIN] = True
     """Take the last layer from `init` too; false for a data set with other classes (not_restore_last)."""
 
 
 class BatchConfig(Section):
-    global_size: Positive = 10
+    global_size: Annotated[Positive, RECIPE] = 10
     """Images of one optimizer step, over all ranks and accumulation steps; any number from that of the ranks on."""
-    micro_size: Positive | Literal["auto"] | None = None
+    micro_size: Annotated[Positive | Literal["auto"] | None, EXECUTION] = None
     """The most images a rank takes through the network at once; empty: its share; auto: what fits, by trying."""
 
 
 class OptimConfig(Section):
-    lr: Annotated[float, Field(gt=0)] = 2.5e-4
+    lr: Annotated[float, Field(gt=0), RECIPE] = 2.5e-4
     """Base learning rate: x1 backbone, x10 head weights, x20 head biases."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1), RECIPE] = 0.9
     """Momentum of SGD."""
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0), RECIPE] = 5e-4
     """L2 on convolution weights; biases and batch norm have none."""
-    power: Annotated[float, Field(ge=0)] = 0.9
+    power: Annotated[float, Field(ge=0), RECIPE] = 0.9
     """Exponent of the poly schedule lr * (1 - step / max_steps) ^ power."""
-    warmup_steps: NonNegative = 0
+    warmup_steps: Annotated[NonNegative, RECIPE] = 0
     """Steps over which the rate rises linearly to the schedule; the paper has none."""
-    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(ge=0), RECIPE] = 0.0
     """Largest L2 norm of the whole gradient; 0: no clipping."""
-    implementation: Literal["torch", "apex"] = "torch"
+    implementation: Annotated[Literal["torch", "apex"], EXECUTION] = "torch"
     """Who makes the update, which is the same: torch's fused SGD, or FusedSGD of NVIDIA apex (on a GPU)."""
 
 
 class MultiScaleConfig(Section):
-    scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], RECIPE] = ()
     """Input scales trained together, e.g. [1.0, 0.75, 0.5]; each and their max get a loss. Empty: one scale."""
 
     @field_validator("scales")
@@ -100,11 +110,11 @@ class MultiScaleConfig(Section):
 
 
 class PrecisionConfig(Section):
-    dtype: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    dtype: Annotated[Literal["fp32", "tf32", "bf16", "fp16"], RECIPE] = "fp32"
     """Arithmetic of the forward pass; bf16 and fp16 by torch.amp, fp16 with a gradient scaler."""
-    backend: Literal["torch", "apex"] = "torch"
+    backend: Annotated[Literal["torch", "apex"], RECIPE] = "torch"
     """Who mixes precisions: torch.amp, or apex.amp (fp16 on a GPU; in NVIDIA apex until May 2025)."""
-    max_nonfinite_steps: Positive = 10
+    max_nonfinite_steps: Annotated[Positive, EXECUTION] = 10
     """Steps in a row with a loss or gradient that is not finite before the run stops; their updates are skipped."""
 
     @model_validator(mode="after")
@@ -115,17 +125,17 @@ class PrecisionConfig(Section):
 
 
 class SpeedConfig(Section):
-    channels_last: bool = True
+    channels_last: Annotated[bool, EXECUTION] = True
     """Channels-last memory, which tensor cores and CPU kernels want."""
-    cudnn_benchmark: bool = True
+    cudnn_benchmark: Annotated[bool, EXECUTION] = True
     """Let cuDNN try its algorithms on the first steps; false: its default choice, the same in each run."""
-    compile: bool = False
+    compile: Annotated[bool, EXECUTION] = False
     """torch.compile the network: a minute or more at each start, faster steps after it."""
-    recompute: bool = False
+    recompute: Annotated[bool, EXECUTION] = False
     """Recompute activations in the backward pass: a third more arithmetic for a fraction of the memory."""
-    compress_gradients: bool = False
+    compress_gradients: Annotated[bool, RECIPE] = False
     """All-reduce gradients in bf16: half the traffic between nodes, rounded gradients."""
-    static_graph: bool = False
+    static_graph: Annotated[bool, EXECUTION] = False
     """Promise DDP that the network never changes: the same gradients; no faster on two CPU ranks."""
 
     @model_validator(mode="after")
@@ -136,9 +146,9 @@ class SpeedConfig(Section):
 
 
 class DistributedConfig(Section):
-    startup_timeout_s: Annotated[float, Field(ge=1)] = 600.0
+    startup_timeout_s: Annotated[float, Field(ge=1), EXECUTION] = 600.0
     """How long to wait at the start until all processes have met; then the missing ones are named."""
-    hang_timeout_s: Annotated[float, Field(ge=1)] = 1800.0
+    hang_timeout_s: Annotated[float, Field(ge=1), EXECUTION] = 1800.0
     """A run without progress for so long ends: the stuck rank is named and all stacks are in logs/."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dist_deeplab.config import EvalConfig, RunConfig, load_config
+from dist_deeplab.config import AFFECTS, EvalConfig, RunConfig, config_from_dict, config_to_dict, load_config
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, upsample
@@ -30,23 +30,27 @@ def load_network(saved: dict[str, Any]) -> DeepLabV2:
     return net.eval()
 
 
-_MAY_CHANGE = ("data.num_workers=", "data.cache_dir=", "data.cache_gib=", "eval.", "crf.")
-
-
 def inference_settings(saved: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
-    """Return the configuration of a checkpoint's run, with overrides of what does not belong to its weights.
+    """The configuration of a checkpoint's run, with overrides of what does not belong to its weights.
+
+    What only says where things are and how much of the machine is used (folders, sizes, processes) is not taken from
+    the checkpoint, which may be a stranger's: it has its default unless overridden.
 
     Raises:
         UserError: an override that would have no effect on what a finished network does.
     """
     for override in overrides:
-        if not override.startswith(("data.num_workers=", "data.cache_", "eval.", "crf.")) or override.startswith(
-            "eval.every="
-        ):
+        key = override.partition("=")[0]
+        if key in AFFECTS and not AFFECTS[key].inference:
             raise UserError(
                 f"{override!r} has no meaning here: the checkpoint fixes all but data.num_workers, crf.* and eval.*"
             )
-    return load_config(None, overrides, base=saved["config"])
+    base = config_to_dict(config_from_dict(saved["config"], where="the checkpoint"))
+    for key, mark in AFFECTS.items():
+        section, _, name = key.rpartition(".")
+        if mark.what in ("execution", "nothing"):
+            (base[section] if section else base).pop(name)
+    return load_config(None, overrides, base=config_from_dict(base, where="the checkpoint"))
 
 
 def inference_name(config: EvalConfig) -> str:

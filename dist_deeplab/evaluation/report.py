@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dist_deeplab.evaluation.boundaries import TRIMAP_WIDTHS
+from dist_deeplab.evaluation.accumulator import TRIMAP_WIDTHS
 from dist_deeplab.evaluation.confusion import Scores, scores
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel
 

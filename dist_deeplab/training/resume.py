@@ -9,12 +9,13 @@ import torch
 
 from dist_deeplab.checkpointing.file import load_checkpoint
 from dist_deeplab.checkpointing.folder import CheckpointFolder
-from dist_deeplab.config import RunConfig, config_from_dict, config_to_dict, recipe_differences
+from dist_deeplab.config import RunConfig, config_from_dict, config_to_dict, recipe_differences, score_settings
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.parallel import share_buffers
 from dist_deeplab.distributed.replicas import check_replicas
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.model.weights import Variant
+from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.provenance import installed_versions
 from dist_deeplab.tracking.run_files import mlflow_run_id
 from dist_deeplab.training.state import TrainState
@@ -71,7 +72,7 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
     saved = read_checkpoint(path)
     if path.parent.resolve() != folder.path.resolve():
         saved["best_miou"] = -1.0  # the file with that score stays behind; this folder gets a best.pt of its own
-    changes = recipe_differences(saved["config"], config)
+    changes = recipe_differences(config_from_dict(saved["config"], where="the checkpoint"), config)
     if saved["train_keys_sha256"] != train_set.keys_sha256:
         changes.append("data.train: other samples")
     if changes and not config.resume_anyway:
@@ -81,7 +82,7 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
         )
     for change in changes:
         log.warning("going on from %s with a change: %s", path, change)
-    if config.model.init not in ("", saved["config"]["model"]["init"]):
+    if config.model.init and str(config.model.init) != shown_url(saved["config"]["model"]["init"]):
         log.warning("model.init is not read by a run that goes on: its weights are those of %s", path)
     return saved
 
@@ -101,7 +102,7 @@ def restore(state: TrainState, saved: dict[str, Any], config: RunConfig, val_set
         ) from None
     state.owes_evaluation = state.owes_evaluation and val_set is not None
     other_images = val_set and state.scored_keys_sha256 not in ("", val_set.keys_sha256)
-    other_means = _scored_by(config_from_dict(saved["config"], where="the checkpoint")) != _scored_by(config)
+    other_means = score_settings(config_from_dict(saved["config"], where="the checkpoint")) != score_settings(config)
     if state.best_miou >= 0 and (other_images or other_means):
         what = "the validation images are other ones" if other_images else "eval.* or crf.* scores in another way"
         log.warning("%s than before: the best score so far no longer counts", what)
@@ -110,12 +111,6 @@ def restore(state: TrainState, saved: dict[str, Any], config: RunConfig, val_set
     for name, old in saved.get("versions", {}).items():
         if versions.get(name) != old:
             log.warning("%s is %s now, it was %s: numbers may differ in the last digits", name, versions.get(name), old)
-
-
-def _scored_by(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that an image's score depends on: of the network's prediction, and of the CRF."""
-    means = config.eval.model_dump(exclude={"every", "batch_size", "num_panels"})
-    return means, config.crf.model_dump(exclude={"num_workers"}) if config.eval.crf else {}
 
 
 def save_checkpoint(

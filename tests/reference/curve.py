@@ -47,12 +47,13 @@ def run_quickstart(shards: Path, output_dir: Path) -> dict[str, list[float]]:
 
 def draw_shards(folder: Path) -> Path:
     """Draw the set that the curve is of: 16 images."""
-    tools = REPO / "tools"
-    make_sample = [sys.executable, tools / "make_sample_voc.py", "--out", folder, "--num-train", "16", "--num-val", "7"]
-    subprocess.run(make_sample, check=True, capture_output=True)
+    environ = os.environ | {"PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-m", "dist_deeplab"]
+    make_sample = [*command, "sample-voc", "--out", folder, "--num-train", "16", "--num-val", "7"]
+    subprocess.run(make_sample, check=True, capture_output=True, env=environ)
     voc = folder / "VOCdevkit" / "VOC2012"
-    make = [sys.executable, tools / "make_shards.py", "--voc-root", voc, "--split", "train", "--out", folder / "shards"]
-    subprocess.run(make, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(REPO)})
+    make = [*command, "shards", "--voc-root", voc, "--split", "train", "--out", folder / "shards"]
+    subprocess.run(make, check=True, capture_output=True, env=environ)
     return folder / "shards"
 
 

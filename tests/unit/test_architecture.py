@@ -1,11 +1,11 @@
 """The package has levels: imports only go down, and packages on one level do not import each other.
 
-    commands  train.py, evaluate.py and the others beside them
+    commands  __main__.py, train.py, evaluate.py and the others beside them, commands/
     level 4   training/  evaluation/  comparison/
     level 3   checkpointing/  tracking/
     level 2   distributed/  data/  model/
     level 1   config/  downloads/
-    level 0   files.py  logs.py  workers.py
+    level 0   files.py  locks.py  logs.py  redaction.py  workers.py
     below     errors.py  __init__.py
 
 Read from the source by `ast`, so nothing has to be imported and a forbidden import inside a function counts too.
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAME = "dist_deeplab"
 COMMANDS = 5
 LEVELS = {
+    "commands": COMMANDS,
     "training": 4,
     "evaluation": 4,
     "comparison": 4,
@@ -35,7 +36,9 @@ LEVELS = {
     "config": 1,
     "downloads": 1,
     "files": 0,
+    "locks": 0,
     "logs": 0,
+    "redaction": 0,
     "workers": 0,
     "errors": -1,
     "__init__": -1,

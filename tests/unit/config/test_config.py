@@ -1,6 +1,5 @@
 """A configuration is typed, frozen, readable back from what it prints, and every mistake in one names its remedy."""
 
-import copy
 import itertools
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dist_deeplab.config import (
+    AFFECTS,
+    CrfConfig,
     RunConfig,
     changed_from_defaults,
     config_from_dict,
@@ -22,7 +23,9 @@ from dist_deeplab.config import (
     grid_size,
     load_config,
     recipe_differences,
+    score_settings,
 )
+from dist_deeplab.config.section import Affects, Section
 from dist_deeplab.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,7 +46,7 @@ configs = st.fixed_dictionaries(
                 "train": text,
                 "crop_size": st.integers(1, 25).map(lambda k: 32 * k + 1),  # fits every scale below
                 "scale_range": st.tuples(positive_float, positive_float).map(sorted),
-                "mirror": st.booleans(),
+                "flip": st.booleans(),
             },
         ),
         "batch": st.fixed_dictionaries({}, optional={"micro_size": st.none() | st.integers(1, 64)}),
@@ -100,9 +103,9 @@ def test_the_printed_yaml_documents_every_key() -> None:
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, "max_steps: 7\noptim: {lr: 0.5, momentum: 0.25}\n")
-    config = load_config(path, ["optim.lr=1e-3", "data.scale_range=[0.75,1]", "data.mirror=false", "model.init="])
+    config = load_config(path, ["optim.lr=1e-3", "data.scale_range=[0.75,1]", "data.flip=false", "model.init="])
     assert (config.max_steps, config.optim.momentum) == (7, 0.25)
-    assert (config.optim.lr, config.data.scale_range, config.data.mirror) == (1e-3, (0.75, 1.0), False)
+    assert (config.optim.lr, config.data.scale_range, config.data.flip) == (1e-3, (0.75, 1.0), False)
     assert (config.model.init, config.seed) == ("", RunConfig().seed)
 
 
@@ -126,11 +129,10 @@ def test_a_section_whose_keys_are_all_commented_out_means_its_defaults(tmp_path:
 
 
 def test_a_base_stands_in_for_a_file_and_is_left_alone() -> None:
-    base = config_to_dict(load_config(None, ["seed=4", "optim.lr=0.5"]))
-    before = copy.deepcopy(base)
+    base = load_config(None, ["seed=4", "optim.lr=0.5"])
     config = load_config(None, ["optim.lr=0.25"], base=base)
     assert (config.seed, config.optim.lr) == (4, 0.25)
-    assert base == before
+    assert base.optim.lr == 0.5
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
@@ -196,7 +198,7 @@ DRSLEEP = {
     "num_classes": "data.num_classes",
     "num_steps": "max_steps",
     "power": "optim.power",
-    "random_mirror": "data.mirror",
+    "random_mirror": "data.flip",
     "random_scale": "data.scale_range",
     "random_seed": "seed",
     "restore_from": "model.init",
@@ -222,7 +224,7 @@ def test_a_name_from_drsleeps_script_leads_to_ours(theirs: str, spelling: str) -
         ("optim.lr=fast", "optim.lr", "'fast'"),
         ("max_steps=1.5", "max_steps", "1.5"),
         ("max_steps=many", "max_steps", "'many'"),
-        ("data.mirror=perhaps", "data.mirror", "'perhaps'"),
+        ("data.flip=perhaps", "data.flip", "'perhaps'"),
         ("data.scale_range=1.0", "data.scale_range", "1.0"),
         ("data.scale_range=[1,2,3]", "data.scale_range", "[1, 2, 3]"),
         ("data.train=[a,b]", "data.train", "['a', 'b']"),
@@ -404,7 +406,7 @@ OTHER_VALUES: dict[str, Any] = {
     "data.num_classes": 5,
     "data.ignore_label": 0,
     "data.scale_range": [0.5, 1.0],
-    "data.mirror": False,
+    "data.flip": False,
     "data.crop_size": 33,
     "data.num_workers": 1,
     "data.access": "stream",
@@ -493,12 +495,58 @@ def test_a_resumed_run_may_change_what_does_not_alter_the_recipe_and_nothing_els
     current = load_config(None, [*needed, f"{key}={yaml.safe_dump(OTHER_VALUES[key], default_flow_style=True)}"])
     assert current != saved
     expected = [] if key in MAY_CHANGE else [f"{key}: {flatten(saved)[key]} -> {OTHER_VALUES[key]}"]
-    assert recipe_differences(config_to_dict(saved), current) == expected
+    assert recipe_differences(saved, current) == expected
+
+
+def test_every_key_says_what_it_affects() -> None:
+    """A key without a mark stops the import of `config.keys`; this names it."""
+    sections = {"": RunConfig, **{f"{name}.": type(value) for name, value in RunConfig() if isinstance(value, Section)}}
+    unmarked = [
+        prefix + name
+        for prefix, section in sections.items()
+        for name, field in section.model_fields.items()
+        if f"{prefix}{name}." not in sections and not any(isinstance(mark, Affects) for mark in field.metadata)
+    ]
+    assert unmarked == []
+    assert list(AFFECTS) == list(flatten(RunConfig()))
+
+
+def test_a_score_depends_on_the_crf_s_settings_only_where_it_is_on() -> None:
+    plain = score_settings(load_config(None, ["eval.every=7", "eval.batch_size=2", "crf.bi_w=5"]))
+    assert set(plain) == {"eval.scales", "eval.fusion", "eval.flip", "eval.align_corners", "eval.crf"}
+    refined = score_settings(load_config(None, ["eval.crf=true", "crf.bi_w=5", "crf.num_workers=3"]))
+    assert refined["crf.bi_w"] == 5
+    assert set(refined) - set(plain) == {f"crf.{name}" for name in CrfConfig.model_fields if name != "num_workers"}
+
+
+@pytest.mark.parametrize("where", ["file", "command line"])
+def test_an_old_name_of_a_key_is_taken_with_one_line_of_notice(
+    where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, "data: {mirror: false}\n") if where == "file" else None
+    config = load_config(path, ["data.mirror=false"] if path is None else [])
+    assert config.data.flip is False
+    assert caplog.messages == ["the key data.mirror is called data.flip now; its old name still works"]
+
+
+def test_an_override_under_either_name_wins_over_the_file(tmp_path: Path) -> None:
+    for there, here in (("mirror", "flip"), ("flip", "mirror")):
+        path = write(tmp_path, f"data: {{{there}: true}}\n")
+        assert load_config(path, [f"data.{here}=false"]).data.flip is False
+
+
+def test_two_names_of_one_key_with_different_values_are_refused(tmp_path: Path) -> None:
+    assert "keep data.flip" in message_of(path=write(tmp_path, "data: {mirror: true, flip: false}\n"))
+
+
+def test_a_checkpoint_s_configuration_under_old_names_is_read_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    assert config_from_dict({"data": {"mirror": False}}, where="the checkpoint").data.flip is False
+    assert caplog.messages == []
 
 
 def test_a_recipe_does_not_differ_from_itself() -> None:
     config = load_config(None, ["multi_scale.scales=[1.0,0.5]", "data.scale_range=[0.75,1.25]"])
-    assert recipe_differences(config_to_dict(config), config) == []
+    assert recipe_differences(config, config) == []
 
 
 @given(value=st.integers(-100, 10_000))
@@ -530,3 +578,19 @@ def test_changes_from_the_defaults_are_those_that_matter_to_the_result() -> None
     config = load_config(None, ["optim.power=1.0", "name=x", "tracking.uri=none", "multi_scale.scales=[1.0,0.5]"])
     assert changed_from_defaults(config) == {"optim.power": 1.0, "multi_scale.scales": [1.0, 0.5]}
     assert changed_from_defaults(RunConfig()) == {}
+
+
+@pytest.mark.parametrize(
+    "override", ["optim.power=0.5,0.9", "seed=0,1", "multi_scale.scales=[],[1.0,0.5]", "max_steps=1, 2"]
+)
+def test_several_values_of_a_key_name_the_sweep(override: str) -> None:
+    with pytest.raises(UserError, match=r"several values are a grid: .* to dist-deeplab sweep") as caught:
+        load_config(None, ["optim.lr=0.1", override])
+    assert repr(override) in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["optim.power=fast", "data.scale_range=[1,2,3]", "optim.pover=1"])
+def test_other_wrong_values_do_not(override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(None, ["model.init=a,b.pth", override])
+    assert "grid" not in str(caught.value)

@@ -10,7 +10,7 @@ from mlflow.utils.validation import _validate_metric_name
 from PIL import Image
 
 from dist_deeplab.data.voc import CLASS_NAMES
-from dist_deeplab.evaluation.boundaries import TRIMAP_WIDTHS
+from dist_deeplab.evaluation.accumulator import TRIMAP_WIDTHS
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.evaluator import Evaluation, ImageScore, Panel
 from dist_deeplab.evaluation.report import iou_table, metric_values, render, to_json, write_report

@@ -1,0 +1,1 @@
+"""Commands beside training, evaluation and prediction: data sets, weights, export, scores, MLflow."""

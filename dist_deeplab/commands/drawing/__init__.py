@@ -1,0 +1,1 @@
+"""What dist-deeplab sample-voc draws: objects, and the scenes they stand in."""

@@ -1,0 +1,169 @@
+"""Export a checkpoint for use without this project: ONNX, or a torch.export program.
+
+    dist-deeplab export runs/voc_resnet101/checkpoints/best.pt model.onnx --check photos/
+    dist-deeplab export CHECKPOINT model.pt2            # torch.export.load("model.pt2").module()(image)
+
+Either takes `image`, float32 RGB values of 0..255 [B, 3, H, W], any H and W from 2 on, and gives `logits`
+[B, classes, H, W]: preprocessing, padding and resizing are inside. Class names and what the network is are in its
+metadata (ONNX: metadata_props; program: the extra file metadata.json). A program is also what AOTInductor compiles
+(torch._inductor.aoti_compile_and_package).
+
+The file is loaded again and compared with the network, at several sizes and on the pictures of --check; where they
+differ it is an error. Needs the extra `export` for ONNX. Exit codes: 0 done, 1 the file differs, 2 wrong arguments.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from dist_deeplab.data.transforms import next_grid_size, pad_to
+from dist_deeplab.errors import TrainingError, UserError
+from dist_deeplab.evaluation.exportable import Exportable
+from dist_deeplab.evaluation.images import find_images, read_image
+from dist_deeplab.evaluation.inference import Predictor, load_network
+from dist_deeplab.files import prepare_file
+from dist_deeplab.model.weights import Variant
+from dist_deeplab.training.resume import read_checkpoint
+
+Model = Callable[[np.ndarray], np.ndarray]
+"""float32 [B, 3, H, W] -> logits float32 [B, C, H, W]."""
+
+_SIZES = ((97, 129), (100, 75), (33, 34), (2, 9), (250, 333))  # (height, width): on the grid 8k+1 and off it
+_TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
+_EXAMPLE = (2, 3, 100, 75)
+_NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        prepare(arguments)
+        saved = read_checkpoint(arguments.checkpoint)
+        variant = Variant.from_plain(saved["variant"])
+        predictor = Predictor(load_network(saved), variant.preprocessing)
+        sources = find_images(arguments.check, outside=Path("/nowhere")) if arguments.check else []
+        metadata = describe(saved, variant, arguments.checkpoint)
+        write = write_onnx if arguments.out.suffix == ".onnx" else write_program
+        model = write(Exportable(predictor.net, variant.preprocessing).eval(), arguments.out, metadata)
+        pictures = {f"drawn {width} x {height}": draw(height, width) for height, width in _SIZES}
+        pictures |= {str(source.path): read_image(source.path) for source in sources}
+        worst = compare(model, predictor, pictures)
+        size = arguments.out.stat().st_size / 2**20
+        print(f"{arguments.out}: {size:.1f} MiB, checked on {len(pictures)} pictures, relative error {worst:.1e}")
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="dist-deeplab export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file with its .json beside it")
+    parser.add_argument("out", type=Path, metavar="OUT", help="file to write, .onnx or .pt2")
+    parser.add_argument("--check", nargs="+", metavar="IMAGE|DIR|GLOB", help="pictures to compare on, too")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    return parser.parse_args(argv)
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Refuse what can't work, before the work."""
+    if arguments.out.suffix not in (".onnx", ".pt2"):
+        raise UserError(f"{arguments.out} must end in .onnx or .pt2, which say the format")
+    if arguments.out.exists() and not arguments.overwrite:
+        raise UserError(f"{arguments.out} is there already; --overwrite replaces it")
+    missing = [name for name in _NEEDED_FOR_ONNX if importlib.util.find_spec(name) is None]
+    if arguments.out.suffix == ".onnx" and missing:
+        raise UserError(f"ONNX needs {', '.join(missing)}; pip install -e '.[export]' -c constraints.txt")
+    prepare_file(arguments.out, remedy="choose another OUT")
+
+
+def describe(saved: dict[str, Any], variant: Variant, checkpoint: Path) -> dict[str, str]:
+    """Return the metadata, {name: text}."""
+    return {
+        "input": "image: float32 RGB values of 0..255, [B, 3, H, W], any size; preprocessing is inside",
+        "output": "logits: float32 [B, classes, H, W]; the class is the argmax, probabilities the softmax over axis 1",
+        "class_names": json.dumps(saved["class_names"]),
+        "preprocessing": json.dumps(variant.to_plain()["preprocessing"]),
+        "network": f"DeepLab-v2 {saved['config']['model']['backbone']}, {variant.family}",
+        "checkpoint": f"{checkpoint.name}, step {saved['step']}",
+    }
+
+
+def write_program(model: Exportable, out: Path, metadata: dict[str, str]) -> Model:
+    """Write a torch.export program and return what the file computes."""
+    torch.export.save(_export(model), out, extra_files={"metadata.json": json.dumps(metadata, indent=1)})
+    program = torch.export.load(out).module()
+
+    def run(image: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return program(torch.from_numpy(image)).numpy()
+
+    return run
+
+
+def write_onnx(model: Exportable, out: Path, metadata: dict[str, str]) -> Model:
+    """Write an ONNX file and return what onnxruntime computes with it."""
+    import onnx
+    import onnxruntime
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            _export(model), input_names=["image"], output_names=["logits"], dynamo=True, verbose=False
+        )
+    assert program is not None
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, metadata)
+    onnx.save(proto, out)
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    return lambda image: session.run(None, {"image": image})[0]
+
+
+def _export(model: Exportable) -> torch.export.ExportedProgram:
+    any_size = torch.export.Dim.DYNAMIC
+    return torch.export.export(
+        model, (torch.rand(_EXAMPLE),), dynamic_shapes=({0: any_size, 2: any_size, 3: any_size},)
+    )
+
+
+def compare(model: Model, predictor: Predictor, pictures: dict[str, np.ndarray]) -> float:
+    """Return the largest difference of logits, as a share of the largest logit, over all pictures.
+
+    Raises:
+        TrainingError: it is too large; the picture is named.
+    """
+    worst = 0.0
+    for name, picture in pictures.items():
+        height, width = picture.shape[:2]
+        got = model(np.ascontiguousarray(picture.transpose(2, 0, 1)[None], dtype=np.float32))
+        padded = pad_to(picture, (next_grid_size(height), next_grid_size(width)), 0)
+        tensor = torch.from_numpy(padded).permute(2, 0, 1)[None]
+        expected = predictor.logits(tensor, torch.tensor([[height, width]]))[:, :, :height, :width].numpy()
+        error = float(np.abs(got - expected).max() / max(1.0, np.abs(expected).max()))
+        worst = max(worst, error)
+        if not error <= _TOLERANCE:
+            raise TrainingError(f"the exported network differs on {name}: relative error {error:.1e}; do not use it")
+    return worst
+
+
+def draw(height: int, width: int) -> np.ndarray:
+    """Return a smooth colourful picture, uint8 [height, width, 3]."""
+    coarse = np.random.default_rng(height).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The parts of dist-deeplab shards: packing folders, and looking at shards that are there."""

@@ -1,0 +1,115 @@
+"""Shards that are there: index those made elsewhere, verify a set, show what is in one."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from dist_deeplab.commands.packing.arguments import (
+    add_label_arguments,
+    add_workers,
+    check_label_arguments,
+    check_workers,
+    parser_of,
+    require_plain_name,
+)
+from dist_deeplab.commands.packing.printing import print_manifest, print_set, show_progress
+from dist_deeplab.data.packing.import_tars import index_tars
+from dist_deeplab.data.packing.labels import LabelSpace, read_class_names
+from dist_deeplab.data.packing.ordered_map import useful_workers
+from dist_deeplab.data.packing.verify import SampleContent, contact_sheet, inspect_set, verify
+from dist_deeplab.data.shards.manifest import ShardError, load_manifest
+
+COMMANDS = ("index", "verify", "info")
+_MAX_PROBLEMS = 50
+
+
+def parse_arguments(argv: Sequence[str], *, manual: str) -> argparse.Namespace:
+    command, rest = argv[0], argv[1:]
+    parser = parser_of(manual, command)
+    if command == "index":
+        parser.add_argument("tars", nargs="+", type=Path, metavar="TAR", help="WebDataset tars, all in one folder")
+        parser.add_argument("--split", required=True, metavar="NAME", help="name of the set")
+        parser.add_argument("--image", metavar="ENDING", help="what the image is called after the key, e.g. jpg")
+        parser.add_argument("--label", metavar="ENDING", help="what the label is called after the key, e.g. seg.png")
+        parser.add_argument("--overwrite", action="store_true", help="replace a manifest of this name")
+        add_label_arguments(parser)
+    else:
+        parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="the .json beside the shards")
+    if command == "info":
+        parser.add_argument("--sheet", type=Path, metavar="PNG", help="contact sheet (default: beside the manifest)")
+        parser.add_argument("--num-samples", type=int, default=24, metavar="N", help="samples on the sheet")
+    add_workers(parser)
+    arguments = parser.parse_args(rest)
+    arguments.run = {"index": run_index, "verify": run_verify, "info": run_info}[command]
+    if command == "index":
+        require_plain_name(parser, arguments.split)
+        check_label_arguments(parser, arguments)
+        if arguments.class_names is None and arguments.num_classes is None:
+            parser.error("say what the labels mean by --class-names FILE or --num-classes N")
+    check_workers(parser, arguments)
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the sub-command."""
+    arguments.run(arguments)
+
+
+def run_index(arguments: argparse.Namespace) -> None:
+    """Write index and manifest beside the tars."""
+    if arguments.class_names is not None:
+        names = read_class_names(arguments.class_names)
+    else:
+        names = tuple(f"class_{number}" for number in range(arguments.num_classes))
+    manifest = index_tars(
+        arguments.tars,
+        split=arguments.split,
+        labels=LabelSpace(names, arguments.ignore_label),
+        image=arguments.image,
+        label=arguments.label,
+        overwrite=arguments.overwrite,
+        workers=arguments.workers,
+        progress=show_progress("decoding"),
+    )
+    print_manifest(manifest)
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    """Print all problems, or that there are none."""
+    manifest = load_manifest(arguments.manifest)
+    count = 0
+    for problem in verify(
+        manifest, workers=useful_workers(arguments.workers, manifest.num_samples), progress=show_progress("verifying")
+    ):
+        count += 1
+        if count <= _MAX_PROBLEMS:
+            print(problem)
+    if count:
+        more = f" ({count - _MAX_PROBLEMS} not shown)" if count > _MAX_PROBLEMS else ""
+        raise ShardError(f"{arguments.manifest} is not sound: {count} problems{more}")
+    print(f"{arguments.manifest} is sound: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+
+
+def run_info(arguments: argparse.Namespace) -> None:
+    """Print what is in the set and write the contact sheet."""
+    manifest = load_manifest(arguments.manifest)
+    sizes, num_void = [], 0
+    images = np.zeros(manifest.num_classes, dtype=np.int64)
+    for seen in inspect_set(
+        manifest, workers=useful_workers(arguments.workers, manifest.num_samples), progress=show_progress("reading")
+    ):
+        if not isinstance(seen, SampleContent):
+            raise seen
+        sizes.append(seen.size)
+        images += seen.class_pixels > 0
+        num_void += seen.num_void
+    print_set(manifest, sizes, images, num_void)
+    sheet = contact_sheet(manifest, num_samples=max(1, arguments.num_samples))
+    target = arguments.sheet or arguments.manifest.with_name(f"{manifest.split}_sheet.png")
+    written = target.suffix.lower() == ".png" and cv2.imwrite(str(target), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+    if not written:
+        raise ShardError(f"cannot write the contact sheet to {target}; give --sheet FILE.png in a folder that is there")
+    print(f"contact sheet: {target}")

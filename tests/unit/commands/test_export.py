@@ -1,0 +1,101 @@
+"""What is exported computes what evaluation computes, at any size; formats and faults."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_deeplab.commands import export as tool
+from dist_deeplab.data.voc import CLASS_NAMES
+from dist_deeplab.errors import TrainingError
+from dist_deeplab.evaluation.exportable import Exportable
+from dist_deeplab.evaluation.inference import Predictor, load_network
+from dist_deeplab.model.preprocessing import CAFFE, TORCHVISION, Preprocessing
+from tests.conftest import REPO
+from tests.networks import checkpoint_of, discerning_network, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def saved() -> dict[str, object]:
+    return checkpoint_of(discerning_network(21))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(saved: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "best.pt", saved)
+
+
+def python(*arguments: object) -> str:
+    """Return what a Python process of its own prints: exporters bring libraries that need not get on with others."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("preprocessing", [CAFFE, TORCHVISION])
+def test_one_module_does_all_that_evaluation_does(saved: dict[str, object], preprocessing: Preprocessing) -> None:
+    predictor = Predictor(load_network(saved), preprocessing)
+    module = Exportable(predictor.net, preprocessing).eval()
+
+    def run(image: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return module(torch.from_numpy(image)).numpy()
+
+    pictures = {str(size): tool.draw(*size) for size in [*tool._SIZES, (1, 1), (96, 128)]}
+    assert tool.compare(run, predictor, pictures) < 1e-6
+    with pytest.raises(TrainingError, match="differs on"):
+        tool.compare(lambda image: run(image)[..., ::-1], predictor, pictures)
+
+
+def test_an_onnx_file_computes_the_same_and_says_what_it_is(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} (the extra export) is not installed")
+    out = tmp_path / "model.onnx"
+    assert "checked on 5 pictures" in python("-m", "dist_deeplab", "export", checkpoint, out)
+    read = "import json, onnx, sys; print(json.dumps({e.key: e.value for e in onnx.load(sys.argv[1]).metadata_props}))"
+    metadata = json.loads(python("-c", read, out))
+    assert json.loads(metadata["class_names"]) == list(CLASS_NAMES)
+    assert json.loads(metadata["preprocessing"])["channels"] == "bgr"
+
+
+def test_a_file_that_is_there_is_not_overwritten(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model.pt2"
+    out.write_bytes(b"precious")
+    assert tool.main([str(checkpoint), str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == b"precious"
+
+
+RUN_PROGRAM = """
+import json, sys, torch
+extra = {"metadata.json": ""}
+program = torch.export.load(sys.argv[1], extra_files=extra).module()
+with torch.no_grad():
+    torch.save(program(torch.load(sys.argv[2])), sys.argv[3])
+print(json.loads(extra["metadata.json"])["checkpoint"])
+"""
+
+
+def test_a_program_takes_any_size_and_batch(checkpoint: Path, saved: dict[str, object], tmp_path: Path) -> None:
+    out = tmp_path / "model.pt2"
+    assert "checked on 5 pictures" in python("-m", "dist_deeplab", "export", checkpoint, out)
+    image = torch.rand(3, 3, 41, 70) * 255
+    torch.save(image, tmp_path / "image.pt")
+    said = python("-c", RUN_PROGRAM, out, tmp_path / "image.pt", tmp_path / "logits.pt")
+    assert said.strip() == "best.pt, step 7"
+    with torch.no_grad():
+        expected = Exportable(load_network(saved), CAFFE).eval()(image)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_another_suffix_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main([str(checkpoint), str(tmp_path / "model.tflite")]) == 2
+    assert ".onnx or .pt2" in capsys.readouterr().err
