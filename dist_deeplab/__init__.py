@@ -1,3 +1,3 @@
 """DeepLab-v2 semantic segmentation, trained with PyTorch DDP on one GPU, one node or many."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -24,8 +24,9 @@ from dist_deeplab import config as configuration
 from dist_deeplab.comparison.record import read_folder
 from dist_deeplab.comparison.report import save_figure
 from dist_deeplab.config import RunConfig
-from dist_deeplab.distributed.process_group import DistEnv, exit_with_crash, exit_with_error, leave, refuse_restart
-from dist_deeplab.errors import UserError
+from dist_deeplab.distributed.launcher import hard_exit, refuse_restart, run_command
+from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.errors import STOPPED_EARLY
 from dist_deeplab.evaluation import validation
 from dist_deeplab.evaluation.crf import require_crf
 from dist_deeplab.evaluation.inference import Predictor
@@ -52,35 +53,30 @@ from dist_deeplab.training.run import Run
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.summary import describe, log_progress, window_values
 
-STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
-
 log = logging.getLogger("dist_deeplab.train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    env = DistEnv()
-    try:
-        env = DistEnv.from_environ()
-        setup_logging(to_terminal=env.is_main, rank=env.rank, folder=None)
-        config = configuration.load_config(arguments.config, arguments.overrides)
-        if arguments.print_config:
-            env.on_main(sys.stdout.write, configuration.config_to_yaml(config))
-            return 0
-        if arguments.dry_run:
-            return dry_run(config, env, start)
-        return start(config, env, profile=arguments.profile)
-    except UserError as error:
-        return exit_with_error(env, error)
-    except Exception as error:
-        return exit_with_crash(env, error)
+    return run_command(lambda env: command(arguments, env))
+
+
+def command(arguments: argparse.Namespace, env: DistEnv) -> int:
+    """Do what the arguments ask for; the exit code."""
+    config = configuration.load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        env.on_main(sys.stdout.write, configuration.config_to_yaml(config))
+        return 0
+    if arguments.dry_run:
+        return dry_run(config, env, start)
+    return start(config, env, profile=arguments.profile)
 
 
 def start(config: RunConfig, env: DistEnv, *, profile: bool = False) -> int:
     """Check all that can be checked before any heavy work, then train; the exit code. Every rank calls it."""
     data = open_data(config)
     require_crf(config.eval.crf)
-    require_known_store(resolve_uri(config.tracking.uri, config.output_dir))
+    require_known_store(resolve_uri(config.tracking.uri.real, config.output_dir))
     split = split_batch(config, env)
     with open_session(config, env) as session:
         setup_logging(to_terminal=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
@@ -122,7 +118,7 @@ def train(run: Run, model: nn.Module, state: TrainState, *, trace: Path | None =
         if state.pending_evaluation and evaluate_and_save(run, state):
             return stop_early(run, state)
         meter.start(images_per_s_at_peak(run, state.net))
-        for _, micro_batches in meter.timed(profiled(batches, trace)):
+        for _, micro_batches in run.session.steps(profiled(batches, trace)):
             rates = set_lr(state.optimizer, poly_lr(state.schedule_step, config.optim, max_steps=config.max_steps))
             with explained_out_of_memory(config, run.split):
                 result = update(micro_batches, stop=bool(stop))
@@ -133,7 +129,7 @@ def train(run: Run, model: nn.Module, state: TrainState, *, trace: Path | None =
                 values = window_values(run, state, rates)
                 run.tracker.log(state.step, values | bad_samples.values())
                 log_progress(state.step, config.max_steps, values)
-            with meter.paused():
+            with run.session.paused():
                 stopping = evaluate_and_save(run, state, asked_to_stop=result.stop)
             if stopping:
                 return stop_early(run, state)
@@ -164,7 +160,7 @@ def validate(run: Run, state: TrainState) -> bool:
     if run.val_set is None:
         return False
     predictor = Predictor.build(state.net, run.variant.preprocessing, run.config.eval)
-    scored = validation.Validation(run.val_set, run.config, run.env, run.tracker, run.session.asks_to_stop)
+    scored = validation.Validation(run.val_set, run.config, run.session, run.tracker)
     miou = validation.score(scored, predictor, step=state.step)
     state.pending_evaluation = miou is None
     forget_lost_best(run, state)
@@ -216,4 +212,4 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    leave(main())
+    hard_exit(main())

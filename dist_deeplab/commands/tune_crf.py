@@ -25,6 +25,7 @@ from rich.table import Table
 from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
 from dist_deeplab.config import CrfConfig, RunConfig, load_config
 from dist_deeplab.data.loader import EvalDataset
+from dist_deeplab.data.shards.cache import build_cache
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
@@ -34,7 +35,6 @@ from dist_deeplab.evaluation.evaluator import content_of
 from dist_deeplab.evaluation.inference import Predictor, inference_settings
 from dist_deeplab.evaluation.prediction import probabilities
 from dist_deeplab.files import prepare_file
-from dist_deeplab.training.builders import build_cache
 
 DEFAULT_GRID = ("crf.bi_w=3,4,5", "crf.bi_xy_std=50,67,80", "crf.bi_rgb_std=3,5")
 SHOWN = 20
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         grid = parse_grid(arguments.grid or DEFAULT_GRID)
         checkpoint = read_checkpoint(arguments.checkpoint)
         settings = inference_settings(checkpoint, arguments.overrides)
-        manifest = load_manifest(arguments.data, cache=build_cache(settings.data))
+        manifest = load_manifest(arguments.data, cache=build_cache(settings.data.cache_dir, settings.data.cache_gib))
         if tuple(manifest.class_names) != checkpoint.class_names:
             raise UserError(f"{arguments.checkpoint} and {manifest.path} name other classes")
         if arguments.json:

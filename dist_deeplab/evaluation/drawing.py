@@ -1,4 +1,4 @@
-"""Predictions as pictures to look at and files to hand in."""
+"""Predictions as images to look at and files to hand in."""
 
 from collections.abc import Sequence
 
@@ -12,20 +12,20 @@ _GAP, _LINE, _FONT = 6, 22, 14  # pixels
 
 
 def palette_image(pred: np.ndarray) -> Image.Image:
-    """Return class indices, uint8 [H, W], as a palette picture: VOC's colours, the indices kept."""
+    """Class indices, uint8 [H, W], as a palette image: VOC's colours, the indices kept."""
     image = Image.fromarray(pred)
     image.putpalette(PALETTE.tobytes())
     return image
 
 
 def overlay(image: np.ndarray, pred: np.ndarray) -> np.ndarray:
-    """Return uint8 [H, W, 3]: the picture with the classes' colours over it; background stays as it is."""
+    """uint8 [H, W, 3]: the image with the classes' colours over it; background stays as it is."""
     mixed = (1 - _OPACITY) * image + _OPACITY * PALETTE[pred]
     return np.where(pred[..., None] == 0, image, mixed.round().astype(np.uint8))
 
 
 def side_by_side(image: np.ndarray, pred: np.ndarray, class_names: Sequence[str]) -> Image.Image:
-    """Return picture, prediction and overlay in a row, above a legend of the classes found."""
+    """Image, prediction and overlay in a row, above a legend of the classes found."""
     height, width = pred.shape
     shots = [image, PALETTE[pred], overlay(image, pred)]
     total = 3 * width + 2 * _GAP

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_deeplab.checkpointing.checkpoint import Checkpoint
-from dist_deeplab.config import AFFECTS, EvalConfig, RunConfig, load_config
+from dist_deeplab.config import AFFECTS, EvalConfig, RunConfig, config_from_dict, config_to_dict, load_config
 from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.model.batch_norm import norm_factory
@@ -36,6 +36,9 @@ def load_network(checkpoint: Checkpoint) -> DeepLabV2:
 def inference_settings(checkpoint: Checkpoint, overrides: Sequence[str]) -> RunConfig:
     """The configuration of a checkpoint's run, with overrides of what does not belong to its weights.
 
+    What only says where things are and how much of the machine is used (folders, sizes, processes) is not taken from
+    the checkpoint, which may be a stranger's: it has its default unless overridden.
+
     Raises:
         UserError: an override that would have no effect on what a finished network does.
     """
@@ -45,7 +48,12 @@ def inference_settings(checkpoint: Checkpoint, overrides: Sequence[str]) -> RunC
             raise UserError(
                 f"{override!r} has no meaning here: the checkpoint fixes all but data.num_workers, crf.* and eval.*"
             )
-    return load_config(None, overrides, base=checkpoint.config)
+    base = config_to_dict(checkpoint.config)
+    for key, mark in AFFECTS.items():
+        section, _, name = key.rpartition(".")
+        if mark.what in ("execution", "nothing"):
+            (base[section] if section else base).pop(name)
+    return load_config(None, overrides, base=config_from_dict(base, where="the checkpoint"))
 
 
 def inference_name(config: EvalConfig) -> str:

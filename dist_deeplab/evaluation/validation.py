@@ -2,13 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.parallel import share_buffers
-from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
+from dist_deeplab.distributed.process_group import ranks_on_host
+from dist_deeplab.distributed.session import Session
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.crf import open_crf
@@ -22,13 +22,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Validation:
-    """What a run is scored on, how, and where the scores go. should_stop: asked after each batch."""
+    """What a run is scored on, how, by which ranks, and where the scores go."""
 
     val_set: Manifest
     config: RunConfig
-    env: DistEnv
+    session: Session
     tracker: Tracker
-    should_stop: Callable[[], bool]
 
 
 def score(validation: Validation, predictor: Predictor, *, step: int) -> float | None:
@@ -45,12 +44,11 @@ def score(validation: Validation, predictor: Predictor, *, step: int) -> float |
             evaluation = evaluate(
                 predictor,
                 val_set,
-                validation.env,
+                validation.session,
                 num_workers=config.data.num_workers,
                 batch_size=config.eval.batch_size,
                 num_panels=config.eval.num_panels,
                 crf=crf,
-                should_stop=validation.should_stop,
             )
     except EvaluationStopped:
         return None

@@ -8,7 +8,7 @@ from dist_deeplab.config import RunConfig
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.distributed.session import Session
+from dist_deeplab.distributed.session import TrainingSession
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.training.builders import (
     build_checkpoints,
@@ -34,7 +34,7 @@ class Assembled(NamedTuple):
 
 
 def assemble(
-    config: RunConfig, env: DistEnv, split: BatchSplit, data: tuple[Manifest, Manifest | None], session: Session
+    config: RunConfig, env: DistEnv, split: BatchSplit, data: tuple[Manifest, Manifest | None], session: TrainingSession
 ) -> Assembled:
     """The run at the step of its newest checkpoint, else at step 0 with the weights of `model.init`.
 

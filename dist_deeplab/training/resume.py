@@ -69,7 +69,7 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
         )
     for change in changes:
         log.warning("continuing from %s with a change: %s", path, change)
-    if config.model.init not in ("", saved.config.model.init):
+    if config.model.init and str(config.model.init) != str(saved.config.model.init):
         log.warning("model.init is not read by a run that resumes: its weights are those of %s", path)
     return saved
 

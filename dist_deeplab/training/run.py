@@ -7,7 +7,7 @@ from dist_deeplab.config import RunConfig
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.distributed.session import Session
+from dist_deeplab.distributed.session import TrainingSession
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.tracking.tracker import Tracker
 
@@ -28,6 +28,6 @@ class Run:
     variant: Variant
     train_set: Manifest
     val_set: Manifest | None
-    session: Session
+    session: TrainingSession
     checkpoints: CheckpointFolder
     tracker: Tracker = field(default_factory=Tracker)

@@ -14,7 +14,8 @@ from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all
 from dist_deeplab.logs import format_duration
 from dist_deeplab.model.weights import SCRATCH
-from dist_deeplab.tracking.provenance import git_revision, host_name, library_versions, redact, summarize
+from dist_deeplab.redaction import redact
+from dist_deeplab.tracking.provenance import git_revision, host_name, library_versions, summarize
 from dist_deeplab.training.memory_estimate import estimate_memory
 from dist_deeplab.training.optim import describe_groups
 from dist_deeplab.training.run import Run
@@ -92,7 +93,7 @@ def run_info(run: Run) -> dict[str, Any]:
     ranks = gather_to_all((host_name(), device_name(run.env)))
     changed = changed_from_defaults(config)
     tags = {
-        "command": redact(shlex.join(sys.argv)),
+        "command": shlex.join(redact(argument) for argument in sys.argv),
         "world_size": run.env.world_size,
         "hosts": summarize(host for host, _ in ranks),
         "device": summarize(device for _, device in ranks),

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_deeplab import __version__
-from dist_deeplab.tracking.provenance import git_revision, redact
+from dist_deeplab.redaction import redact
+from dist_deeplab.tracking.provenance import git_revision
 
 Row = dict[str, str | int | float | None]
 
