@@ -15,7 +15,7 @@ _Array = np.ndarray[Any, Any]
 @functools.cache
 def _table() -> _Array:
     """Return what each byte does to a register of 0, uint32 [256]."""
-    register = np.arange(256, dtype=np.uint32)
+    register: _Array = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         register = (register >> 1) ^ np.where(register & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
     return register
