@@ -21,7 +21,7 @@ class Command(NamedTuple):
     module: str
     summary: str
     hard_exit: bool = False
-    """It uses process groups, whose threads can abort the interpreter's own ending (see `leave`)."""
+    """It uses process groups, whose threads can abort the interpreter's own ending (see `hard_exit`)."""
 
 
 COMMANDS = {
@@ -63,9 +63,9 @@ def main() -> int:
         return 2
     exit_code = int(importlib.import_module(f"dist_deeplab.{command.module}").main(arguments))
     if command.hard_exit:
-        from dist_deeplab.distributed.process_group import leave
+        from dist_deeplab.distributed.launcher import hard_exit
 
-        leave(exit_code)
+        hard_exit(exit_code)
     return exit_code
 
 

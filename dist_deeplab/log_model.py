@@ -29,9 +29,9 @@ import dist_deeplab
 from dist_deeplab.config import config_from_dict
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import serving
-from dist_deeplab.tracking.mlflow.run import MirrorState
+from dist_deeplab.redaction import redact
+from dist_deeplab.tracking.mlflow.run import UploadState
 from dist_deeplab.tracking.mlflow.store import explain, full_uri, no_telemetry, require_known_store, take_credentials
-from dist_deeplab.tracking.provenance import redact
 from dist_deeplab.tracking.run_files import RUN_FILE, mlflow_run_id, read_mlflow_file
 from dist_deeplab.training.resume import read_checkpoint
 
@@ -111,7 +111,7 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
             client.set_terminated(run_id, status=before.status, end_time=before.end_time)
     version = info.registered_model_version
     address = f"models:/{register_as}/{version}" if register_as else redact(str(info.model_uri))
-    MirrorState(run_dir, redact(uri)).save(model=address)  # sync_mlflow.py need not log it again
+    UploadState(run_dir, redact(uri)).save(model=address)  # sync_mlflow.py need not log it again
     return address
 
 

@@ -1,10 +1,10 @@
-"""Predict pictures: class masks, and what helps to look at them.
+"""Predict images: class masks, and what helps to look at them.
 
     python -m dist_deeplab.predict runs/voc_resnet101/checkpoints/best.pt photos/ --out predictions --side-by-side
     torchrun --nproc_per_node 8 -m dist_deeplab.predict CHECKPOINT 'JPEGImages/2008_*.jpg' --out DIR eval.flip=true
     ... --voc-submission comp5 --list VOCdevkit/VOC2012/ImageSets/Segmentation/test.txt      # for the PASCAL server
 
-Takes files, folders (searched to any depth) and quoted patterns of any kind of picture; EXIF orientation is applied.
+Takes files, folders (searched to any depth) and quoted patterns of any kind of image; EXIF orientation is applied.
 Writes OUT/<name>.png, class indices with VOC's palette, and on request OUT/overlay/<name>.jpg,
 OUT/side_by_side/<name>.jpg and OUT/probabilities/<name>.npz (`prob`, float16 [classes, height, width]). Files that
 can't be read are listed at the end. Exit codes: 0 done, 1 error or some files could not be read, 2 wrong arguments.
@@ -24,16 +24,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dist_deeplab.config import RunConfig
+from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.parallel import place_model
-from dist_deeplab.distributed.process_group import (
-    DistEnv,
-    exit_with_crash,
-    exit_with_error,
-    gather_to_all,
-    leave,
-    process_group,
-    ranks_on_host,
-)
+from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks_on_host
+from dist_deeplab.distributed.session import Session, session
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import submission
 from dist_deeplab.evaluation.crf import CrfPool, open_crf, require_crf
@@ -54,34 +48,32 @@ log = logging.getLogger("dist_deeplab.predict")
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    env = DistEnv()
-    try:
-        env = DistEnv.from_environ()
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large pictures are expected here
-        saved = read_checkpoint(arguments.checkpoint)
-        settings = inference_settings(saved, arguments.overrides)
-        require_crf(settings.eval.crf)
-        if arguments.voc_submission:
-            submission.require_voc_classes(saved["class_names"])
-        sources = find_images(arguments.images, outside=arguments.out)
-        if arguments.list:
-            sources = listed(sources, arguments.list)
-        results = result_files(arguments, saved["class_names"])
-        prepare_folder(arguments.out, remedy="choose another --out")
-        with process_group(env):
-            wanted = results.wanted(sources, overwrite=arguments.overwrite, skip_existing=arguments.skip_existing)
-            sources = gather_to_all(wanted)[0]  # every rank has looked before one writes
-            problems = predict(env, saved, settings, sources, results, arguments)
-            env.on_main(report, problems, len(sources), arguments)
-        return 1 if problems else 0
-    except UserError as error:
-        return exit_with_error(env, error)
-    except Exception as error:
-        return exit_with_crash(env, error)
+    return run_command(lambda env: command(arguments, env))
+
+
+def command(arguments: argparse.Namespace, env: DistEnv) -> int:
+    """Check all that can be checked before any heavy work, then predict; return the exit code."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are expected here
+    saved = read_checkpoint(arguments.checkpoint)
+    settings = inference_settings(saved, arguments.overrides)
+    require_crf(settings.eval.crf)
+    if arguments.voc_submission:
+        submission.require_voc_classes(saved["class_names"])
+    sources = find_images(arguments.images, outside=arguments.out)
+    if arguments.list:
+        sources = listed(sources, arguments.list)
+    results = result_files(arguments, saved["class_names"])
+    prepare_folder(arguments.out, remedy="choose another --out")
+    with session(env) as ranks:
+        wanted = results.wanted(sources, overwrite=arguments.overwrite, skip_existing=arguments.skip_existing)
+        sources = gather_to_all(wanted)[0]  # every rank has looked before one writes
+        problems = predict(ranks, saved, settings, sources, results, arguments)
+        env.on_main(report, problems, len(sources), arguments)
+    return 1 if problems else 0
 
 
 def predict(
-    env: DistEnv,
+    ranks: Session,
     saved: dict[str, Any],
     settings: RunConfig,
     sources: Sequence[Source],
@@ -89,12 +81,13 @@ def predict(
     arguments: argparse.Namespace,
 ) -> list[str]:
     """Predict this rank's share, write the results, and return what could not be read on any rank."""
+    env = ranks.env
     setup_logging(to_terminal=env.is_main, rank=env.rank, folder=None)
     variant = Variant.from_plain(saved["variant"])
     allow_tf32(settings.precision.dtype)
     net = place_model(load_network(saved), env.device)
     own = sources[env.rank :: env.world_size]
-    log.info("%d pictures (%d on this rank) to %s", len(sources), len(own), arguments.out)
+    log.info("%d images (%d on this rank) to %s", len(sources), len(own), arguments.out)
     predictions = predict_images(
         Predictor.build(net, variant.preprocessing, settings.eval),
         own,
@@ -107,6 +100,7 @@ def predict(
     with open_crf(settings.eval.crf, settings.crf, ranks_on_host=ranks_on_host()) as crf, ThreadPoolExecutor(2) as pool:
         writing = None
         for done in with_progress(refined(predictions, crf), len(own), visible=env.is_main):
+            ranks.progress.mark()
             if done.problem:
                 problems.append(done.problem)
                 continue
@@ -119,7 +113,7 @@ def predict(
 
 
 def result_files(arguments: argparse.Namespace, class_names: Sequence[str]) -> ResultFiles:
-    """Return the files that were asked for."""
+    """The files that were asked for."""
     out, competition = arguments.out, arguments.voc_submission
     masks = submission.masks_folder(out, competition) if competition else out
     kinds = [kind for kind in EXTRAS if getattr(arguments, kind)]
@@ -146,28 +140,28 @@ def refined(predictions: Iterable[Prediction], crf: CrfPool | None) -> Iterator[
 
 
 def listed(sources: Sequence[Source], list_file: Path) -> list[Source]:
-    """Return the sources whose names are in a list, one a line; of a line that is no picture's name the first word.
+    """The sources whose names are in a list, one per line; of a line that is not an image's name the first word.
 
     Raises:
-        UserError: no such file, no name in it, or one that no picture has.
+        UserError: no such file, no name in it, or one that no image has.
     """
     try:
         lines = [line.strip() for line in list_file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"cannot read the list {list_file}: {reason}; give a text file with a name a line") from None
+        raise UserError(f"cannot read the list {list_file}: {reason}; give a text file with a name per line") from None
     if not lines:
-        raise UserError(f"the list {list_file} holds no name; give a text file with a name a line")
+        raise UserError(f"the list {list_file} holds no name; give a text file with a name per line")
     there = {source.name for source in sources}
     names = {line if line in there else line.split()[0] for line in lines}
     missing = sorted(names - there)
     if missing:
-        raise UserError(f"{len(missing)} of the {len(names)} names in {list_file} have no picture, e.g. {missing[0]}")
+        raise UserError(f"{len(missing)} of the {len(names)} names in {list_file} have no image, e.g. {missing[0]}")
     return [source for source in sources if source.name in names]
 
 
 def with_progress(predictions: Iterable[Prediction], total: int, *, visible: bool) -> Iterator[Prediction]:
-    """Yield the predictions under a progress bar on stderr; silent where that is no terminal."""
+    """Yield the predictions under a progress bar on stderr; silent where that is not a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, disable=not (visible and console.is_terminal)) as progress:
         yield from progress.track(predictions, total=total, description="predicting")
@@ -177,7 +171,7 @@ def report(problems: Sequence[str], total: int, arguments: argparse.Namespace) -
     """Pack the submission, and say what was done and what could not be read."""
     if arguments.voc_submission and not problems:
         log.info("packed %s", submission.pack(arguments.out))
-    log.info("%d pictures predicted, results in %s", total - len(problems), arguments.out)
+    log.info("%d images predicted, results in %s", total - len(problems), arguments.out)
     if problems:
         (arguments.out / "unreadable.txt").write_text("".join(f"{line}\n" for line in problems), encoding="utf-8")
         log.error(
@@ -195,16 +189,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file with its .json beside it")
-    add("images", nargs="+", metavar="IMAGE|DIR|GLOB", help="pictures; section.key=value overrides eval.* and crf.*")
+    add("images", nargs="+", metavar="IMAGE|DIR|GLOB", help="images; section.key=value overrides eval.* and crf.*")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
-    add("--list", type=Path, metavar="FILE", help="predict only the names in this file, one a line")
-    add("--overlay", action="store_true", help="also the picture with the classes' colours over it")
-    add("--side-by-side", action="store_true", help="also picture, mask and overlay in a row, with a legend")
+    add("--list", type=Path, metavar="FILE", help="predict only the names in this file, one per line")
+    add("--overlay", action="store_true", help="also the image with the classes' colours over it")
+    add("--side-by-side", action="store_true", help="also image, mask and overlay in a row, with a legend")
     add("--probabilities", action="store_true", help="also all classes' probabilities (large files)")
     add("--voc-submission", choices=("comp5", "comp6"), help="masks in the tree, and results.tar, that PASCAL takes")
     add("--overwrite", action="store_true", help="replace results that are there already")
-    add("--skip-existing", action="store_true", help="leave pictures alone whose results are there already")
-    add("--window", type=int, default=2049, metavar="PIXELS", help="larger pictures go in windows (default: 2049)")
+    add("--skip-existing", action="store_true", help="leave images alone whose results are there already")
+    add("--window", type=int, default=2049, metavar="PIXELS", help="larger images go in windows (default: 2049)")
     add("--overlap", type=int, default=256, metavar="PIXELS", help="by which windows overlap at least (default: 256)")
     arguments = parser.parse_intermixed_args(argv)
     is_override = [("=" in text and not Path(text).exists()) for text in arguments.images]
@@ -213,11 +207,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.overwrite and arguments.skip_existing:
         parser.error("--overwrite and --skip-existing are opposites; give one of them")
     if not arguments.images:
-        parser.error("no pictures: give image files, folders of them or quoted patterns")
+        parser.error("no images: give image files, folders of them or quoted patterns")
     if arguments.window < 33 or not 0 <= arguments.overlap < arguments.window:
         parser.error("--window must be 33 or more, and --overlap smaller than it")
     return arguments
 
 
 if __name__ == "__main__":
-    leave(main())
+    hard_exit(main())

@@ -3,7 +3,7 @@
     dist-deeplab prepare-voc --out data/voc
 
 Downloads VOC 2012 (2.0 GB) and SBD (1.4 GB), verifies them, converts SBD's labels, and packs all sets; needs some 9 GB.
-Killed at any moment, the same command goes on where it was. With --voc-only SBD, and so train_aug, is left out.
+Killed at any moment, the same command resumes where it was. With --voc-only SBD, and so train_aug, is left out.
 
 Archives that are here already, or mirrors (tried in this order, before the official places):
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except OSError as error:
         where = error.filename or arguments.out
-        print(f"error: {error.strerror}: {where}; the same command goes on from here", file=sys.stderr)
+        print(f"error: {error.strerror}: {where}; the same command resumes from here", file=sys.stderr)
         return 1
     return 0
 
@@ -107,14 +107,14 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def chosen(archive: Archive, sources: Sequence[str], md5: str | None) -> Archive:
-    """Return the archive with the user's sources before the official ones, and the user's checksum if there is one."""
+    """The archive with the user's sources before the official ones, and the user's checksum if there is one."""
     if md5 is not None:  # another archive: the official places have not got it
         return dataclasses.replace(archive, sources=tuple(sources), md5="" if md5 == "none" else md5.lower())
     return dataclasses.replace(archive, sources=(*sources, *archive.sources))
 
 
 def fetch_archive(archive: Archive, out: Path) -> Path:
-    """Return the verified archive, with a progress bar while it comes."""
+    """The verified archive, with a progress bar while it comes."""
     with download_bar(archive.name) as progress:
         return voc_download.get_archive(archive, out / "archives", progress=progress)
 
@@ -142,7 +142,7 @@ def pack(root: Path, out: Path, split: str, masks: str, *, check_count: bool, wo
 
 @contextmanager
 def download_bar(name: str) -> Iterator[Progress]:
-    """Yield what shows bytes on stderr (silent where that is no terminal)."""
+    """Yield what shows bytes on stderr (silent where that is not a terminal)."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     with ProgressBar(*columns, console=console, disable=not console.is_terminal) as bar:

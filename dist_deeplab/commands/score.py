@@ -61,9 +61,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("predictions", type=Path, metavar="PRED_DIR", help="folder of predicted masks, <key>.png")
     parser.add_argument("labels", type=Path, metavar="GT_DIR", help="folder of labels, <key>.png")
     parser.add_argument(
-        "--list", type=Path, metavar="FILE", help="score these keys only, one a line, e.g. VOC's val.txt"
+        "--list", type=Path, metavar="FILE", help="score these keys only, one per line, e.g. VOC's val.txt"
     )
-    parser.add_argument("--class-names", type=Path, metavar="FILE", help="one class a line; default: VOC's 21")
+    parser.add_argument("--class-names", type=Path, metavar="FILE", help="one class per line; default: VOC's 21")
     parser.add_argument("--ignore-label", type=int, default=voc.IGNORE_LABEL, help="void label (default: 255)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to this file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write a report with figures")
@@ -71,7 +71,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_class_names(path: Path | None) -> tuple[str, ...]:
-    """Return VOC's names, or the non-blank lines of a file."""
+    """VOC's names, or the non-blank lines of a file."""
     if path is None:
         return voc.CLASS_NAMES
     if not path.is_file():
@@ -80,7 +80,7 @@ def read_class_names(path: Path | None) -> tuple[str, ...]:
 
 
 def find_keys(predictions: Path, labels: Path, list_file: Path | None) -> list[str]:
-    """Return the keys to score: those of the list, else of all labels; each has both files.
+    """The keys to score: those of the list, else of all labels; each has both files.
 
     Raises:
         UserError: a folder or list is not there, nothing to score, or files missing (the first is named).
@@ -110,7 +110,7 @@ def find_keys(predictions: Path, labels: Path, list_file: Path | None) -> list[s
 def score_files(
     predictions: Path, labels: Path, keys: Sequence[str], *, num_classes: int, ignore_label: int
 ) -> Evaluation:
-    """Return the evaluation of the files.
+    """The evaluation of the files.
 
     Raises:
         UserError: a file that holds no class indices, another size, or an index that is no class; it is named.
@@ -143,7 +143,7 @@ def score_files(
 
 
 def read_mask(path: Path, allowed: Sequence[int]) -> np.ndarray:
-    """Return the indices in a file, uint8 [H, W]."""
+    """The indices in a file, uint8 [H, W]."""
     try:
         mask = decode_label(path.read_bytes())
     except DecodeError as error:

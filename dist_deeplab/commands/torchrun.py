@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
-from dist_deeplab.distributed.launcher import VARIABLE
+from dist_deeplab.distributed.launcher import STATUS_VARIABLE
 from dist_deeplab.workers import num_cores
 
 SETTINGS = {
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     share_cores(arguments)
     with tempfile.TemporaryDirectory(prefix="dist_deeplab-") as folder:
         # The status file is slurm/train.sh's where there is one: it reads it too.
-        status_file = Path(os.environ.setdefault(VARIABLE, str(Path(folder) / "status")))
+        status_file = Path(os.environ.setdefault(STATUS_VARIABLE, str(Path(folder) / "status")))
         quieten_agent(status_file)
         try:
             launch(arguments)

@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dist_deeplab.config.grid import split_values
 from dist_deeplab.config.keys import AFFECTS, RENAMED, SECTIONS, nearest_key
 from dist_deeplab.config.problems import sentence
 from dist_deeplab.config.schema import RunConfig
-from dist_deeplab.config.section import Section
+from dist_deeplab.config.section import Location, Section
 from dist_deeplab.errors import UserError
 from dist_deeplab.packaged import find_recipe, recipe_names
 
@@ -41,10 +42,13 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = (), *, base:
         _check_keys(values, where=str(path))
         values = _with_new_names(values, where=str(path), notice=True)
     overrides = list(overrides)
-    for override in overrides:
-        _apply_override(values, override)
     where = "the command line" if path is None else f"{path} (with overrides)" if overrides else str(path)
-    return config_from_dict(values, where=where)
+    try:
+        for override in overrides:
+            _apply_override(values, override)
+        return config_from_dict(values, where=where)
+    except UserError as error:
+        raise UserError(f"{error}{_sweep_hint(overrides, str(error))}") from None
 
 
 def config_from_dict(values: dict[str, Any], *, where: str) -> RunConfig:
@@ -59,6 +63,15 @@ def config_from_dict(values: dict[str, Any], *, where: str) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(f"configuration from {where}: {sentence(error)}") from None
+
+
+def _sweep_hint(overrides: Iterable[str], error: str) -> str:
+    """Continuation of an error about an override whose value is several, separated by commas; empty for others."""
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if key in error and key in AFFECTS and AFFECTS[key].what != "nothing" and len(split_values(text)) > 1:
+            return f"; several values are a grid: to train one run per value, give {override!r} to dist-deeplab sweep"
+    return ""
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
@@ -81,7 +94,7 @@ def config_to_yaml(config: RunConfig) -> str:
 
 
 def _yaml_line(key: str, value: Any) -> str:
-    plain = list(value) if isinstance(value, tuple) else value
+    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Location) else value
     text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
     return f"{key}: {text.removesuffix(_YAML_END).strip()}"
 
@@ -146,7 +159,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise UserError(f"{parent!r} in the configuration file must be a section of keys, not {target!r}")
     section = SECTIONS[parents[0]] if parents else RunConfig
-    if section.model_fields[leaf].annotation is str and not isinstance(value, str | list | dict):
+    if section.model_fields[leaf].annotation in (str, Location) and not isinstance(value, str | list | dict):
         value = text  # what was typed: 007, 2026-01-31 and no are names here, not what YAML makes of them
     target[leaf] = value
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dist_deeplab.redaction import redact
+
 _WORDS = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
@@ -28,7 +30,7 @@ def sentence(error: ValidationError) -> str:
     said: dict[str, list[str]] = {}
     for problem in error.errors():
         place = _place(problem["loc"])
-        place += f" = {_without_passwords(repr(problem['input']))}: " if place else ""
+        place += f" = {_shown(problem['input'])}: " if place else ""
         said.setdefault(place, []).append(_words(problem["type"], problem["msg"], problem.get("ctx", {})))
     # A place named twice is one of several types: any of them would do.
     return "; ".join(
@@ -48,5 +50,5 @@ def _place(location: Sequence[Any]) -> str:
     return ".".join(str(part) for n, part in enumerate(location) if n < 2 or isinstance(part, int))
 
 
-def _without_passwords(text: str) -> str:
-    return re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1***@", text)
+def _shown(value: Any) -> str:
+    return repr(redact(value) if isinstance(value, str) else value)

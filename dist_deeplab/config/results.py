@@ -10,11 +10,13 @@ from dist_deeplab.config.section import (
     EXECUTION_EVERYWHERE,
     NOTHING,
     SCORE,
+    Location,
     NonNegative,
     Positive,
     Section,
     Text,
 )
+from dist_deeplab.redaction import redact
 
 
 class EvalConfig(Section):
@@ -72,7 +74,7 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    uri: Annotated[Text, NOTHING] = ""
+    uri: Annotated[Location, NOTHING] = Location()
     """MLflow store; empty: MLFLOW_TRACKING_URI, else SQLite in <output_dir>/mlflow.db; none: no MLflow."""
     experiment: Annotated[str, NOTHING] = "dist_deeplab"
     """MLflow experiment that holds the run."""
@@ -89,8 +91,9 @@ class TrackingConfig(Section):
 
     @field_validator("uri")
     @classmethod
-    def _without_password(cls, value: str) -> str:
-        if re.search(r"://[^/@\s]*:[^/@\s]*@", value):
+    def _without_secrets(cls, value: Location) -> Location:
+        is_database_user = re.fullmatch(r"(?!https?:)[\w+]+://[^:@/?]+@[^?]*", value.real)
+        if redact(value.real, {}) != value.real and not is_database_user:
             raise ValueError(
                 "must not hold a password, which would end up in files and records; set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or for a database MLFLOW_TRACKING_URI"

@@ -3,7 +3,18 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import CoreSchema, core_schema
+
+from dist_deeplab.redaction import shown_url
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,45 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 """A string; `key=` on the command line and `key:` in YAML mean the empty one."""
+
+
+class Location:
+    """A path or URL in the configuration, which shows itself without what may be secret in a URL.
+
+    Printed, formatted and dumped it is the shown form, without user part and query; only `real` opens it. It is not a
+    `str` on purpose: whoever forgets `real` gets a TypeError, not a leak.
+    """
+
+    __slots__ = ("real",)
+
+    def __init__(self, real: str = "") -> None:
+        self.real = real
+
+    def __str__(self) -> str:
+        return shown_url(self.real)
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+    def __bool__(self) -> bool:
+        return bool(self.real)
+
+    def __eq__(self, other: object) -> bool:
+        return self.real == (other.real if isinstance(other, Location) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.real)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Taken from a text, a number (coerced) or nothing (the empty one); dumped as the shown form."""
+        text = core_schema.no_info_before_validator_function(
+            lambda value: "" if value is None else value.real if isinstance(value, cls) else value,
+            core_schema.str_schema(coerce_numbers_to_str=True),
+        )
+        return core_schema.no_info_after_validator_function(
+            cls, text, serialization=core_schema.plain_serializer_function_ser_schema(str)
+        )
 
 
 class Section(BaseModel):

@@ -9,6 +9,7 @@ from dist_deeplab.config.section import (
     EXECUTION_EVERYWHERE,
     ORIGIN,
     RECIPE,
+    Location,
     NonNegative,
     Positive,
     Section,
@@ -17,9 +18,9 @@ from dist_deeplab.config.section import (
 
 
 class DataConfig(Section):
-    train: Annotated[Text, ORIGIN] = ""
+    train: Annotated[Location, ORIGIN] = Location()
     """Manifest of the training shards, e.g. data/voc/train.json (tools/make_shards.py writes it)."""
-    val: Annotated[Text, ORIGIN] = ""
+    val: Annotated[Location, ORIGIN] = Location()
     """Manifest of the validation shards; empty: train without evaluation."""
     num_classes: Annotated[int, Field(ge=2, le=255), RECIPE] = 21
     """Classes including background; labels are 0 .. num_classes-1."""
@@ -64,7 +65,7 @@ class ModelConfig(Section):
     """sync: statistics over all ranks; frozen: stored statistics and affine kept (paper); local: per rank."""
     sync_bn: Annotated[Literal["own", "torch"], EXECUTION] = "own"
     """Implementation behind `sync`; torch's own works on CUDA only."""
-    init: Annotated[Text, ORIGIN] = ""
+    init: Annotated[Location, ORIGIN] = Location()
     """Weights to start from, a file of any known family or its URL (#sha256=HEX checks it); empty: random weights."""
     train_only: Annotated[Literal["all", "head"], RECIPE] = "all"
     """head: train the last layers alone on a frozen backbone, its batch norm too (fine_tune.py)."""

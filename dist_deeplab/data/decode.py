@@ -6,7 +6,7 @@ OpenCV is imported where it is used, here and in what training imports: a comman
 import io
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dist_deeplab.errors import UserError
 
@@ -20,7 +20,7 @@ class DecodeError(UserError):
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """Return the image as uint8 [H, W, 3] RGB; greyscale is repeated on the three channels.
+    """The image as uint8 [H, W, 3] RGB; greyscale is repeated on the three channels.
 
     An EXIF orientation is not applied: labels are drawn on the stored pixels.
 
@@ -36,10 +36,10 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def decode_label(data: bytes) -> np.ndarray:
-    """Return the label as uint8 [H, W] class indices, from an 8-bit greyscale or a palette PNG.
+    """The label as uint8 [H, W] class indices, from an 8-bit greyscale or a palette PNG.
 
     Raises:
-        DecodeError: not a PNG, damaged, or an RGB(A) or 16-bit picture, whose values are no class indices.
+        DecodeError: not a PNG, damaged, or an RGB(A) or 16-bit image, whose values are no class indices.
     """
     import cv2
 
@@ -59,7 +59,7 @@ def decode_label(data: bytes) -> np.ndarray:
             png.verify()  # the checksums of all chunks, which decoding alone does not look at
         with Image.open(io.BytesIO(data)) as png:
             return np.array(png, dtype=np.uint8)  # mode P: the indices, at any bit depth
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except Exception:  # decoders of damaged files raise nearly anything, e.g. DecompressionBombError
         raise DecodeError("the label PNG is damaged") from None
 
 
@@ -73,7 +73,7 @@ def _decode(data: bytes, flags: int) -> "np.ndarray | None":
 
 
 def encode_label(label: np.ndarray) -> bytes:
-    """Return label indices, uint8 [H, W], as an 8-bit single-channel PNG.
+    """Label indices, uint8 [H, W], as an 8-bit single-channel PNG.
 
     Without filters: masks are flat areas, so the files are smaller and decode in three quarters of the time.
     """

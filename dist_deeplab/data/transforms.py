@@ -1,4 +1,4 @@
-"""Joint augmentation of image and label: random scale, mirror and crop, by resizing just what the crop shows.
+"""Joint augmentation of image and label: random scale, horizontal flip and crop, by resizing just what the crop shows.
 
 Along each axis a part of n whole source pixels becomes m target pixels, with cv2.resize's geometry: target pixel i
 shows position (i + 1/2) n / m - 1/2 of the part. Where the scaled sample fits into the crop, the part is all of it;
@@ -13,11 +13,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training does to every sample. Draws 4 uniforms: scale, vertical and horizontal offset, mirror."""
+    """What training does to every sample. Draws 4 uniforms: scale, vertical and horizontal offset, flip."""
 
     crop_size: int
     scale_range: tuple[float, float]
-    mirror: bool
+    flip: bool
     ignore_label: int
 
     num_draws = 4
@@ -25,7 +25,7 @@ class Augmentation:
     def __call__(
         self, image: np.ndarray, label: np.ndarray, draws: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-        """Return a crop of the scaled, perhaps mirrored sample.
+        """A crop of the scaled, perhaps flipped sample.
 
         Args:
             image: uint8 [H, W, 3] RGB.
@@ -45,13 +45,13 @@ class Augmentation:
         size = (columns.target, rows.target)
         image = cv2.resize(image[rows.source, columns.source], size, interpolation=cv2.INTER_LINEAR)
         label = label[rows.nearest()][:, columns.nearest()]
-        if self.mirror and draws[3] < 0.5:
+        if self.flip and draws[3] < 0.5:
             image, label = cv2.flip(image, 1), cv2.flip(label, 1)
         side = (self.crop_size, self.crop_size)
         return pad_to(image, side, 0), pad_to(label, side, self.ignore_label), (rows.target, columns.target)
 
     def _window(self, length: int, scale: float, draw: float) -> "_Window":
-        """Return what a crop shows along an axis of `length` pixels: all of it, or a part that fills the crop."""
+        """The part of an axis of `length` pixels that a crop shows: all of it, or what fills the crop."""
         scaled = max(1, round(length * scale))
         if scaled <= self.crop_size:
             return _Window(slice(0, length), scaled)
@@ -68,13 +68,13 @@ class _Window:
     target: int
 
     def nearest(self) -> np.ndarray:
-        """Return the source pixel that the middle of each target pixel lies on, int64 [target]."""
+        """The source pixel that the middle of each target pixel lies on, int64 [target]."""
         shown = self.source.stop - self.source.start
         return self.source.start + (2 * np.arange(self.target) + 1) * shown // (2 * self.target)
 
 
 def pad_to(array: np.ndarray, size: tuple[int, int], value: int) -> np.ndarray:
-    """Return `array` [H, W, ...] with `value` added below and to the right up to `size` (height, width)."""
+    """`array` [H, W, ...] with `value` added below and to the right up to `size` (height, width)."""
     if array.shape[:2] == size:
         return array
     padded = np.full((*size, *array.shape[2:]), value, dtype=array.dtype)
@@ -83,5 +83,5 @@ def pad_to(array: np.ndarray, size: tuple[int, int], value: int) -> np.ndarray:
 
 
 def next_grid_size(length: int) -> int:
-    """Return the smallest 8k+1 that is not under `length`: what evaluation pads an image to."""
+    """The smallest 8k+1 that is not under `length`: what evaluation pads an image to."""
     return (length + 6) // 8 * 8 + 1

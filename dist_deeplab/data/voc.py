@@ -42,7 +42,7 @@ SPLIT_SIZES: dict[str, int] = {"train": 1464, "val": 1449, "trainval": 2913, "tr
 
 
 def build_palette() -> np.ndarray:
-    """Return VOC's colour of every label index, uint8 [256, 3] RGB.
+    """VOC's colour of every label index, uint8 [256, 3] RGB.
 
     The bits of the index are dealt to the high bits of R, G and B in turn (`VOClabelcolormap.m`), so that
     index 0 is black, 1 is dark red and 255 is (224, 224, 192).

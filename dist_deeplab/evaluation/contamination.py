@@ -9,7 +9,7 @@ from dist_deeplab.data.shards.manifest import MAX_KEY_HASHES, Manifest
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Contamination:
     """Images of the scored set that were training samples too, by their keys."""
 
     num_images: int
@@ -23,8 +23,8 @@ class Overlap:
         )
 
 
-def find_overlap(saved: dict[str, Any], manifest: Manifest) -> Overlap | None:
-    """Return what a checkpoint's training samples and a set have in common; None where the checkpoint does not say.
+def find_contamination(saved: dict[str, Any], manifest: Manifest) -> Contamination | None:
+    """The images that a checkpoint was trained on and a set holds; None where the checkpoint does not say.
 
     Exact up to 2**20 samples on both sides; above that it is extrapolated from those whose keys' hashes are smallest.
     """
@@ -36,4 +36,4 @@ def find_overlap(saved: dict[str, Any], manifest: Manifest) -> Overlap | None:
     common = int(np.isin(comparable, trained).sum())
     if cut is not None:
         common = round(common / max(1, len(comparable)) * manifest.num_samples)
-    return Overlap(common, manifest.num_samples)
+    return Contamination(common, manifest.num_samples)

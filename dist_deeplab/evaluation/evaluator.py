@@ -1,7 +1,8 @@
 """Score a network on a validation set: each image once at its own size, whatever the number of ranks."""
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from dist_deeplab.data.loader import Batch, EvalDataset, eval_batches, eval_loader
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_to_all
+from dist_deeplab.distributed.session import Session
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.evaluation.accumulator import ConfusionAccumulator, ImageScore
+from dist_deeplab.evaluation.accumulator import ConfusionAccumulator, ImageScore, band_map
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious
 from dist_deeplab.evaluation.crf import CrfPool
 from dist_deeplab.evaluation.inference import Predictor
@@ -52,13 +54,12 @@ class EvaluationStopped(Exception):
 def evaluate(
     predictor: Predictor,
     manifest: Manifest,
-    env: DistEnv,
+    session: Session,
     *,
     num_workers: int,
     batch_size: int = 1,
     num_panels: int = 0,
     crf: CrfPool | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Return the evaluation of a network on all images of a shard set; every rank must call it.
 
@@ -69,27 +70,28 @@ def evaluate(
         predictor: the network, on the rank's device and not wrapped by DDP (ranks may have unequal numbers of
             batches), and how it is asked.
         manifest: the set; its void label is not scored.
-        env: this rank among the ranks.
+        session: this rank among the ranks; its stop request is looked at after each batch.
         num_workers: loader processes per rank.
         batch_size: images of a batch, at most.
         num_panels: how many images, the set's first, to return for looking at.
         crf: refines the predictions; None: the network's own count.
-        should_stop: asked after each batch.
 
     Raises:
-        EvaluationStopped: on all ranks, where `should_stop` was true on one. (The others go on to the end of their
-            share if it does not tell them.)
+        EvaluationStopped: on all ranks, where one was asked to stop.
         TrainingError: all ranks together saw more or fewer images than the set has.
         ShardError: a sample can't be read.
     """
-    dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)
+    env = session.env
+    bands = functools.partial(band_map, ignore_label=manifest.ignore_label)
+    dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label, bands=bands)
     batches = eval_batches(dataset, batch_size=batch_size, padded=predictor.align_corners)[env.rank :: env.world_size]
     accumulator = ConfusionAccumulator(manifest, env.device)
     stopped = False
     for batch, pred in _predictions(predictor, dataset, batches, env, num_workers=num_workers, crf=crf):
         accumulator.add(batch, pred)
         accumulator.report_progress(out_of=sum(map(len, batches)))
-        stopped = should_stop()
+        session.progress.mark()
+        stopped = bool(session.stop)
         if stopped:
             break
     if all_reduce_sum(torch.tensor(int(stopped))).item():
@@ -190,5 +192,8 @@ def _split_for_crf(
                 label=torch.from_numpy(label)[None],
                 content=batch.content[number : number + 1],
                 keys=[key],
+                bands=None
+                if batch.bands is None
+                else batch.bands[number : number + 1, : label.shape[0], : label.shape[1]],
             )
             yield one, image, np.ascontiguousarray(prob[number, :, : label.shape[0], : label.shape[1]])

@@ -1,4 +1,4 @@
-"""People's pictures: finding them, and reading whatever kind they are as 8-bit RGB."""
+"""People's images: finding them, and reading whatever kind they are as 8-bit RGB."""
 
 import contextlib
 import glob
@@ -13,39 +13,39 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dist_deeplab.errors import UserError, first_line
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
-"""What counts as a picture inside a folder; a file that is named itself may have any."""
+"""What counts as an image inside a folder; a file that is named itself may have any."""
 
 _ORIENTATION_TAG = 0x0112  # EXIF 2.3; 5 to 8 swap height and width
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 class ImageError(UserError):
-    """A file is no picture, damaged, or of a kind that has no obvious 8-bit RGB."""
+    """A file is not an image, damaged, or of a kind that has no obvious 8-bit RGB."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A picture to predict: its file, and the name of its results, a relative path without suffix."""
+    """An image to predict: its file, and the name of its results, a relative path without suffix."""
 
     path: Path
     name: str
 
 
 def find_images(inputs: Sequence[str], *, outside: Path) -> list[Source]:
-    """Return the pictures that files, folders (searched to any depth) and glob patterns name, sorted by name.
+    """The images that files, folders (searched to any depth) and glob patterns name, sorted by name.
 
-    A folder's pictures keep their place below it in their names. What lies in the folder `outside`, that of the
+    A folder's images keep their place below it in their names. What lies in the folder `outside`, that of the
     results, is left out.
 
     Raises:
-        UserError: an input that names nothing; two pictures whose results would have one name.
+        UserError: an input that names nothing; two images whose results would have one name.
     """
     found: dict[str, Path] = {}
     for text in inputs:
         paths, root = _expand(text)
         paths = [path for path in paths if not path.resolve().is_relative_to(outside.resolve())]
         if not paths:
-            raise UserError(f"{text} names no picture; give image files, folders of them or a quoted pattern")
+            raise UserError(f"{text} names no image; give image files, folders of them or a quoted pattern")
         for path in paths:
             name = (path.relative_to(root) if root else Path(path.name)).with_suffix("").as_posix()
             other = found.setdefault(name, path)
@@ -55,7 +55,7 @@ def find_images(inputs: Sequence[str], *, outside: Path) -> list[Source]:
 
 
 def _expand(text: str) -> tuple[list[Path], Path | None]:
-    """Return the files that an argument names, and the folder that their names are relative to, if there is one."""
+    """The files that an argument names, and the folder that their names are relative to, if there is one."""
     path = Path(text).expanduser()
     if path.is_dir():
         return [file for file in sorted(path.rglob("*")) if file.suffix.lower() in EXTENSIONS and file.is_file()], path
@@ -65,10 +65,10 @@ def _expand(text: str) -> tuple[list[Path], Path | None]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return height and width of the upright picture, from the file's first bytes.
+    """Height and width of the upright image, from the file's first bytes.
 
     Raises:
-        ImageError: no picture.
+        ImageError: no image.
     """
     with _reading(str(path)), Image.open(path) as image:
         width, height = image.size
@@ -76,7 +76,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Return a picture as uint8 [H, W, 3] RGB, upright: an EXIF orientation is applied.
+    """An image as uint8 [H, W, 3] RGB, upright: an EXIF orientation is applied.
 
     Greyscale is repeated on the channels, 16 bits become their upper 8, transparent parts lie on white, CMYK and
     palettes become RGB, of an animation the first frame is taken.
@@ -87,8 +87,8 @@ def read_image(path: Path) -> np.ndarray:
     return _upright_rgb(path, name=str(path))
 
 
-def decode_picture(data: bytes) -> np.ndarray:
-    """Return the picture in a file's bytes as `read_image` does.
+def decode_image_bytes(data: bytes) -> np.ndarray:
+    """The image in a file's bytes as `read_image` does.
 
     Raises:
         ImageError: as there.
@@ -112,12 +112,12 @@ def _upright_rgb(where: Path | io.BytesIO, *, name: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turn what Pillow may raise into one sentence about the picture of this name."""
+    """Turn what Pillow may raise into one sentence about the image of this name."""
     try:
         yield
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is no picture of a known kind") from None
+        raise ImageError(f"{name} is not an image of a known kind") from None
     except Exception as error:  # decoders of damaged files raise nearly anything
         raise ImageError(f"{name} can't be read ({first_line(error)})") from None

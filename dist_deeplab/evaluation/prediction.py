@@ -1,4 +1,4 @@
-"""Pictures in, probabilities and classes out: batches of equal sizes, read ahead, large ones in windows."""
+"""Images in, probabilities and classes out: batches of equal sizes, read ahead, large ones in windows."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ _BATCHES_AHEAD = 3
 
 
 class Prediction(NamedTuple):
-    """A picture uint8 [H, W, 3] and its probabilities float32 [C, H, W], or why there are none."""
+    """An image uint8 [H, W, 3] and its probabilities float32 [C, H, W], or why there are none."""
 
     source: Source
     image: np.ndarray
@@ -28,7 +28,7 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Windows:
-    """Pictures with a longer side than `side` pixels go in windows of it that overlap by `overlap` or more."""
+    """Images with a longer side than `side` pixels go in windows of it that overlap by `overlap` or more."""
 
     side: int
     overlap: int
@@ -43,7 +43,7 @@ def predict_images(
     windows: Windows,
     num_threads: int,
 ) -> Iterator[Prediction]:
-    """Yield a prediction for each picture, in an order that batches suit; pictures of one size go together.
+    """Yield a prediction for each image, in an order that batches suit; images of one size go together.
 
     A file that can't be read gives a `problem` and no prediction, and stops nothing. `num_threads` read ahead.
     """
@@ -83,7 +83,7 @@ def _predict_batch(
 
 
 def probabilities(predictor: Predictor, images: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
-    """Return the probabilities, float32 [C, H, W], of pictures uint8 [H, W, 3] that are of one size when padded."""
+    """The probabilities, float32 [C, H, W], of images uint8 [H, W, 3] that are of one size when padded."""
     size = next_grid_size(images[0].shape[0]), next_grid_size(images[0].shape[1])
     padded = np.stack([pad_to(image, size, 0) for image in images])
     content = torch.tensor([image.shape[:2] for image in images])

@@ -30,12 +30,12 @@ class ResultFiles:
     class_names: Sequence[str]
 
     def of(self, source: Source) -> dict[str, Path]:
-        """Return {kind: file} of a picture's results."""
+        """{kind: file} of an image's results."""
         files = {"mask": self.masks / f"{source.name}.png"}
         return files | {kind: self.out / kind / f"{source.name}{EXTRAS[kind]}" for kind in self.extras}
 
     def wanted(self, sources: Sequence[Source], *, overwrite: bool, skip_existing: bool) -> list[Source]:
-        """Return the pictures to predict: all, or with `skip_existing` those that lack a result.
+        """The images to predict: all, or with `skip_existing` those that lack a result.
 
         Raises:
             UserError: results are there, and may neither be replaced nor left.
@@ -51,7 +51,7 @@ class ResultFiles:
         return [source for source in sources if not all(file.exists() for file in self.of(source).values())]
 
     def write(self, done: Prediction) -> None:
-        """Write the results of one picture, each file in one rename."""
+        """Write the results of one image, each file in one rename."""
         pred = done.prob.argmax(0).astype(np.uint8)
         for kind, file in self.of(done.source).items():
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dist_deeplab.config import config_from_dict
 from dist_deeplab.data.voc import PALETTE
-from dist_deeplab.evaluation.images import decode_picture
+from dist_deeplab.evaluation.images import decode_image_bytes
 from dist_deeplab.evaluation.inference import Predictor, load_network
 from dist_deeplab.model.weights import Variant
 
@@ -38,18 +38,18 @@ class SegmentationModel:
         self.predictor = Predictor.build(load_network(saved).to(self.device), preprocessing, settings)
 
     def predict(self, model_input: "pandas.DataFrame", params: dict[str, Any] | None = None) -> "pandas.DataFrame":
-        """Return a frame with a column `mask` for one with a column `image`.
+        """A frame with a column `mask` for one with a column `image`.
 
         Raises:
             UserError: an image can't be decoded.
         """
         import pandas
 
-        masks = [encode_mask(self.segment(decode_picture(bytes(data)))) for data in model_input["image"]]
+        masks = [encode_mask(self.segment(decode_image_bytes(bytes(data)))) for data in model_input["image"]]
         return pandas.DataFrame({"mask": masks})
 
     def segment(self, image: np.ndarray) -> np.ndarray:
-        """Return the classes, uint8 [H, W], of a uint8 RGB image [H, W, 3]."""
+        """The classes, uint8 [H, W], of a uint8 RGB image [H, W, 3]."""
         height, width = image.shape[:2]
         padding = [(0, -(length - 1) % 8) for length in (height, width)]  # to 8k+1
         padded = np.pad(image, [*padding, (0, 0)])
@@ -59,16 +59,16 @@ class SegmentationModel:
 
 
 def encode_mask(mask: np.ndarray) -> bytes:
-    """Return class indices, uint8 [H, W], as a PNG that viewers show in VOC's colours and PIL reads as indices."""
-    picture = Image.fromarray(mask)
-    picture.putpalette(PALETTE.astype(np.uint8).tobytes())
+    """Class indices, uint8 [H, W], as a PNG that viewers show in VOC's colours and PIL reads as indices."""
+    image = Image.fromarray(mask)
+    image.putpalette(PALETTE.astype(np.uint8).tobytes())
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _load_pyfunc(path: str) -> SegmentationModel:
-    """Return the model in a folder; the name is MLflow's."""
+    """The model in a folder; the name is MLflow's."""
     folder = Path(path)
     file = folder / WEIGHTS if folder.is_dir() else folder
     return SegmentationModel(torch.load(file, map_location="cpu", weights_only=True))

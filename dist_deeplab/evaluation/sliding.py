@@ -1,4 +1,4 @@
-"""Pictures too large to be taken whole: overlapping windows, blended where they overlap, strip by strip."""
+"""Images too large to be taken whole: overlapping windows, blended where they overlap, strip by strip."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def window_starts(length: int, window: int, overlap: int) -> list[int]:
-    """Return where windows begin along an axis: evenly spaced, all inside, overlapping by `overlap` or more."""
+    """Where windows begin along an axis: evenly spaced, all inside, overlapping by `overlap` or more."""
     if length <= window:
         return [0]
     count = -(-(length - window) // (window - overlap)) + 1
@@ -16,15 +16,15 @@ def window_starts(length: int, window: int, overlap: int) -> list[int]:
 def sliding_probabilities(
     predict: Callable[[np.ndarray], np.ndarray], image: np.ndarray, *, window: int, overlap: int
 ) -> Iterator[np.ndarray]:
-    """Yield the probabilities of a picture from top to bottom, in strips float32 [C, h, W] that add up to [C, H, W].
+    """Yield the probabilities of an image from top to bottom, in strips float32 [C, h, W] that add up to [C, H, W].
 
     A window's weight falls towards its borders over `overlap` pixels, so no seam is seen; the weighted mean is of
-    probabilities. Memory: one row of windows, whatever the picture's height.
+    probabilities. Memory: one row of windows, whatever the image's height.
 
     Args:
         predict: uint8 [h, w, 3] -> probabilities float32 [C, h, w].
         image: uint8 [H, W, 3].
-        window: side of the windows in pixels; smaller where the picture is.
+        window: side of the windows in pixels; smaller where the image is.
         overlap: pixels, below `window`.
     """
     height, width = image.shape[:2]
@@ -48,6 +48,6 @@ def sliding_probabilities(
 
 
 def _ramp(length: int, overlap: int) -> np.ndarray:
-    """Return weights that rise from both ends to 1 over `overlap` pixels, never 0."""
+    """Weights that rise from both ends to 1 over `overlap` pixels, never 0."""
     position = np.arange(length)
     return np.minimum(1, (1 + np.minimum(position, length - 1 - position)) / (overlap + 1))

@@ -10,7 +10,7 @@ ARCHIVE = "results.tar"
 
 
 def masks_folder(out: Path, competition: str) -> Path:
-    """Return where the masks go: comp5 is trained on VOC's own data alone, comp6 on any (VOC2012 devkit, section 7)."""
+    """Where the masks go: comp5 is trained on VOC's own data alone, comp6 on any (VOC2012 devkit, section 7)."""
     return out / "results" / "VOC2012" / "Segmentation" / f"{competition}_test_cls"
 
 

@@ -1,22 +1,15 @@
-"""Where a run comes from: code, libraries, hosts, jobs, as facts to record; and no secret among them."""
+"""Where a run comes from: code, libraries, hosts, jobs, as facts to record."""
 
 import contextlib
 import importlib.metadata
 import os
 import platform
-import re
 import socket
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 _LIBRARIES = ("torch", "numpy", "opencv-python-headless", "webdataset", "mlflow", "pydensecrf2")
-_SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
-_USER_INFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<user>[^\s/:@'\"]*):(?P<password>[^\s/'\"]*)@", re.I)
-_SECRET_QUERY = re.compile(
-    r"(?P<name>[?&](?:[a-z0-9_.-]*(?:password|token|secret|signature|credential)|sig|key)=)[^&\s'\"]+", re.I
-)
 
 
 def git_revision() -> dict[str, str]:
@@ -64,20 +57,3 @@ def summarize(values: Iterable[str]) -> str:
     for value in values:
         counts[value] = counts.get(value, 0) + 1
     return ", ".join(value if count == 1 else f"{count} x {value}" for value, count in counts.items())
-
-
-def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Return `text` without passwords in URIs, signatures in queries, and what MLflow's secret variables hold."""
-    for name in _SECRET_VARIABLES:
-        if environ.get(name):
-            text = text.replace(environ[name], "***")
-    return _SECRET_QUERY.sub(r"\g<name>***", _USER_INFO.sub(r"\g<scheme>\g<user>:***@", text))
-
-
-def redact_all(value: Any) -> Any:
-    """Return plain values (str, list, dict ...) with every string in them redacted."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, Mapping):
-        return {key: redact_all(each) for key, each in value.items()}
-    return [redact_all(each) for each in value] if isinstance(value, list | tuple) else value

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab.files import replace_text
-from dist_deeplab.tracking.provenance import redact_all, slurm_job
+from dist_deeplab.redaction import redact_all
+from dist_deeplab.tracking.provenance import slurm_job
 
 RUN_FILE = "run.json"
-MLFLOW_FILE = "mlflow.json"  # what the mirror remembers: run id, and how much of the journal was sent
+MLFLOW_FILE = "mlflow.json"  # what the uploader remembers: run id, and how much of the journal was sent
 
 
 def write_run_file(run_dir: Path, *, uri: str, experiment: str, attempt: int, run_info: Mapping[str, Any]) -> None:
@@ -30,12 +31,12 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
 
 
 def mlflow_run_id(run_dir: Path) -> str:
-    """Return the id of the folder's run in MLflow, or nothing before the mirror has made one."""
+    """Return the id of the folder's run in MLflow, or nothing before the uploader has made one."""
     return read_mlflow_file(run_dir).get("run_id") or ""
 
 
 def read_mlflow_file(run_dir: Path) -> dict[str, Any]:
-    """Return what the mirror remembers of the run's copy in MLflow (see MirrorState), nothing before it began."""
+    """Return what the uploader remembers of the run's copy in MLflow (see UploadState), nothing before it began."""
     return _read_json(run_dir / MLFLOW_FILE)
 
 

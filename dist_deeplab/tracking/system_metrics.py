@@ -3,9 +3,9 @@
     python -m dist_deeplab.tracking.system_metrics RUN_DIR --node NAME --follow PID
 
 `tracking.system_metrics=true` starts it on every node. Each 10 s it appends points to RUN_DIR/system/NAME.jsonl, which
-has the journal's form; the mirror sends them, where all nodes see the run's folder. Keys are like those of MLflow's own
-system metrics, with the node's name (`system/node1/cpu_utilization_percentage`), so that its page shows them; the step
-of a point is the seconds since the run began.
+has the journal's form; the uploader sends them, where all nodes see the run's folder. Keys are like those of MLflow's
+own system metrics, with the node's name (`system/node1/cpu_utilization_percentage`), so that its page shows them; a
+point's step is the seconds since the run began.
 """
 
 import argparse

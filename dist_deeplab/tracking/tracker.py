@@ -1,4 +1,4 @@
-"""`Tracker`: the journal of a run, mirrored to MLflow by a process of its own.
+"""`Tracker`: the journal of a run, sent to MLflow by a process of its own.
 
 On the main rank every point is appended to the journal in the run's folder, which is the truth. A separate process
 (`tracking/mlflow/uploader.py`) reads that file and sends it to MLflow, so neither a slow nor a dead server, nor
@@ -16,10 +16,11 @@ from typing import Any
 from dist_deeplab.distributed.meter import Cost
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
+from dist_deeplab.redaction import redact
 from dist_deeplab.tracking.divergence import Divergence
 from dist_deeplab.tracking.journal import JOURNAL, Journal
-from dist_deeplab.tracking.mlflow.process import MirrorProcess
-from dist_deeplab.tracking.provenance import host_name, redact, slurm_job
+from dist_deeplab.tracking.mlflow.process import UploaderProcess
+from dist_deeplab.tracking.provenance import host_name, slurm_job
 from dist_deeplab.tracking.run_files import write_run_file
 from dist_deeplab.tracking.system_metrics import start_system_metrics
 
@@ -46,7 +47,7 @@ class Tracker:
         """Record facts about the whole run that became known by now; a later value replaces an earlier one."""
 
     def close(self, status: str) -> None:
-        """End the run with MLflow's status FINISHED, FAILED or KILLED (stopped early), and wait for the mirror."""
+        """End the run with MLflow's status FINISHED, FAILED or KILLED (stopped early), and wait for the uploader."""
 
 
 class JournalTracker(Tracker):
@@ -55,7 +56,7 @@ class JournalTracker(Tracker):
     def __init__(self, run_dir: Path, world_size: int = 1) -> None:
         self.run_dir = run_dir
         self.journal = Journal(run_dir / JOURNAL)
-        self.mirror: MirrorProcess | None = None
+        self.uploader: UploaderProcess | None = None
         self._divergence = Divergence()
         self._cost = Cost(self.journal.points, world_size)
 
@@ -63,9 +64,9 @@ class JournalTracker(Tracker):
         """Record that an attempt begins."""
         self._append({"status": "RUNNING", **facts, "attempt": self.journal.attempt})
 
-    def start_mirror(self) -> None:
+    def start_uploader(self) -> None:
         """Start the process that sends the journal to MLflow."""
-        self.mirror = MirrorProcess(self.run_dir)
+        self.uploader = UploaderProcess(self.run_dir)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See Tracker. After a resume the steps since the checkpoint come again; MLflow must see each point once."""
@@ -77,7 +78,7 @@ class JournalTracker(Tracker):
                 self._divergence.compare(key, step, known, value)
         diverged, summary = self._divergence.pop_news()
         cost = {key: value for key, value in self._cost.now().items() if key not in values}  # a sweep's is of its runs
-        watched = self.mirror.watch() if self.mirror else {}
+        watched = self.uploader.watch() if self.uploader else {}
         self._append_points(step, {**values, **cost, **diverged, **watched})
         if summary:
             self.log_tags({"diverged": summary})
@@ -98,8 +99,8 @@ class JournalTracker(Tracker):
         """See Tracker."""
         self._append({"status": status, "attempt": self.journal.attempt})
         self.journal.close()
-        if self.mirror is not None:
-            self.mirror.wait(status)
+        if self.uploader is not None:
+            self.uploader.wait(status)
 
     def _append(self, record: dict[str, Any]) -> None:
         self.journal.append({"time": round(time.time(), 3), **record})
@@ -131,7 +132,7 @@ def open_tracker(
     run_info: Mapping[str, Any],
     system_metrics: bool = False,
 ) -> Tracker:
-    """Return this rank's tracker, on the main rank with a running mirror.
+    """Return this rank's tracker, on the main rank with a running uploader.
 
     Args:
         run_dir: folder of the run, which exists.
@@ -152,7 +153,7 @@ def open_tracker(
     job = slurm_job()
     tracker.start(**({"slurm_job": job} if job else {}))
     if uri != "none":
-        tracker.start_mirror()
+        tracker.start_uploader()
     return tracker
 
 

@@ -10,6 +10,7 @@ import torch
 
 from dist_deeplab.checkpointing.file import load_checkpoint
 from dist_deeplab.config import RunConfig
+from dist_deeplab.config.section import Location
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
 from dist_deeplab.logs import format_duration
@@ -41,16 +42,18 @@ def rehearse(config: RunConfig, env: DistEnv, run: Callable[[RunConfig, DistEnv]
 def _shortened(config: RunConfig, folder: Path) -> RunConfig:
     """Return the configuration of the rehearsal, which starts at step 0, from the weights of `resume=PATH`."""
     starts_elsewhere = config.resume not in ("auto", "never") and not any(config.run_dir.glob("checkpoints/step_*.pt"))
-    init = config.resume if starts_elsewhere else config.model.init
+    init = Location(config.resume) if starts_elsewhere else config.model.init
     return config.model_copy(
         update={
             "output_dir": str(folder),
             "max_steps": STEPS,
             "resume": "auto",
             "model": config.model.model_copy(update={"init": init}),
-            "data": config.data.model_copy(update={"val": ""}),
+            "data": config.data.model_copy(update={"val": Location()}),
             "checkpoint": config.checkpoint.model_copy(update={"every": STEPS}),
-            "tracking": config.tracking.model_copy(update={"uri": "none", "log_every": 1, "system_metrics": False}),
+            "tracking": config.tracking.model_copy(
+                update={"uri": Location("none"), "log_every": 1, "system_metrics": False}
+            ),
         }
     )
 

@@ -15,6 +15,7 @@ from dist_deeplab.distributed.parallel import share_buffers
 from dist_deeplab.distributed.replicas import check_replicas
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.model.weights import Variant
+from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.provenance import installed_versions
 from dist_deeplab.tracking.run_files import mlflow_run_id
 from dist_deeplab.training.state import TrainState
@@ -81,7 +82,7 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
         )
     for change in changes:
         log.warning("going on from %s with a change: %s", path, change)
-    if config.model.init not in ("", saved["config"]["model"]["init"]):
+    if config.model.init and str(config.model.init) != shown_url(saved["config"]["model"]["init"]):
         log.warning("model.init is not read by a run that goes on: its weights are those of %s", path)
     return saved
 
@@ -143,8 +144,8 @@ def forget_lost_best(state: TrainState, checkpoints: CheckpointFolder) -> None:
     """
     if checkpoints.lost_best():
         log.warning(
-            "the best score so far, mIoU %.2f, no longer counts: its checkpoint could not be written, best.pt is %s",
-            100 * state.best_miou,
-            f"that of {100 * state.best_before:.2f}" if state.best_before >= 0 else "not there yet",
+            "the best score so far, mIoU %.4f, no longer counts: its checkpoint could not be written, best.pt is %s",
+            state.best_miou,
+            f"that of {state.best_before:.4f}" if state.best_before >= 0 else "not there yet",
         )
         state.best_miou = state.best_before

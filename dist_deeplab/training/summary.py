@@ -13,10 +13,11 @@ from dist_deeplab.config import RunConfig, changed_from_defaults, flatten
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all
-from dist_deeplab.distributed.session import Session
+from dist_deeplab.distributed.session import TrainingSession
 from dist_deeplab.logs import format_duration
 from dist_deeplab.model.weights import SCRATCH, Variant
-from dist_deeplab.tracking.provenance import git_revision, host_name, library_versions, redact, summarize
+from dist_deeplab.redaction import redact
+from dist_deeplab.tracking.provenance import git_revision, host_name, library_versions, summarize
 from dist_deeplab.training.memory_estimate import count_footprint
 from dist_deeplab.training.optim import describe_groups
 from dist_deeplab.training.state import TrainState
@@ -69,7 +70,7 @@ def describe(
 
 
 def window_values(
-    state: TrainState, run: Session, rates: dict[str, torch.Tensor], *, images_per_step: int, env: DistEnv
+    state: TrainState, run: TrainingSession, rates: dict[str, torch.Tensor], *, images_per_step: int, env: DistEnv
 ) -> dict[str, float]:
     """Return what the steps since the last log line were like; every rank calls it, and waits for its device."""
     state.losses.reduce(state.step)
@@ -102,7 +103,7 @@ def run_info(
     ranks = gather_to_all((host_name(), device_name(env)))
     changed = changed_from_defaults(config)
     tags = {
-        "command": redact(shlex.join(sys.argv)),
+        "command": shlex.join(redact(argument) for argument in sys.argv),
         "world_size": env.world_size,
         "hosts": summarize(host for host, _ in ranks),
         "device": summarize(device for _, device in ranks),

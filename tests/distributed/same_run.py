@@ -44,7 +44,7 @@ def compare_in_mlflow(run_dir: Path, reference: Path) -> None:
     """Check that the store beside `run_dir` holds one finished run for it, with each point of the reference once."""
     from mlflow import MlflowClient
 
-    wait_for_mirrors(run_dir)
+    wait_for_uploaders(run_dir)
     client = MlflowClient(f"sqlite:///{run_dir.parent}/mlflow.db")
     experiment = client.get_experiment_by_name("dist_deeplab")
     assert experiment is not None
@@ -60,7 +60,7 @@ def compare_in_mlflow(run_dir: Path, reference: Path) -> None:
     assert evaluations == {f"eval/{path.name}" for path in (reference / "eval").iterdir()}
 
 
-def wait_for_mirrors(run_dir: Path) -> None:
+def wait_for_uploaders(run_dir: Path) -> None:
     """Wait until nobody sends the run's journal any more."""
     try:
         with FileLock(run_dir / "mlflow.lock", timeout=MIRROR_TIMEOUT_S):

@@ -15,7 +15,7 @@ import pytest
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.tracking import run_files
 from dist_deeplab.tracking.mlflow import uploader
-from dist_deeplab.tracking.mlflow.uploader import Mirror, mirror_until_done
+from dist_deeplab.tracking.mlflow.uploader import Uploader, upload_until_done
 from dist_deeplab.tracking.tracker import open_tracker
 from tests.tracking.conftest import Proxy, Server
 
@@ -25,7 +25,7 @@ VARIABLES = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Wait shortly, and leave the environment as it was: the mirror sets MLflow's variables for its own process."""
+    """Wait shortly, and leave the environment as it was: the uploader sets MLflow's variables for its own process."""
     monkeypatch.setattr(uploader, "_POLL_S", 0.05)
     monkeypatch.setattr(uploader, "_RETRY_S", (0.1,))
     environ = dict(os.environ)
@@ -35,7 +35,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.update(environ)
 
 
-def start_run(folder: Path, uri: str, *, with_mirror: bool = False, **tags: str) -> Any:
+def start_run(folder: Path, uri: str, *, with_uploader: bool = False, **tags: str) -> Any:
     """Return the tracker of a run that has just begun."""
     folder.mkdir()
     info = {"name": folder.name, "parameters": {"seed": 1}, "tags": tags}
@@ -43,8 +43,8 @@ def start_run(folder: Path, uri: str, *, with_mirror: bool = False, **tags: str)
         folder, env=DistEnv(), uri="none", experiment="outages", config_yaml="seed: 1\n", run_info=info
     )
     run_files.write_run_file(folder, uri=uri, experiment="outages", attempt=0, run_info=info)
-    if with_mirror:
-        tracker.start_mirror()
+    if with_uploader:
+        tracker.start_uploader()
     return tracker
 
 
@@ -74,7 +74,7 @@ def test_errors_cut_connections_and_a_slow_server_cost_no_point(server: Server, 
             tracker.close("FINISHED")
         return asked < 8
 
-    assert mirror_until_done(Mirror(folder), is_running=is_running)
+    assert upload_until_done(Uploader(folder), is_running=is_running)
     assert_complete(server, "troubled")
     state = json.loads((folder / "mlflow.json").read_text())
     assert state["error"] == ""
@@ -88,7 +88,7 @@ def test_training_goes_on_while_the_server_hangs_and_says_so_once(
     monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
     folder = tmp_path / "hanging"
     proxy.mode = "hang"
-    tracker = start_run(folder, proxy.uri, with_mirror=True)
+    tracker = start_run(folder, proxy.uri, with_uploader=True)
     wait_for(lambda: proxy.num_requests > 0)
     log_steps(tracker, STEPS[:30])
     assert proxy.num_requests <= 2, "the server has answered nothing"
@@ -98,7 +98,7 @@ def test_training_goes_on_while_the_server_hangs_and_says_so_once(
     assert caplog.text.count("MLflow does not take points") == 1
     proxy.mode = "ok"
     tracker.close("FINISHED")
-    assert tracker.mirror.process.wait(60) == 0
+    assert tracker.uploader.process.wait(60) == 0
     assert_complete(server, "hanging")
     assert server.curve(server.run("outages", "hanging"), "tracking/failed_sends")[-1][1] >= 1
 
@@ -108,11 +108,11 @@ def test_what_was_not_sent_is_sent_by_hand_once_a_killed_server_is_back(server: 
     folder = tmp_path / "killed_server"
     tracker = start_run(folder, server.uri)
     log_steps(tracker, STEPS[:10])
-    Mirror(folder).send_new()
+    Uploader(folder).send_new()
     server.kill()
     log_steps(tracker, STEPS[10:])
     tracker.close("FINISHED")
-    assert not mirror_until_done(Mirror(folder), is_running=lambda: False, give_up_s=0.0)
+    assert not upload_until_done(Uploader(folder), is_running=lambda: False, give_up_s=0.0)
     server.start()
     sync = [sys.executable, "-m", "dist_deeplab", "sync-mlflow", str(folder), str(tmp_path)]
     done = subprocess.run(sync, capture_output=True, text=True, timeout=120)

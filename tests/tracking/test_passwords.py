@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import pytest
 
-from dist_deeplab.tracking.mlflow.uploader import Mirror, mirror_until_done
+from dist_deeplab.tracking.mlflow.uploader import Uploader, upload_until_done
 from dist_deeplab.tracking.tracker import resolve_uri
 from tests.conftest import command_environ
 from tests.tracking.conftest import Server
@@ -47,8 +47,8 @@ def test_a_password_opens_the_server_a_wrong_or_missing_one_loses_nothing_and_no
     guarded: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "secret"
-    output = logging.FileHandler(tmp_path / "mirror.log")
-    logging.getLogger("mlflow_mirror").addHandler(output)
+    output = logging.FileHandler(tmp_path / "uploader.log")
+    logging.getLogger("mlflow_uploader").addHandler(output)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a wrong s3cret")
     token = PASSWORD.partition(" ")[0]  # as somebody may have in a command
@@ -57,10 +57,10 @@ def test_a_password_opens_the_server_a_wrong_or_missing_one_loses_nothing_and_no
     monkeypatch.delenv("MLFLOW_TRACKING_TOKEN")
     log_steps(tracker)
     tracker.close("FINISHED")
-    assert not mirror_until_done(Mirror(folder), is_running=lambda: False, give_up_s=0.0)
+    assert not upload_until_done(Uploader(folder), is_running=lambda: False, give_up_s=0.0)
     error = json.loads((folder / "mlflow.json").read_text())["error"]
     assert "MLFLOW_TRACKING_PASSWORD" in error and "not authenticated" in error, "what to do, and what the server said"
-    logging.getLogger("mlflow_mirror").removeHandler(output)
+    logging.getLogger("mlflow_uploader").removeHandler(output)
 
     sync = [sys.executable, "-m", "dist_deeplab", "sync-mlflow", str(folder)]
     environ = command_environ()
@@ -87,6 +87,6 @@ def test_a_password_in_the_address_of_the_environment_works_and_is_written_nowhe
     assert recorded == guarded.uri.replace("//", "//me:***@")
     log_steps(tracker)
     tracker.close("FINISHED")
-    assert mirror_until_done(Mirror(folder), is_running=lambda: False)
+    assert upload_until_done(Uploader(folder), is_running=lambda: False)
     assert_complete(guarded, "address")
     assert_no_secret(tmp_path, guarded.folder)

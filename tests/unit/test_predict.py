@@ -88,7 +88,7 @@ def test_large_pictures_go_in_windows(run: Callable[..., int], net: DeepLabV2, i
     whole = _expected(net, images / "d.png").argmax(0)
     blended = np.asarray(Image.open(tmp_path / "out" / "d.png"))
     assert blended.shape == whole.shape
-    assert (blended == whole).mean() > 0.5  # another context, but no other picture
+    assert (blended == whole).mean() > 0.5  # another context, but no other image
     np.testing.assert_array_equal(
         np.asarray(Image.open(tmp_path / "out" / "a.png")), _expected(net, images / "a.png").argmax(0)
     )
@@ -97,7 +97,7 @@ def test_large_pictures_go_in_windows(run: Callable[..., int], net: DeepLabV2, i
 def test_unreadable_files_are_listed_at_the_end_and_stop_nothing(
     run: Callable[..., int], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (images / "broken.jpg").write_bytes(b"no picture")
+    (images / "broken.jpg").write_bytes(b"no image")
     (images / "b2.png").write_bytes((images / "b.png").read_bytes()[:-30])
     assert run() == 1
     assert {path.stem for path in (tmp_path / "out").rglob("*.png")} == {"a", "b", "c", "d"}

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_deeplab import __version__
-from dist_deeplab.tracking.provenance import git_revision, redact
+from dist_deeplab.redaction import redact
+from dist_deeplab.tracking.provenance import git_revision
 from dist_deeplab.workers import num_cores
 
 Row = dict[str, str | int | float | None]

@@ -1,4 +1,4 @@
-"""One object of a class at a time, alone: its picture and where it is."""
+"""One object of a class at a time, alone: its image and where it is."""
 
 import math
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Sketch:
 
 
 def noise(rng: Generator, shape: tuple[int, ...], cells: tuple[int, int]) -> Array:
-    """Smooth noise of mean 0 and deviation about 1, float32 [H, W, 1], of so many cells (down, across)."""
+    """Smooth noise of mean 0 and standard deviation about 1, float32 [H, W, 1], of `cells` cells (down, across)."""
     return cv2.resize(rng.standard_normal(cells, np.float32), shape[1::-1], interpolation=cv2.INTER_CUBIC)[..., None]
 
 

@@ -43,7 +43,7 @@ SETTINGS = (
 
 
 def draw_background(rng: Generator, setting: Setting, shape: tuple[int, int]) -> tuple[Array, int]:
-    """Return the empty place, float32 [H, W, 3], and the horizon's row."""
+    """The empty place, float32 [H, W, 3], and the horizon's row."""
     height, width = shape
     horizon, image = int(rng.uniform(*setting.horizon) * height), np.empty((height, width, 3), np.float32)
     upper, lower = image[:horizon], image[horizon:]
@@ -65,11 +65,11 @@ def draw_background(rng: Generator, setting: Setting, shape: tuple[int, int]) ->
 
 
 def draw_object(rng: Generator, name: str, short_side: int) -> Patch:
-    """Draw one object, large or small, mirrored or not and a little turned."""
+    """Draw one object, large or small, flipped or not and a little turned."""
     draw, relative = CLASSES[name]
     rgb, mask = draw(rng, int(short_side * relative * rng.uniform(0.46, 0.72)))
-    angle, pad, mirror = rng.normal(0, 10 if name == "aeroplane" else 2), max(mask.shape) // 6, rng.choice((-1, 1))
-    rgb, alpha = np.pad(rgb, ((pad, pad), (pad, pad), (0, 0)))[:, ::mirror], np.pad(mask, pad)[:, ::mirror]
+    angle, pad, side = rng.normal(0, 10 if name == "aeroplane" else 2), max(mask.shape) // 6, rng.choice((-1, 1))
+    rgb, alpha = np.pad(rgb, ((pad, pad), (pad, pad), (0, 0)))[:, ::side], np.pad(mask, pad)[:, ::side]
     turn = cv2.getRotationMatrix2D((alpha.shape[1] / 2, alpha.shape[0] / 2), angle, 1)
     rgb, alpha = (cv2.warpAffine(a, turn, alpha.shape[::-1], flags=0) for a in (rgb, alpha.astype(np.uint8)))
     x, y, width, height = cv2.boundingRect(alpha)

@@ -9,7 +9,7 @@ from dist_deeplab.workers import num_cores
 
 
 def parser_of(manual: str, command: str = "") -> argparse.ArgumentParser:
-    """Return a parser whose help is the tool's manual."""
+    """A parser whose help is the tool's manual."""
     prog = f"dist-deeplab shards {command}".strip()
     return argparse.ArgumentParser(prog=prog, description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -17,7 +17,7 @@ def parser_of(manual: str, command: str = "") -> argparse.ArgumentParser:
 def add_label_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say what labels mean."""
     names = parser.add_mutually_exclusive_group()
-    names.add_argument("--class-names", type=Path, metavar="FILE", help="one class a line, the first is label 0")
+    names.add_argument("--class-names", type=Path, metavar="FILE", help="one class per line, the first is label 0")
     names.add_argument("--num-classes", type=int, metavar="N", help="classes without names")
     parser.add_argument("--ignore-label", type=int, default=voc.IGNORE_LABEL, help="void label (default: 255)")
 
@@ -43,6 +43,6 @@ def check_workers(parser: argparse.ArgumentParser, arguments: argparse.Namespace
 
 
 def require_plain_name(parser: argparse.ArgumentParser, name: str) -> None:
-    """Refuse a name of a set that is no plain file name."""
+    """Refuse a name of a set that is not a plain file name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         parser.error(f"--split must be a plain name of letters, digits, dot, dash and underscore: {name!r}")

@@ -19,7 +19,7 @@ from dist_deeplab.commands.packing.printing import print_manifest, print_set, sh
 from dist_deeplab.data.packing.import_tars import index_tars
 from dist_deeplab.data.packing.labels import LabelSpace, read_class_names
 from dist_deeplab.data.packing.ordered_map import useful_workers
-from dist_deeplab.data.packing.verify import Seen, contact_sheet, survey_set, verify
+from dist_deeplab.data.packing.verify import SampleContent, contact_sheet, inspect_set, verify
 from dist_deeplab.data.shards.manifest import ShardError, load_manifest
 
 COMMANDS = ("index", "verify", "info")
@@ -98,10 +98,10 @@ def run_info(arguments: argparse.Namespace) -> None:
     manifest = load_manifest(arguments.manifest)
     sizes, num_void = [], 0
     images = np.zeros(manifest.num_classes, dtype=np.int64)
-    for seen in survey_set(
+    for seen in inspect_set(
         manifest, workers=useful_workers(arguments.workers, manifest.num_samples), progress=show_progress("reading")
     ):
-        if not isinstance(seen, Seen):
+        if not isinstance(seen, SampleContent):
             raise seen
         sizes.append(seen.size)
         images += seen.class_pixels > 0

@@ -11,10 +11,10 @@ from dist_deeplab.commands.packing.arguments import (
     parser_of,
     require_plain_name,
 )
-from dist_deeplab.commands.packing.printing import print_manifest, print_survey, show_progress
+from dist_deeplab.commands.packing.printing import print_manifest, print_statistics, show_progress
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing import cityscapes, sources
-from dist_deeplab.data.packing.label_statistics import survey_masks
+from dist_deeplab.data.packing.label_statistics import count_labels
 from dist_deeplab.data.packing.labels import LabelMap, LabelSpace, read_class_names, read_label_map
 from dist_deeplab.data.packing.ordered_map import useful_workers
 from dist_deeplab.data.packing.sources import SourceSample
@@ -42,7 +42,7 @@ def parse_arguments(argv: Sequence[str], *, manual: str) -> argparse.Namespace:
     add_label_arguments(parser)
     parser.add_argument("--label-map", type=Path, metavar="FILE", help="`R G B name` or `LEVEL name` lines")
     parser.add_argument("--samples-per-shard", type=int, metavar="N", help=f"default: {DEFAULT_SAMPLES}")
-    parser.add_argument("--shard-mb", type=float, metavar="MB", help="instead: at most so many MB of files in a shard")
+    parser.add_argument("--shard-mb", type=float, metavar="MB", help="instead: at most this many MB per shard")
     add_workers(parser)
     parser.add_argument("--dry-run", action="store_true", help="count the masks and stop")
     parser.add_argument("--overwrite", action="store_true", help="replace a set of this name")
@@ -88,16 +88,16 @@ def run(arguments: argparse.Namespace) -> None:
         check_samples(samples, split=split)
     workers = useful_workers(arguments.workers, max(len(samples) for samples, _ in found.values()))
     for split, (samples, _) in found.items():
-        survey = survey_masks(
+        statistics = count_labels(
             samples, label_map=label_map, workers=workers, progress=show_progress(f"counting {split}")
         )
         if labels is None:
             raise ShardError(
-                f"the masks of {split!r} hold the labels {_ranges(survey.values())}; name the classes by --class-names "
-                f"FILE (one a line, the first is label 0) or give --num-classes"
+                f"the masks of {split!r} hold the labels {_ranges(statistics.values())}; name the classes by "
+                "--class-names FILE (one per line, the first is label 0) or give --num-classes"
             )
-        survey.require(labels)
-        print_survey(survey, labels, title=f"{split}: {len(samples)} samples")
+        statistics.require(labels)
+        print_statistics(statistics, labels, title=f"{split}: {len(samples)} samples")
     if arguments.dry_run or labels is None:
         return
     prepare_folder(arguments.out, remedy="choose another --out")
@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def find_samples(arguments: argparse.Namespace, split: str) -> tuple[list[SourceSample], tuple[str, ...] | None]:
-    """Return the samples of a split, and the class names where the source is a data set whose names are known."""
+    """The samples of a split, and the class names where the source is a data set whose names are known."""
     if arguments.voc_root is not None:
         masks = arguments.voc_masks or "SegmentationClass"
         return sources.read_voc_list(arguments.voc_root, split, masks=masks), voc.CLASS_NAMES
@@ -136,7 +136,7 @@ def find_samples(arguments: argparse.Namespace, split: str) -> tuple[list[Source
 def label_space(
     arguments: argparse.Namespace, known_names: tuple[str, ...] | None
 ) -> tuple[LabelSpace | None, LabelMap | None]:
-    """Return what labels may be, None where nobody said, and the map of the masks' levels or colours, if any."""
+    """The allowed labels (None where nobody said), and the map of the masks' levels or colours, if any."""
     names: tuple[str, ...] | None = None
     if arguments.class_names is not None:
         names = read_class_names(arguments.class_names)
@@ -150,7 +150,7 @@ def label_space(
 
 
 def _ranges(values: list[int]) -> str:
-    """Return e.g. 0..11, 255 of [0, 1, ..., 11, 255]."""
+    """E.g. 0..11, 255 of [0, 1, ..., 11, 255]."""
     parts: list[list[int]] = []
     for value in values:
         if parts and parts[-1][1] == value - 1:

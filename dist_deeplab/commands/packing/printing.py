@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dist_deeplab.data.packing.label_statistics import Survey
+from dist_deeplab.data.packing.label_statistics import LabelStatistics
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.shards.manifest import Manifest
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def show_progress(description: str) -> Callable[[Iterable[T]], Iterable[T]]:
-    """Return a function that yields its items under a progress bar on stderr (silent where that is no terminal)."""
+    """A function that yields its items under a progress bar on stderr (silent where that is not a terminal)."""
 
     def track(items: Iterable[T]) -> Iterable[T]:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -28,9 +28,9 @@ def show_progress(description: str) -> Callable[[Iterable[T]], Iterable[T]]:
     return track
 
 
-def print_survey(survey: Survey, labels: LabelSpace, *, title: str) -> None:
+def print_statistics(statistics: LabelStatistics, labels: LabelSpace, *, title: str) -> None:
     """Print pixels and images of every class and of void, before anything is written."""
-    _class_table(labels, survey.pixels, survey.images, title)
+    _class_table(labels, statistics.pixels, statistics.images, title)
 
 
 def print_manifest(manifest: Manifest) -> None:
@@ -66,7 +66,7 @@ def _warn(console: Console, text: str) -> None:
 
 
 def print_set(manifest: Manifest, sizes: Sequence[tuple[int, int]], images: np.ndarray, num_void: int) -> None:
-    """Print what a finished set holds: classes, picture sizes (height, width), bytes."""
+    """Print what a finished set holds: classes, image sizes (height, width), bytes."""
     labels = LabelSpace(manifest.class_names, manifest.ignore_label)
     pixels = np.zeros(256, dtype=np.int64)
     pixels[: manifest.num_classes] = manifest.class_pixels
@@ -77,7 +77,7 @@ def print_set(manifest: Manifest, sizes: Sequence[tuple[int, int]], images: np.n
     _class_table(labels, pixels, counts, f"set {manifest.split!r}, keys {manifest.keys_sha256[:12]}")
     middle = sorted(sizes, key=lambda size: size[0] * size[1])[len(sizes) // 2]
     low, high = (tuple(f(size[axis] for size in sizes) for axis in (0, 1)) for f in (min, max))
-    print(f"pictures (height x width): median {_by(middle)}, smallest sides {_by(low)}, largest {_by(high)}")
+    print(f"images (height x width): median {_by(middle)}, smallest sides {_by(low)}, largest {_by(high)}")
 
 
 def _by(size: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_deeplab.data.packing.labels import LabelSpace
-from dist_deeplab.data.packing.verify import Seen, survey_set
+from dist_deeplab.data.packing.verify import SampleContent, inspect_set
 from dist_deeplab.data.packing.writer import write_manifest
 from dist_deeplab.data.shards.index import find_members
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
@@ -56,8 +56,8 @@ def index_tars(
         # 1. A draft, by which samples can be read; 2. all of them decoded and counted; 3. the manifest.
         write_manifest(tars, draft, split=split, labels=labels, class_pixels=nothing, members=members)
         class_pixels = nothing.copy()
-        for seen in survey_set(load_manifest(draft), workers=workers, progress=progress):
-            if not isinstance(seen, Seen):
+        for seen in inspect_set(load_manifest(draft), workers=workers, progress=progress):
+            if not isinstance(seen, SampleContent):
                 raise seen
             class_pixels += seen.class_pixels
         write_manifest(tars, final, split=split, labels=labels, class_pixels=class_pixels, members=members)

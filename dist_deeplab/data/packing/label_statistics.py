@@ -17,7 +17,7 @@ _MAX_SHOWN = 12
 
 
 @dataclass
-class Survey:
+class LabelStatistics:
     """pixels, images: int64 [256], of every label value: how many pixels have it, how many masks hold it."""
 
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
@@ -34,7 +34,7 @@ class Survey:
             self.example.setdefault(int(value), mask)
 
     def values(self) -> list[int]:
-        """Return the label values that occur."""
+        """The label values that occur."""
         return [int(value) for value in np.flatnonzero(self.pixels)]
 
     def require(self, labels: LabelSpace) -> None:
@@ -43,35 +43,35 @@ class Survey:
         Raises:
             ShardError: some are not; all of them are named, with the most frequent one's first mask.
         """
-        strange = labels.strange(self.pixels)
-        if not strange:
+        unexpected = labels.unexpected(self.pixels)
+        if not unexpected:
             return
-        worst = max(strange, key=lambda value: self.images[value])
-        listed = ", ".join(map(str, strange[:_MAX_SHOWN])) + (" ..." if len(strange) > _MAX_SHOWN else "")
-        what = f"the label {listed}" if len(strange) == 1 else f"the labels {listed}"
+        worst = max(unexpected, key=lambda value: self.images[value])
+        listed = ", ".join(map(str, unexpected[:_MAX_SHOWN])) + (" ..." if len(unexpected) > _MAX_SHOWN else "")
+        what = f"the label {listed}" if len(unexpected) == 1 else f"the labels {listed}"
         raise ShardError(
             f"{self.example[worst]} and others ({int(self.images[worst])} of {self.num_masks} masks) holds {what}, but "
             f"{labels.describe()}; give all classes, another --ignore-label, or a --label-map that says what it means"
         )
 
 
-def survey_masks(
+def count_labels(
     samples: Sequence[SourceSample],
     *,
     label_map: LabelMap | None = None,
     workers: int = 1,
     progress: Callable[[Iterable[SourceSample]], Iterable[SourceSample]] = iter,
-) -> Survey:
-    """Return what all masks hold.
+) -> LabelStatistics:
+    """Pixels and images per label value, over all masks.
 
     Raises:
         ShardError: a mask is damaged, lossy, or in colours that no label map explains (its colours are named).
     """
-    survey = Survey()
+    statistics = LabelStatistics()
     count = functools.partial(_histogram, label_map=label_map)
     for sample, histogram in zip(samples, ordered_map(count, progress(samples), workers=workers), strict=True):
-        survey.add(sample.label, histogram)
-    return survey
+        statistics.add(sample.label, histogram)
+    return statistics
 
 
 def _histogram(sample: SourceSample, *, label_map: LabelMap | None) -> np.ndarray:

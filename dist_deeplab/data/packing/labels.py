@@ -1,6 +1,6 @@
 """Which labels are classes, and how masks of all kinds become class indices before they are packed.
 
-A mask is a picture of class indices (greyscale or palette) or, with a label map, of any grey levels or colours that the
+A mask is an image of class indices (greyscale or palette) or, with a label map, of any grey levels or colours that the
 map gives names. What comes out is always uint8 [H, W] of class indices and void.
 """
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dist_deeplab.data.decode import DecodeError, decode_label
 from dist_deeplab.data.shards.manifest import ShardError
 
 _MAX_CLASSES = 255  # 8 bits less the void label
 _VOID_NAMES = ("void", "ignore", "unlabeled", "unlabelled")
-_MAX_SHOWN = 8  # of the strange values of a mask
+_MAX_SHOWN = 8  # of the unexpected values of a mask
 _LOSSY = ("JPEG", "MPO", "WEBP")
 
 
@@ -37,28 +37,28 @@ class LabelSpace:
             )
 
     def count(self, label: np.ndarray, *, where: str) -> np.ndarray:
-        """Return the pixels of each class, int64 [num_classes].
+        """The pixels of each class, int64 [num_classes].
 
         Raises:
             ShardError: a pixel is neither a class nor void.
         """
         histogram = np.bincount(label.ravel(), minlength=256)
-        strange = self.strange(histogram)
-        if strange:
+        unexpected = self.unexpected(histogram)
+        if unexpected:
             raise ShardError(
-                f"{where} holds the label {strange[0]}, but {self.describe()}; give all classes or mend the mask"
+                f"{where} holds the label {unexpected[0]}, but {self.describe()}; give all classes or fix the mask"
             )
         histogram[self.ignore_label] = 0
         return histogram[: len(self.class_names)].astype(np.int64)
 
-    def strange(self, histogram: np.ndarray) -> list[int]:
-        """Return the labels with pixels in `histogram`, int [256], that are neither a class nor void."""
+    def unexpected(self, histogram: np.ndarray) -> list[int]:
+        """The labels with pixels in `histogram`, int [256], that are neither a class nor void."""
         allowed = np.zeros(256, dtype=bool)
         allowed[: len(self.class_names)] = allowed[self.ignore_label] = True
         return [int(value) for value in np.flatnonzero((histogram > 0) & ~allowed)]
 
     def describe(self) -> str:
-        """Return what labels may be, for a sentence."""
+        """The allowed labels, as part of a sentence."""
         return f"classes are 0..{len(self.class_names) - 1} and void is {self.ignore_label}"
 
 
@@ -74,23 +74,23 @@ class LabelMap:
         """Whether the map is of colours."""
         return len(next(iter(self.labels))) == 3
 
-    def apply(self, picture: np.ndarray) -> np.ndarray:
-        """Return the class indices, uint8 [H, W], of a mask uint8 [H, W] or [H, W, 3].
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """The class indices, uint8 [H, W], of a mask uint8 [H, W] or [H, W, 3].
 
         Raises:
             DecodeError: it holds a level or colour that the map does not name.
         """
-        packed = picture.astype(np.int64)
+        packed = image.astype(np.int64)
         if self.of_colours:
             packed = (packed[..., 0] << 16) | (packed[..., 1] << 8) | packed[..., 2]
         values, inverse = np.unique(packed, return_inverse=True)
         known = {int(sum(c << 8 * (len(key) - 1 - i) for i, c in enumerate(key))): n for key, n in self.labels.items()}
-        strange = [int(value) for value in values if int(value) not in known]
-        if strange:
-            shown = ", ".join(self._show(value) for value in strange[:_MAX_SHOWN])
+        unexpected = [int(value) for value in values if int(value) not in known]
+        if unexpected:
+            shown = ", ".join(self._show(value) for value in unexpected[:_MAX_SHOWN])
             raise DecodeError(f"the mask holds {shown}, which {self.path} does not name; add it there (or as `void`)")
         table = np.array([known[int(value)] for value in values], dtype=np.uint8)
-        return table[inverse.reshape(picture.shape[:2])]
+        return table[inverse.reshape(image.shape[:2])]
 
     def _show(self, value: int) -> str:
         if not self.of_colours:
@@ -101,7 +101,7 @@ class LabelMap:
 def read_label_map(
     path: Path, *, class_names: Sequence[str] | None, ignore_label: int
 ) -> tuple[LabelMap, tuple[str, ...]]:
-    """Return the map in a file of `R G B name` or `LEVEL name` lines, and the class names.
+    """The map in a file of `R G B name` or `LEVEL name` lines, and the class names.
 
     Without `class_names` the names are numbered in the order in which they come first. Several colours may have one
     name; `void` (or ignore, unlabeled) is the void label.
@@ -136,12 +136,12 @@ def read_label_map(
             "would be void; take another (255), and call what is void `void`"
         )
     if len(set(labels.values()) - {ignore_label}) < 2:
-        raise ShardError(f"{path} names fewer than two classes; write one `R G B name` or `LEVEL name` a line")
+        raise ShardError(f"{path} names fewer than two classes; write one `R G B name` or `LEVEL name` per line")
     return LabelMap(path, labels), tuple(names)
 
 
 def decode_mask(data: bytes, label_map: LabelMap | None) -> np.ndarray:
-    """Return the class indices, uint8 [H, W], of a mask file of any lossless kind.
+    """The class indices, uint8 [H, W], of a mask file of any lossless kind.
 
     Raises:
         DecodeError: damaged, lossy, or, without a map, in colour or of 16 bits.
@@ -149,16 +149,16 @@ def decode_mask(data: bytes, label_map: LabelMap | None) -> np.ndarray:
     if label_map is None and data.startswith(b"\x89PNG"):
         return decode_label(data)
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            form, mode = picture.format, picture.mode
+        with Image.open(io.BytesIO(data)) as image:
+            form, mode = image.format, image.mode
             if label_map is not None and label_map.of_colours:
-                pixels = np.asarray(picture.convert("RGB"))
+                pixels = np.asarray(image.convert("RGB"))
             elif mode in ("L", "P", "1"):
-                pixels = np.asarray(picture, dtype=np.uint8)  # P: the indices
+                pixels = np.asarray(image, dtype=np.uint8)  # P: the indices
             else:
                 pixels = None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-        raise DecodeError("the mask is damaged or no picture") from None
+    except Exception:  # decoders of damaged files raise nearly anything, e.g. DecompressionBombError
+        raise DecodeError("the mask is damaged or not an image") from None
     if form in _LOSSY:
         raise DecodeError(f"the mask is a {form}, which does not keep class indices; export it as PNG")
     if pixels is None:
@@ -168,20 +168,20 @@ def decode_mask(data: bytes, label_map: LabelMap | None) -> np.ndarray:
 
 
 def colours_in(data: bytes, *, most: int) -> list[tuple[int, ...]]:
-    """Return up to `most` colours of a picture, most frequent first: to tell a user what a label map should name."""
-    with Image.open(io.BytesIO(data)) as picture:
-        counted: list[tuple[int, Any]] = picture.convert("RGB").getcolors(maxcolors=2**24) or []
+    """Up to `most` colours of an image, most frequent first: to tell a user what a label map should name."""
+    with Image.open(io.BytesIO(data)) as image:
+        counted: list[tuple[int, Any]] = image.convert("RGB").getcolors(maxcolors=2**24) or []
     return [colour for _, colour in sorted(counted, reverse=True)[:most]]
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Return the non-blank lines of a file.
+    """The non-blank lines of a file.
 
     Raises:
         ShardError: no such file, not text, fewer than 2 or more than 255 names, or one twice.
     """
     if not path.is_file():
-        raise ShardError(f"there is no file of class names at {path}; write one name a line, background first")
+        raise ShardError(f"there is no file of class names at {path}; write one name per line, background first")
     names = tuple(line for line in read_lines(path) if line)
     if not 2 <= len(names) <= _MAX_CLASSES or len(set(names)) != len(names):
         raise ShardError(f"{path} must name 2 to 255 classes, each once, background first; it has {len(names)}")
@@ -189,7 +189,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file without the white space around them; CRLF and a byte order mark are tolerated.
+    """The lines of a text file without the white space around them; CRLF and a byte order mark are tolerated.
 
     Raises:
         ShardError: there is no such file, or it is not UTF-8 text.

@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
-    """Yield `function(item)` of each item, in order, from so many processes (1: this one); an exception comes in its
+    """Yield `function(item)` of each item, in order, from `workers` processes (1: this one); an exception comes in its
     turn.
 
     `function` and the results must be picklable.
@@ -53,5 +53,5 @@ def _apply(function: Callable[[T], R], chunk: list[T]) -> list[R]:
 
 
 def useful_workers(workers: int, num_items: int) -> int:
-    """Return how many of `workers` are worth their start, which takes as long as some 100 samples."""
+    """How many of `workers` are worth their start, which takes as long as some 100 samples."""
     return max(1, min(workers, num_items // 100))

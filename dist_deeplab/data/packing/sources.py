@@ -49,7 +49,7 @@ documentation describes."""
 
 
 def read_voc_list(voc_root: Path, split: str, *, masks: str = "SegmentationClass") -> list[SourceSample]:
-    """Return the samples of `ImageSets/Segmentation/<split>.txt` in a VOCdevkit/VOC2012 folder.
+    """The samples of `ImageSets/Segmentation/<split>.txt` in a VOCdevkit/VOC2012 folder.
 
     Args:
         voc_root: the folder that holds JPEGImages.
@@ -73,7 +73,7 @@ def read_voc_list(voc_root: Path, split: str, *, masks: str = "SegmentationClass
 
 
 def read_pair_list(data_root: Path, listing: Path) -> list[SourceSample]:
-    """Return the samples of a file with one `image label` pair of paths a line, under `data_root` (DrSleep's format).
+    """The samples of a file with one `image label` pair of paths per line, under `data_root` (DrSleep's format).
 
     Blank lines and CRLF are tolerated; a leading slash means `data_root`, as there. The key is the image's file name
     without its ending.
@@ -96,13 +96,13 @@ def read_pair_list(data_root: Path, listing: Path) -> list[SourceSample]:
 
 
 def read_folders(images: Path, masks: Path, *, image_suffix: str = "", mask_suffix: str = "") -> list[SourceSample]:
-    """Return the samples of a folder of images and a folder of masks, sub-folders included, sorted by key.
+    """The samples of a folder of images and a folder of masks, sub-folders included, sorted by key.
 
     A mask belongs to the image of the same path without `image_suffix`, `mask_suffix` and endings. Characters that a
     key may not hold become underscores.
 
     Raises:
-        ShardError: a folder is missing or holds no pictures; an image has no mask or two; two images get one key. Masks
+        ShardError: a folder is missing or holds no images; an image has no mask or two; two images get one key. Masks
             without an image are left alone: they may be of another split.
     """
     found = _stems(images, IMAGE_ENDINGS, image_suffix)
@@ -133,7 +133,7 @@ def read_folders(images: Path, masks: Path, *, image_suffix: str = "", mask_suff
 def read_tree(
     root: Path, split: str, *, image_suffix: str | None = None, mask_suffix: str | None = None
 ) -> tuple[list[SourceSample], Layout]:
-    """Return the samples of a split in a tree of a known layout, and which layout it is.
+    """The samples of a split in a tree of a known layout, and which layout it is.
 
     Suffixes take the place of the layout's own.
 
@@ -158,7 +158,7 @@ def read_tree(
 
 
 def _stems(folder: Path, endings: Iterable[str], suffix: str) -> list[tuple[str, Path]]:
-    """Return (path under `folder` without suffix and ending, path) of all pictures whose name ends in `suffix`."""
+    """(path under `folder` without suffix and ending, path) of all images whose name ends in `suffix`."""
     if not folder.is_dir():
         raise ShardError(f"there is no folder {folder}")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
@@ -167,7 +167,7 @@ def _stems(folder: Path, endings: Iterable[str], suffix: str) -> list[tuple[str,
     ]
     if not found:
         what = f" named *{suffix}.*" if suffix else ""
-        raise ShardError(f"{folder} holds no pictures{what} ({len(files)} files with the endings {', '.join(endings)})")
+        raise ShardError(f"{folder} holds no images{what} ({len(files)} files with the endings {', '.join(endings)})")
     return found
 
 

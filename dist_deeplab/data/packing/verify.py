@@ -16,13 +16,13 @@ from dist_deeplab.data.voc import PALETTE
 from dist_deeplab.errors import UserError
 from dist_deeplab.files import sha256
 
-_TILE = 200  # longer side of a picture on the contact sheet, pixels
+_TILE = 200  # longer side of an image on the contact sheet, pixels
 _GAP = 6
-_CAPTION = 18  # height of the line under a picture
+_CAPTION = 18  # height of the line under an image
 _VOID_GREY = 224
 
 
-class Seen(NamedTuple):
+class SampleContent(NamedTuple):
     """What one sample holds: its key, height and width, pixels of each class int64 [num_classes], void pixels."""
 
     key: str
@@ -46,7 +46,7 @@ def verify(
             yield f"the shard {manifest.shard_name(number)} does not have the SHA-256 of the manifest"
     keys = []
     class_pixels = np.zeros(manifest.num_classes, dtype=np.int64)
-    for seen in survey_set(manifest, workers=workers, progress=progress):
+    for seen in inspect_set(manifest, workers=workers, progress=progress):
         if isinstance(seen, UserError):
             yield str(seen)
         else:
@@ -62,26 +62,26 @@ def verify(
         yield f"the pixels of the classes are not those that {manifest.path} says"
 
 
-def survey_set(
+def inspect_set(
     manifest: Manifest, *, workers: int = 1, progress: Callable[[Iterable[int]], Iterable[int]] = iter
-) -> Iterator["Seen | UserError"]:
+) -> Iterator["SampleContent | UserError"]:
     """Yield what each sample holds, or what is wrong with it, in the order of the index."""
     look = functools.partial(_look, ShardReader(manifest))
     return ordered_map(look, progress(range(manifest.num_samples)), workers=workers)
 
 
-def _look(reader: ShardReader, index: int) -> "Seen | UserError":
+def _look(reader: ShardReader, index: int) -> "SampleContent | UserError":
     try:
         image, label, key = load_sample(reader, index)
         labels = LabelSpace(reader.manifest.class_names, reader.manifest.ignore_label)
         counts = labels.count(label, where=f"sample {key!r} in {reader.shard_name(index)}")
-        return Seen(key, (image.shape[0], image.shape[1]), counts, int((label == labels.ignore_label).sum()))
+        return SampleContent(key, (image.shape[0], image.shape[1]), counts, int((label == labels.ignore_label).sum()))
     except UserError as error:
         return error
 
 
 def load_sample(reader: ShardReader, index: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return image uint8 [H, W, 3], label uint8 [H, W] and key of a sample.
+    """Image uint8 [H, W, 3], label uint8 [H, W] and key of a sample.
 
     Raises:
         ShardError: unreadable, undecodable, or of two sizes.
@@ -98,7 +98,7 @@ def load_sample(reader: ShardReader, index: int) -> tuple[np.ndarray, np.ndarray
 
 
 def contact_sheet(manifest: Manifest, *, num_samples: int, columns: int = 3) -> np.ndarray:
-    """Return a picture, uint8 [H, W, 3] RGB, of samples spread over the set: image and coloured label side by side.
+    """An image, uint8 [H, W, 3] RGB, of samples spread over the set: image and coloured label side by side.
 
     Void is light grey. Under each pair its key and the classes in it.
     """
@@ -116,16 +116,16 @@ def contact_sheet(manifest: Manifest, *, num_samples: int, columns: int = 3) -> 
 
 
 def _cell(image: np.ndarray, label: np.ndarray, key: str, manifest: Manifest) -> np.ndarray:
-    """Return image and label side by side with a caption, uint8 [h, w, 3]."""
+    """Image and label side by side with a caption, uint8 [h, w, 3]."""
     scale = _TILE / max(image.shape[:2])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     palette = PALETTE.copy()
     palette[manifest.ignore_label] = _VOID_GREY
     pair = [cv2.resize(image, size, interpolation=cv2.INTER_AREA), cv2.resize(palette[label], size, interpolation=0)]
     cell = np.full((_TILE + _CAPTION, 2 * _TILE + _GAP // 2, 3), 255, dtype=np.uint8)
-    for number, picture in enumerate(pair):
+    for number, image in enumerate(pair):
         left = number * (_TILE + _GAP // 2)
-        cell[: size[1], left : left + size[0]] = picture
+        cell[: size[1], left : left + size[0]] = image
     there = [name for value, name in enumerate(manifest.class_names) if (label == value).any() and value != 0]
     caption = f"{key}: {', '.join(there) or manifest.class_names[0]}"
     ascii_caption = caption.encode("ascii", "replace").decode()[:64]

@@ -60,7 +60,7 @@ SBD = Archive(
 
 
 def get_archive(archive: Archive, folder: Path, *, progress: Progress | None = None) -> Path:
-    """Return the archive's path: the first source that can be had, verified.
+    """The archive's path: the first source that can be had, verified.
 
     Raises:
         ShardError: none can be had; why is said of each.
@@ -165,7 +165,7 @@ def _write_mask(key: str, *, voc_root: Path, sbd: Path, own: frozenset[str]) -> 
 
 
 def read_sbd_label(path: Path) -> np.ndarray:
-    """Return the class indices, uint8 [H, W], of a `cls/<key>.mat`: the field Segmentation of the struct GTcls.
+    """The class indices, uint8 [H, W], of a `cls/<key>.mat`: the field Segmentation of the struct GTcls.
 
     Raises:
         ShardError: missing, damaged, or of another kind.

@@ -60,7 +60,7 @@ def write_shards(
         out: folder, made if missing.
         split: the set's name.
         labels: what masks may hold.
-        samples_per_shard: a shard is full at so many samples,
+        samples_per_shard: a shard is full at this many samples,
         max_shard_bytes: or before its members would have more bytes than this.
         label_map: for masks that hold other levels or colours.
         overwrite: replace a set of this name.
@@ -116,7 +116,7 @@ def check_samples(samples: Sequence[SourceSample], *, split: str) -> None:
 
 
 def pack_sample(sample: SourceSample, *, labels: LabelSpace, label_map: LabelMap | None) -> Packed:
-    """Return a sample's members: a JPEG's or PNG's own bytes, other pictures as PNG; the label as 8-bit indices.
+    """A sample's members: a JPEG's or PNG's own bytes, other images as PNG; the label as 8-bit indices.
 
     Raises:
         ShardError: see `write_shards`.

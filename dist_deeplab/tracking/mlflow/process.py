@@ -1,4 +1,4 @@
-"""`MirrorProcess`: what sends a run's journal to MLflow (`tracking/mlflow/uploader.py`), as training sees it."""
+"""`UploaderProcess`: what sends a run's journal to MLflow (`tracking/mlflow/uploader.py`), as training sees it."""
 
 import logging
 import os
@@ -12,14 +12,14 @@ from dist_deeplab.tracking.run_files import read_mlflow_file, read_run_file
 
 log = logging.getLogger(__name__)
 
-_END_WAIT_S = 30.0  # how long the end of a run waits for the mirror to send what is left
+_END_WAIT_S = 30.0  # how long the end of a run waits for the uploader to send what is left
 _MODEL_WAIT_S = 600.0  # the same where a model is to be logged, as long as MLflow takes what it is sent
 _STOP_WAIT_S = 3.0  # where it was stopped or failed: less than the grace time of a preemption
-_RESTART_S = 60.0  # a mirror that died (out of memory, say) is started again, but not at every log line
+_RESTART_S = 60.0  # a uploader that died (out of memory, say) is started again, but not at every log line
 _POLL_S = 0.1
 
 
-class MirrorProcess:
+class UploaderProcess:
     """Started once; nothing here waits for it but `wait`. `process`: one that is started already."""
 
     def __init__(self, run_dir: Path, process: "subprocess.Popen[bytes] | None" = None) -> None:
@@ -36,7 +36,7 @@ class MirrorProcess:
         command = [sys.executable, "-m", "dist_deeplab.tracking.mlflow.uploader", str(self.run_dir)]
         # torchrun's variables would make MLflow's libraries believe they are a rank.
         environ = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC")}
-        with (logs / "mlflow_mirror.log").open("ab") as output:
+        with (logs / "mlflow_uploader.log").open("ab") as output:
             # Its own session: signals meant for the rank must not cut off the last points.
             return subprocess.Popen(
                 [*command, "--follow", str(os.getpid())],

@@ -15,13 +15,13 @@ from dist_deeplab.tracking.mlflow.images import ImageSeries
 from dist_deeplab.tracking.mlflow.store import full_uri, open_client, open_experiment
 from dist_deeplab.tracking.run_files import MLFLOW_FILE, RUN_FILE
 
-log = logging.getLogger("mlflow_mirror")
+log = logging.getLogger("mlflow_uploader")
 
 Record = dict[str, Any]
 _MAX_TEXT = 5000  # MLflow takes tags of 8000 characters and parameters of 6000
 
 
-class MirrorState:
+class UploadState:
     """What is known of a run's copy in a store, kept in its folder: `mlflow.json`.
 
     run_id and experiment_id; sent_bytes of the journal, and sent_system of
@@ -68,7 +68,7 @@ class MlflowRun:
     from the defaults), datasets (name, context, digest, source, profile), parent (the folder of the sweep it is of).
     """
 
-    def __init__(self, run_dir: Path, info: Mapping[str, Any], state: MirrorState, uri: str) -> None:
+    def __init__(self, run_dir: Path, info: Mapping[str, Any], state: UploadState, uri: str) -> None:
         self.run_dir, self.info, self.state, self.uri = run_dir, info, state, uri
         self.client = open_client(full_uri(uri))
 
@@ -222,7 +222,7 @@ def parent_run_id(run_dir: Path, info: Mapping[str, Any], uri: str) -> str:
     if not (folder / RUN_FILE).exists():
         log.warning("the folder of the sweep, %s, is gone; %s goes to MLflow without a parent", folder, run_dir)
         return ""
-    state = MirrorState(folder, uri)
+    state = UploadState(folder, uri)
     if state["run_id"] is None:
         about = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         MlflowRun(folder, about, state, uri).open(None)

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from filelock import FileLock
 
 from dist_deeplab.errors import UserError
-from dist_deeplab.tracking.provenance import redact
+from dist_deeplab.redaction import redact
 
 _SCHEMES = {"", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's pages for training, not for GenAI
@@ -83,7 +83,7 @@ def open_client(uri: str) -> Any:
     Raises:
         Exception: whatever MLflow, its database or the network raises.
     """
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the mirror retries, without a 4-minute block
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the uploader retries, without a 4-minute block
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     no_telemetry()

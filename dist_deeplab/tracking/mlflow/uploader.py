@@ -23,14 +23,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dist_deeplab.redaction import redact
 from dist_deeplab.tracking.journal import JOURNAL, read_records
-from dist_deeplab.tracking.mlflow.run import MirrorState, MlflowRun
+from dist_deeplab.tracking.mlflow.run import MlflowRun, UploadState
 from dist_deeplab.tracking.mlflow.store import explain
-from dist_deeplab.tracking.provenance import redact
 from dist_deeplab.tracking.run_files import RUN_FILE
 from dist_deeplab.tracking.system_metrics import FOLDER as SYSTEM_FOLDER
 
-log = logging.getLogger("mlflow_mirror")
+log = logging.getLogger("mlflow_uploader")
 
 Record = dict[str, Any]
 _POLL_S = 1.0
@@ -40,14 +40,14 @@ _BATCH = 500  # MLflow takes at most 1000 metrics a call
 _MODEL_TIMEOUT_S = 3600.0
 
 
-class Mirror:
+class Uploader:
     """One run's way from journal to MLflow."""
 
     def __init__(self, run_dir: Path, *, uri: str = "") -> None:
         self.run_dir = run_dir
         self.info = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
         self.uri = redact(uri) or self.info["tracking"]["uri"]
-        self.state = MirrorState(run_dir, self.uri)
+        self.state = UploadState(run_dir, self.uri)
         self.run: MlflowRun | None = None
         self._last_time: float | None = None
 
@@ -116,7 +116,7 @@ class Mirror:
         return bool(record["attempt"] == self.info["attempt"])
 
 
-def mirror_until_done(mirror: Mirror, *, is_running: Callable[[], bool], give_up_s: float = _GIVE_UP_S) -> bool:
+def upload_until_done(uploader: Uploader, *, is_running: Callable[[], bool], give_up_s: float = _GIVE_UP_S) -> bool:
     """Send until the journal ends the run, or the run's process is gone; return whether all was sent.
 
     Once the run has ended, a store that takes nothing is given up after `give_up_s`.
@@ -126,25 +126,25 @@ def mirror_until_done(mirror: Mirror, *, is_running: Callable[[], bool], give_up
     while True:
         alive = is_running()  # asked before reading, so that nothing written before its death is missed
         try:
-            status = mirror.send_new()
-            status = status or mirror.state["status"] or (None if alive else "FAILED")
+            status = uploader.send_new()
+            status = status or uploader.state["status"] or (None if alive else "FAILED")
             if failures:
                 log.warning("MLflow takes points again")
             failures = 0
             if status is not None:
-                mirror.finish(status)
-            mirror.note_success()
+                uploader.finish(status)
+            uploader.note_success()
             if status is not None:
                 return True
         except Exception as error:  # whatever MLflow, its database or the network may raise
             failures += 1
-            mirror.note_failure(error)
+            uploader.note_failure(error)
             if failures == 1:
                 log.warning("MLflow does not take points (%s); trying again, nothing is lost", explain(error))
             if not alive:
                 ended_at = ended_at or time.monotonic()
                 if time.monotonic() - ended_at >= give_up_s:
-                    log.warning("giving up; tools/sync_mlflow.py %s sends the rest", mirror.run_dir)
+                    log.warning("giving up; tools/sync_mlflow.py %s sends the rest", uploader.run_dir)
                     return False
         time.sleep(_RETRY_S[min(failures, len(_RETRY_S)) - 1] if failures else _POLL_S)
 
@@ -185,14 +185,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dist_deeplab.tracking.mlflow.uploader", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--uri", default="", help="MLflow store, where not the one that the run was started with")
-    parser.add_argument("--once", action="store_true", help="do not wait: neither for the store nor for another mirror")
+    parser.add_argument(
+        "--once", action="store_true", help="do not wait: neither for the store nor for another uploader"
+    )
     parser.add_argument("--follow", type=int, metavar="PID", help="process that writes the journal")
     arguments = parser.parse_args()
     if not (arguments.run_dir / RUN_FILE).is_file():
         parser.error(f"{arguments.run_dir} is no run's folder: it has no {RUN_FILE}")
     if arguments.uri:
         os.environ["MLFLOW_TRACKING_URI"] = arguments.uri  # with its password; the folder gets it without
-    if Mirror(arguments.run_dir, uri=arguments.uri).uri == "none":
+    if Uploader(arguments.run_dir, uri=arguments.uri).uri == "none":
         parser.error(f"{arguments.run_dir} was run with tracking.uri=none; say where to send it with --uri")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     for handler in logging.getLogger().handlers:
@@ -203,10 +205,10 @@ def main() -> int:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm warns all processes of a step; this one outlives the run
     lock = FileLock(arguments.run_dir / "mlflow.lock")
     try:
-        # The mirror of an attempt that was killed may still be sending; it ends as soon as it is done.
+        # The uploader of an attempt that was killed may still be sending; it ends as soon as it is done.
         with lock.acquire(timeout=0 if arguments.once else _GIVE_UP_S):
-            done = mirror_until_done(
-                Mirror(arguments.run_dir, uri=arguments.uri),
+            done = upload_until_done(
+                Uploader(arguments.run_dir, uri=arguments.uri),
                 is_running=lambda: pid is not None and _process_exists(pid),
                 give_up_s=0.0 if arguments.once else _GIVE_UP_S,
             )

@@ -28,7 +28,7 @@ run = partial(exit_code, tool.main)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
-    """Return the one sentence that the tool ends with."""
+    """The one sentence that the tool ends with."""
     assert run(*arguments) == code
     message = capsys.readouterr().err
     assert message.startswith("error: ")

@@ -19,22 +19,22 @@ from dist_deeplab.errors import UserError
 labels = arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 
 
-def to_bytes(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def to_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def with_palette(label: np.ndarray, **options: object) -> bytes:
-    """Return a palette PNG whose colours have nothing to do with the indices."""
-    picture = Image.fromarray(label)
-    picture.putpalette([channel for index in range(256) for channel in (255 - index, (7 * index + 90) % 256, 3)])
-    return to_bytes(picture, **options)
+    """A palette PNG whose colours have nothing to do with the indices."""
+    image = Image.fromarray(label)
+    image.putpalette([channel for index in range(256) for channel in (255 - index, (7 * index + 90) % 256, 3)])
+    return to_bytes(image, **options)
 
 
 @pytest.fixture
 def photo() -> np.ndarray:
-    """A smooth picture, uint8 [20, 30, 3] RGB, whose three channels differ."""
+    """A smooth image, uint8 [20, 30, 3] RGB, whose three channels differ."""
     coarse = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return cv2.resize(coarse, (30, 20))
 
@@ -110,9 +110,9 @@ def test_encoding_and_decoding_gives_the_same_indices(label: np.ndarray) -> None
 @given(label=labels)
 def test_an_encoded_label_is_an_8_bit_single_channel_png_to_any_reader(label: np.ndarray) -> None:
     data = encode_label(label)
-    picture = Image.open(io.BytesIO(data))
-    assert (picture.format, picture.mode) == ("PNG", "L")
-    assert (np.array(picture) == label).all()
+    image = Image.open(io.BytesIO(data))
+    assert (image.format, image.mode) == ("PNG", "L")
+    assert (np.array(image) == label).all()
     assert (cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) == label).all()
 
 
@@ -142,9 +142,9 @@ def test_a_transparent_index_does_not_change_the_label(mode: str) -> None:
     [("RGB", "in colour"), ("RGBA", "in colour"), ("LA", "in colour"), ("I;16", "16-bit"), ("1", "1-bit")],
 )
 def test_a_png_whose_values_are_no_indices_is_refused_with_its_kind(mode: str, named: str) -> None:
-    picture = Image.new(mode, (8, 6))
+    image = Image.new(mode, (8, 6))
     with pytest.raises(DecodeError, match=named) as caught:
-        decode_label(to_bytes(picture))
+        decode_label(to_bytes(image))
     assert "8-bit class indices" in str(caught.value)
     assert isinstance(caught.value, UserError)
 

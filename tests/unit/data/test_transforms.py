@@ -1,4 +1,4 @@
-"""Scale, mirror and crop equal a per-pixel computation; padding is void; the grid is 8k+1."""
+"""Scale, flip and crop equal a per-pixel computation; padding is void; the grid is 8k+1."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ def smooth_image(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def noise_label(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Return a label in which every pixel differs from its neighbours', so that a shift by one pixel is seen."""
+    """A label in which every pixel differs from its neighbours', so that a shift by one pixel is seen."""
     return np.random.default_rng(seed).permutation(height * width).reshape(height, width).astype(np.uint8)
 
 
@@ -35,7 +35,7 @@ class Reference:
 
 
 def augment_slowly(augmentation: Augmentation, image: np.ndarray, label: np.ndarray, draws: np.ndarray) -> Reference:
-    """Cut a window out of the sample, scale it to what the crop shows, mirror that, fill up with void."""
+    """Cut a window out of the sample, scale it to what the crop shows, flip that, fill up with void."""
     crop, (low, high) = augmentation.crop_size, augmentation.scale_range
     height, width = label.shape
     scale = low + draws[0] * (high - low)
@@ -50,7 +50,7 @@ def augment_slowly(augmentation: Augmentation, image: np.ndarray, label: np.ndar
     )
     for i in range(rows):
         for j in range(columns):
-            target = i, columns - 1 - j if augmentation.mirror and draws[3] < 0.5 else j
+            target = i, columns - 1 - j if augmentation.flip and draws[3] < 0.5 else j
             y = min(max((i + 0.5) * shown_y / rows - 0.5, 0), shown_y - 1)
             x = min(max((j + 0.5) * shown_x / columns - 0.5, 0), shown_x - 1)
             y0, x0 = top + int(y), left + int(x)
@@ -86,13 +86,13 @@ all_draws = st.tuples(unit, unit, unit, unit).map(np.array)
     crop=st.sampled_from([9, 17, 33]),
     low=st.floats(0.3, 2.0),
     spread=st.floats(0, 1.5),
-    mirror=st.booleans(),
+    flip=st.booleans(),
     draws=all_draws,
 )
 def test_augmentation_equals_computing_every_pixel(
-    height: int, width: int, crop: int, low: float, spread: float, mirror: bool, draws: np.ndarray
+    height: int, width: int, crop: int, low: float, spread: float, flip: bool, draws: np.ndarray
 ) -> None:
-    augmentation = Augmentation(crop, (low, low + spread), mirror, VOID)
+    augmentation = Augmentation(crop, (low, low + spread), flip, VOID)
     image, label = smooth_image(height, width), noise_label(height, width)
     expected = augment_slowly(augmentation, image, label, draws)
     got_image, got_label, content = augmentation(image, label, draws)
@@ -120,7 +120,7 @@ def test_at_scale_1_a_sample_of_the_crops_size_is_itself_or_its_mirror_image(dra
     assert (got_image == image).all()
 
 
-def test_without_mirror_nothing_is_mirrored() -> None:
+def test_without_mirror_nothing_is_flipped() -> None:
     image, label = smooth_image(9, 9), noise_label(9, 9)
     for draw in (0.0, 0.49, 0.99):
         got = Augmentation(9, (1.0, 1.0), False, VOID)(image, label, np.array([0.0, 0.0, 0.0, draw]))

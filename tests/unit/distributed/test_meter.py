@@ -60,7 +60,7 @@ def test_pauses_are_left_out(clock: Clock) -> None:
     assert meter.pop(images_per_step=1, device=CPU)["time/step_s"] == 2.0
 
 
-def test_each_window_starts_anew(clock: Clock) -> None:
+def test_each_window_starts_from_zero(clock: Clock) -> None:
     meter = Meter()
     source = meter.timed(slow_source(clock, [9.0, 0.25, 0.75]))
     next(source)
@@ -108,7 +108,7 @@ def test_a_gpu_is_known_by_its_name_or_not_at_all(name: str, dtype: str, tflops:
     assert peak_flops(name, dtype) == (None if tflops is None else tflops * 1e12)
 
 
-def test_the_cost_goes_on_from_what_earlier_attempts_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_includes_earlier_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second attempt of 30 s on 4 processes, after 100 s on 2."""
     now = [1000.0]
     monkeypatch.setattr(meter_module.time, "monotonic", lambda: now[0])

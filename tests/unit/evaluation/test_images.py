@@ -1,4 +1,4 @@
-"""Pictures of every kind become upright 8-bit RGB; what can't is named."""
+"""Images of every kind become upright 8-bit RGB; what can't is named."""
 
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def test_files_folders_and_patterns_name_pictures(tree: Path) -> None:
 
 @pytest.mark.parametrize("text", ["nothing.jpg", "*.bmp", "out"])
 def test_an_input_that_names_nothing_is_an_error(tree: Path, text: str) -> None:
-    with pytest.raises(UserError, match="names no picture"):
+    with pytest.raises(UserError, match="names no image"):
         find_images([str(tree / text)], outside=tree / "out")
 
 

@@ -1,4 +1,4 @@
-"""A logged model says of a picture what `predict` says of it."""
+"""A logged model says of an image what `predict` says of it."""
 
 import io
 
@@ -44,5 +44,5 @@ def test_a_picture_is_read_as_predict_reads_it_upright_and_on_white() -> None:
 @pytest.mark.usefixtures("on_the_cpu")
 def test_what_is_no_picture_is_said_in_one_sentence() -> None:
     model = SegmentationModel(checkpoint_of(discerning_network(21)))
-    with pytest.raises(UserError, match=r"the image \(5 bytes\) is no picture"):
+    with pytest.raises(UserError, match=r"the image \(5 bytes\) is not an image"):
         model.predict(pandas.DataFrame({"image": [b"hello"]}))

@@ -1,4 +1,4 @@
-"""Windows cover a picture evenly and blend to what one look at all of it gives, where the predictor is local."""
+"""Windows cover an image evenly and blend to what one look at all of it gives, where the predictor is local."""
 
 import itertools
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.tracking import tracker as tracker_module
-from dist_deeplab.tracking.mlflow import process as mirror_process
-from dist_deeplab.tracking.mlflow.process import MirrorProcess
+from dist_deeplab.tracking.mlflow import process as uploader_process
+from dist_deeplab.tracking.mlflow.process import UploaderProcess
 from dist_deeplab.tracking.tracker import JournalTracker, Tracker, open_tracker, resolve_uri
 
 
@@ -208,44 +208,44 @@ def test_the_main_rank_writes_configuration_and_facts_beside_the_journal(tmp_pat
         **info,
     }
     assert isinstance(tracker, JournalTracker)
-    assert tracker.mirror is None, "`none` means no MLflow"
+    assert tracker.uploader is None, "`none` means no MLflow"
 
 
-def test_the_end_waits_for_the_mirror_but_not_for_ever(
+def test_the_end_waits_for_the_uploader_but_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tracker_module.logging.getLogger("dist_deeplab"), "propagate", True)
-    monkeypatch.setattr(mirror_process, "_END_WAIT_S", 0.01)
+    monkeypatch.setattr(uploader_process, "_END_WAIT_S", 0.01)
     tracker = JournalTracker(tmp_path)
-    mirror = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    tracker.mirror = MirrorProcess(tmp_path, mirror)
+    uploader = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    tracker.uploader = UploaderProcess(tmp_path, uploader)
     tracker.close("FINISHED")
     assert "MLflow has not taken everything yet" in caplog.text
     assert "model" not in caplog.text
-    assert mirror.poll() is None, "the mirror goes on"
-    mirror.communicate(b"\n")
+    assert uploader.poll() is None, "the uploader goes on"
+    uploader.communicate(b"\n")
 
 
 def test_a_model_is_waited_for_longer_unless_mlflow_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
-    monkeypatch.setattr(mirror_process, "_END_WAIT_S", 0.01)
+    monkeypatch.setattr(uploader_process, "_END_WAIT_S", 0.01)
     caplog.set_level("INFO")
     (tmp_path / "run.json").write_text(json.dumps({"model_command": ["-m", "dist_deeplab.log_model"]}))
     done = json.dumps({"model": "models:/street/3"})
     write = f"import time; time.sleep(0.5); open({str(tmp_path / 'mlflow.json')!r}, 'w').write({done!r})"
-    MirrorProcess(tmp_path, subprocess.Popen([sys.executable, "-c", write])).wait("FINISHED")
+    UploaderProcess(tmp_path, subprocess.Popen([sys.executable, "-c", write])).wait("FINISHED")
     assert "the best checkpoint is in MLflow as models:/street/3" in caplog.text
     (tmp_path / "mlflow.json").write_text(json.dumps({"error": "connection refused"}))
-    mirror = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    MirrorProcess(tmp_path, mirror).wait("FINISHED")  # would take ten minutes
+    uploader = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    UploaderProcess(tmp_path, uploader).wait("FINISHED")  # would take ten minutes
     assert "not taken everything yet, the model not either (connection refused)" in caplog.text
     assert f"tools/sync_mlflow.py {tmp_path}" in caplog.text
-    mirror.communicate(b"\n")
+    uploader.communicate(b"\n")
 
 
-def test_the_mirror_is_no_rank_and_gets_no_signal_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_uploader_is_no_rank_and_gets_no_signal_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: dict[str, Any] = {}
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started.update(options, command=command))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")

@@ -17,7 +17,7 @@ from PIL import Image
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing.import_tars import index_tars
 from dist_deeplab.data.packing.labels import LabelSpace
-from dist_deeplab.data.packing.verify import Seen, contact_sheet, survey_set, verify
+from dist_deeplab.data.packing.verify import SampleContent, contact_sheet, inspect_set, verify
 from dist_deeplab.data.shards.index import find_members
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
@@ -132,11 +132,11 @@ def test_tars_that_are_no_set_are_refused(shard_set: Manifest, tmp_path: Path) -
 
 def test_a_sound_set_has_no_problem_and_is_what_its_pictures_are(shard_set: Manifest) -> None:
     assert problems(shard_set.path) == []
-    seen = [found for found in survey_set(shard_set) if isinstance(found, Seen)]
+    seen = [found for found in inspect_set(shard_set) if isinstance(found, SampleContent)]
     assert sum(found.class_pixels for found in seen).tolist() == list(shard_set.class_pixels)
     sheet = contact_sheet(shard_set, num_samples=4)
     assert sheet.dtype == np.uint8
-    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 20, "pictures and colours"
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 20, "images and colours"
     assert contact_sheet(shard_set, num_samples=1).shape < sheet.shape
 
 

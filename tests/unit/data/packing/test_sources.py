@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dist_deeplab.data.decode import DecodeError
-from dist_deeplab.data.packing.label_statistics import survey_masks
+from dist_deeplab.data.packing.label_statistics import count_labels
 from dist_deeplab.data.packing.labels import LabelSpace, decode_mask, read_label_map
 from dist_deeplab.data.packing.sources import SourceSample, read_folders, read_tree
 from dist_deeplab.data.shards.manifest import ShardError
@@ -27,9 +27,9 @@ def keys(samples: list[SourceSample]) -> list[str]:
     return [sample.key for sample in samples]
 
 
-def encoded(picture: Image.Image, form: str) -> bytes:
+def encoded(image: Image.Image, form: str) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, form)
+    image.save(buffer, form)
     return buffer.getvalue()
 
 
@@ -50,7 +50,7 @@ def test_images_and_masks_are_paired_by_name_whatever_their_endings(tmp_path: Pa
         (["i/a.jpg", "i/b.jpg", "m/a.png"], r"1 of 2 images .*b\.jpg \(expected b\.png\).*--mask-suffix"),
         (["i/a.jpg", "m/a.png", "m/a.bmp"], "two masks"),
         (["i/a b.jpg", "i/a_b.jpg", "m/a b.png", "m/a_b.png"], "both get the key 'a_b'"),
-        (["i/a.txt", "m/a.png"], "no pictures"),
+        (["i/a.txt", "m/a.png"], "no images"),
         (["m/a.png"], "no folder .*i"),
     ],
 )
@@ -99,10 +99,10 @@ def test_a_suffix_of_ones_own_takes_the_place_of_the_trees(tmp_path: Path) -> No
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF"])
 @pytest.mark.parametrize("palette", [False, True])
 def test_masks_of_indices_are_read_from_any_lossless_format(form: str, palette: bool) -> None:
-    picture = Image.fromarray(LABEL)
+    image = Image.fromarray(LABEL)
     if palette:
-        picture.putpalette([(7 * i + 3) % 256 for i in range(768)])
-    assert (decode_mask(encoded(picture, form), None) == LABEL).all()
+        image.putpalette([(7 * i + 3) % 256 for i in range(768)])
+    assert (decode_mask(encoded(image, form), None) == LABEL).all()
 
 
 def test_a_mask_in_a_lossy_format_or_of_16_bits_is_refused() -> None:
@@ -144,7 +144,7 @@ def test_grey_levels_become_the_classes_that_the_map_names(tmp_path: Path) -> No
         ("1 2 3 a\n1 b\n", "line 2 .* is not"),
         ("1 2 3 a\n1 2 3 b\n", "line 2 .* second time"),
         ("256 a\n", "line 1"),
-        ("1 a\n2 strange\n", "line 2 .*'strange'"),
+        ("1 a\n2 unexpected\n", "line 2 .*'unexpected'"),
         ("road\n", "line 1"),
     ],
 )
@@ -170,17 +170,17 @@ def test_a_survey_counts_pixels_and_images_and_names_all_strange_labels(tmp_path
         Image.fromarray(mask).save(tmp_path / f"{number}.png")
         samples.append(SourceSample(str(number), tmp_path / f"{number}.jpg", tmp_path / f"{number}.png"))
     for workers in (1, 2):
-        survey = survey_masks(samples, workers=workers)
+        statistics = count_labels(samples, workers=workers)
         for value in range(256):
-            assert survey.pixels[value] == sum((mask == value).sum() for mask in masks)
-            assert survey.images[value] == sum((mask == value).any() for mask in masks)
-    assert survey.values() == [0, 1, 7, 9, 255]
-    survey.require(LabelSpace(tuple("abcdefghij"), 255))
+            assert statistics.pixels[value] == sum((mask == value).sum() for mask in masks)
+            assert statistics.images[value] == sum((mask == value).any() for mask in masks)
+    assert statistics.values() == [0, 1, 7, 9, 255]
+    statistics.require(LabelSpace(tuple("abcdefghij"), 255))
     with pytest.raises(ShardError, match=r"0\.png .*3 of 4 masks\) holds the labels 7, 9, but classes are 0\.\.1"):
-        survey.require(LabelSpace(("a", "b"), 255))
+        statistics.require(LabelSpace(("a", "b"), 255))
 
 
 def test_a_colour_mask_without_a_map_lists_its_colours(tmp_path: Path) -> None:
     Image.fromarray(COLOURS[[0, 1, 1, 2, 2, 2]][None]).save(tmp_path / "m.png")
     with pytest.raises(ShardError, match=r"--label-map .*70 70 70, 0 0 142, 128 64 128"):
-        survey_masks([SourceSample("m", tmp_path / "m.jpg", tmp_path / "m.png")])
+        count_labels([SourceSample("m", tmp_path / "m.jpg", tmp_path / "m.png")])

@@ -184,8 +184,8 @@ def test_the_folder_may_have_any_name(folder: str, samples: list[SourceSample], 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def save_label(picture: Image.Image) -> Callable[[list[SourceSample]], None]:
-    return lambda samples: picture.resize(Image.open(samples[4].image).size).save(samples[4].label)
+def save_label(image: Image.Image) -> Callable[[list[SourceSample]], None]:
+    return lambda samples: image.resize(Image.open(samples[4].image).size).save(samples[4].label)
 
 
 def truncate(kind: str, share: float) -> Callable[[list[SourceSample]], None]:
@@ -219,14 +219,14 @@ REFUSALS: dict[str, tuple[Callable[[list[SourceSample]], object], str, str]] = {
         "label",
         "a JPEG",
     ),
-    "mask is empty": (truncate("label", 0), "label", "no picture"),
+    "mask is empty": (truncate("label", 0), "label", "no image"),
     "mask is truncated": (truncate("label", 0.5), "label", "damaged"),
     "label out of range": (draw_label_21, "label", "holds the label 21, but classes are 0..20 and void is 255"),
     "sizes differ": (make_label_narrower, "label", "65x17, .* is 16x65|17x65, .* is 16x65"),
     "image is missing": (lambda samples: samples[4].image.unlink(), "image", "does not exist"),
     "mask is missing": (lambda samples: samples[4].label.unlink(), "label", "does not exist"),
     "image is empty": (truncate("image", 0), "image", "not an image"),
-    "image is no image": (lambda samples: samples[4].image.write_bytes(b"\xff\xd8 no"), "image", "damaged"),
+    "image is not an image": (lambda samples: samples[4].image.write_bytes(b"\xff\xd8 no"), "image", "damaged"),
     "image is truncated": (truncate("image", 0.9), "image", "damaged"),
 }
 
@@ -305,9 +305,9 @@ def test_more_classes_than_a_label_can_hold_are_refused(
 def test_pixels_are_counted_by_class_and_void_is_left_out(label: np.ndarray, ignore_label: int) -> None:
     space = LabelSpace(("a", "b", "c"), ignore_label)
     values = label.ravel().tolist()
-    strange = [value for value in values if value > 2 and value != ignore_label]
-    if strange:
-        with pytest.raises(ShardError, match=f"HERE holds the label {min(strange)}"):
+    unexpected = [value for value in values if value > 2 and value != ignore_label]
+    if unexpected:
+        with pytest.raises(ShardError, match=f"HERE holds the label {min(unexpected)}"):
             space.count(label, where="HERE")
     else:
         expected = [sum(v == c for v in values) if c != ignore_label else 0 for c in range(3)]

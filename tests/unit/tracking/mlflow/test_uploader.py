@@ -23,9 +23,9 @@ from PIL import Image
 
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.tracking.mlflow import uploader
-from dist_deeplab.tracking.mlflow.process import MirrorProcess
+from dist_deeplab.tracking.mlflow.process import UploaderProcess
 from dist_deeplab.tracking.mlflow.store import artifact_location, open_client, store_lock
-from dist_deeplab.tracking.mlflow.uploader import Mirror, mirror_until_done
+from dist_deeplab.tracking.mlflow.uploader import Uploader, upload_until_done
 from dist_deeplab.tracking.tracker import JournalTracker, open_tracker
 
 Record = dict[str, Any]
@@ -93,7 +93,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     environ = dict(os.environ)
     yield
     os.environ.clear()
-    os.environ.update(environ)  # the mirror sets MLflow's timeouts for its own process
+    os.environ.update(environ)  # the uploader sets MLflow's timeouts for its own process
 
 
 def start_attempt(folder: Path, attempt: int, *, uri: str | None = None) -> None:
@@ -140,7 +140,7 @@ def append(folder: Path, *records: Record | bytes) -> None:
 
 def send(folder: Path, give_up_s: float = 1.0) -> bool:
     """Send everything, as for a run whose process is gone."""
-    return mirror_until_done(Mirror(folder), is_running=lambda: False, give_up_s=give_up_s)
+    return upload_until_done(Uploader(folder), is_running=lambda: False, give_up_s=give_up_s)
 
 
 def in_ms(step: int) -> int:
@@ -222,7 +222,7 @@ def test_a_run_lasts_from_its_first_to_its_last_line_whenever_these_are_sent(sto
     assert (info.start_time, info.end_time) == (in_ms(0), in_ms(99))
 
 
-def test_late_results_arrive_and_leave_end_and_status_as_they_are(store: Store, run_dir: Path) -> None:
+def testpost_training_resultsarrive_and_leave_end_and_status_as_they_are(store: Store, run_dir: Path) -> None:
     append(run_dir, {"time": TIME_S, "status": "RUNNING", "attempt": 0}, *USUAL)
     assert send(run_dir)
     append(run_dir, {**point(20, 0.75, "eval/val/mIoU"), "time": TIME_S + 5000, "late": True})
@@ -332,24 +332,24 @@ def test_more_points_than_mlflow_takes_in_a_call_arrive(store: Store, run_dir: P
 
 def test_points_are_sent_while_the_run_goes_on(store: Store, run_dir: Path) -> None:
     append(run_dir, point(1, 1.0))
-    mirror = Mirror(run_dir)
-    assert mirror.send_new() is None
+    uploader = Uploader(run_dir)
+    assert uploader.send_new() is None
     assert json.loads((run_dir / "mlflow.json").read_text())["sent_bytes"] == (run_dir / "metrics.jsonl").stat().st_size
     assert store.history("train/loss") == [(1, 1.0, in_ms(1))]
     assert store.run().info.status == "RUNNING"
     append(run_dir, point(2, 2.0), ending("FINISHED"))
-    assert mirror.send_new() == "FINISHED"
+    assert uploader.send_new() == "FINISHED"
     assert len(store.history("train/loss")) == 2
 
 
 def test_a_line_that_is_still_being_written_waits_for_its_end(store: Store, run_dir: Path) -> None:
     line = json.dumps(point(2, 2.0)).encode() + b"\n"
     append(run_dir, point(1, 1.0), line[:20])
-    mirror = Mirror(run_dir)
-    mirror.send_new()
+    uploader = Uploader(run_dir)
+    uploader.send_new()
     assert len(store.history("train/loss")) == 1
     append(run_dir, line[20:])
-    mirror.send_new()
+    uploader.send_new()
     assert len(store.history("train/loss")) == 2
 
 
@@ -364,9 +364,9 @@ def test_sending_again_changes_nothing(store: Store, run_dir: Path) -> None:
 
 
 def test_points_whose_receipt_was_lost_are_sent_twice_and_kept_once(store: Store, run_dir: Path) -> None:
-    """As after `kill -9` of the mirror between sending and noting that it has."""
+    """As after `kill -9` of the uploader between sending and noting that it has."""
     append(run_dir, *USUAL[:-1])
-    Mirror(run_dir).send_new()
+    Uploader(run_dir).send_new()
     state = run_dir / "mlflow.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"sent_bytes": 0}))
     append(run_dir, USUAL[-1])
@@ -379,8 +379,8 @@ def test_a_resumed_attempt_goes_on_in_the_same_run(store: Store, run_dir: Path) 
     assert send(run_dir)
     assert store.run().info.status == "KILLED"
     start_attempt(run_dir, 1)
-    mirror = Mirror(run_dir)
-    assert mirror.send_new() is None
+    uploader = Uploader(run_dir)
+    assert uploader.send_new() is None
     assert store.run().info.status == "RUNNING"
     append(run_dir, *USUAL[1:-1], ending("FINISHED", attempt=1))
     assert send(run_dir)
@@ -392,7 +392,7 @@ def test_the_end_of_an_earlier_attempt_does_not_end_this_one(store: Store, run_d
     """The server was away during the first attempt: its end is still in the queue."""
     append(run_dir, point(10, 2.5), ending("KILLED"))
     start_attempt(run_dir, 1)
-    assert Mirror(run_dir).send_new() is None
+    assert Uploader(run_dir).send_new() is None
     assert store.run().info.status == "RUNNING"
     append(run_dir, *USUAL[1:-1], ending("FINISHED", attempt=1))
     assert send(run_dir)
@@ -518,7 +518,7 @@ def test_a_resume_with_other_loader_settings_after_an_outage_goes_through(
 def test_while_the_run_goes_on_an_outage_is_waited_out(
     store: Store, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that is longer than a mirror waits after the end of its run."""
+    """Also one that is longer than a uploader waits after the end of its run."""
     database = tmp_path / "runs" / "mlflow.db"
     database.rename(tmp_path / "away")
     database.mkdir()  # nothing can be opened or made here
@@ -532,7 +532,7 @@ def test_while_the_run_goes_on_an_outage_is_waited_out(
         return turn < 25
 
     append(run_dir, *USUAL)
-    assert mirror_until_done(Mirror(run_dir), is_running=is_running, give_up_s=0.0)
+    assert upload_until_done(Uploader(run_dir), is_running=is_running, give_up_s=0.0)
     assert_usual(store)
 
 
@@ -544,8 +544,8 @@ def test_an_outage_is_counted_and_told_to_the_run_while_it_lasts(
     database.rename(tmp_path / "away")
     database.mkdir()
     tracker = JournalTracker(run_dir)
-    mirror = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # in its stead: `send`
-    tracker.mirror = MirrorProcess(run_dir, mirror)
+    uploader = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # in its stead: `send`
+    tracker.uploader = UploaderProcess(run_dir, uploader)
     told: list[str] = []
     for step, works in ((1, False), (2, False), (3, True)):
         if works:
@@ -554,7 +554,7 @@ def test_an_outage_is_counted_and_told_to_the_run_while_it_lasts(
         send(run_dir, give_up_s=0.0)
         with caplog_of(told):
             tracker.log(step, {"train/loss": 1.0})
-    mirror.communicate(b"\n")
+    uploader.communicate(b"\n")
     assert [line.partition("(")[0].strip() for line in told] == [
         "MLflow does not take points",
         "MLflow takes points again; what had waited is being sent",
@@ -622,15 +622,17 @@ def test_a_value_that_is_not_a_number_arrives_as_such(store: Store, run_dir: Pat
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
-def test_a_tracker_and_its_mirror_process_bring_a_run_to_mlflow(store: Store, tmp_path: Path, is_killed: bool) -> None:
+def test_a_tracker_and_its_uploader_process_bring_a_run_to_mlflow(
+    store: Store, tmp_path: Path, is_killed: bool
+) -> None:
     folder = tmp_path / "runs" / "real"
     folder.mkdir()
     info = {"name": "real", "parameters": {"seed": 1}, "tags": {"world_size": 1}}
     tracker = open_tracker(folder, env=DistEnv(), uri=store.uri, experiment="e", config_yaml="seed: 1\n", run_info=info)
     tracker.log(1, {"train/loss": 0.5})
     if is_killed:
-        tracker.mirror.process.kill()
-        tracker.mirror.process.wait()
+        tracker.uploader.process.kill()
+        tracker.uploader.process.wait()
     tracker.close("FINISHED")
     run = store.run()
     assert run.info.status == "FINISHED"
@@ -655,13 +657,13 @@ KILLED_RUN = textwrap.dedent(
         Path(sys.argv[1]), env=DistEnv(), uri=sys.argv[2], experiment="e", config_yaml="", run_info=info
     )
     tracker.log(1, {"train/loss": 0.5})
-    print(tracker.mirror.process.pid, flush=True)
+    print(tracker.uploader.process.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
     """
 )
 
 
-def test_the_mirror_of_a_killed_run_sends_what_is_left_and_says_failed(store: Store, tmp_path: Path) -> None:
+def test_the_uploader_of_a_killed_run_sends_what_is_left_and_says_failed(store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "killed"
     folder.mkdir()
     command = [sys.executable, "-c", KILLED_RUN, str(folder), store.uri]
@@ -676,7 +678,7 @@ def wait_for_end(pid: int) -> None:
     """Wait for a process that is not this one's child."""
     descriptor = os.pidfd_open(pid)
     try:
-        assert select.select([descriptor], [], [], 120)[0], "the mirror did not end"
+        assert select.select([descriptor], [], [], 120)[0], "the uploader did not end"
     finally:
         os.close(descriptor)
 
