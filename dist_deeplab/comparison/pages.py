@@ -8,7 +8,7 @@ _MENU = "workflowType=machine_learning"  # else the pages' menu is the one for l
 
 
 def sweep_pages(server: str, experiment_id: str, sweep_id: str, run_ids: Sequence[str]) -> dict[str, str]:
-    """Return {what it shows: address}; runs come best first where a page can order them."""
+    """{what it shows: address}; runs come best first where a page can order them."""
     ids, experiments = (quote(json.dumps(values)) for values in (list(run_ids), [experiment_id]))
     of_sweep = quote(f"tags.mlflow.parentRunId = '{sweep_id}'", safe="")
     best_first = f"orderByKey={quote('metrics.`val/best_mIoU`', safe='')}&orderByAsc=false"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, first_line
 
 _PLACES = [
     *(("shard", "<i4"), ("header_offset", "<i8")),
@@ -45,8 +45,8 @@ class IndexFile:
                 shape, self.dtype, self._start = _read_header(file)
                 size = os.fstat(file.fileno()).st_size
                 self._file = os.dup(file.fileno())
-        except (OSError, ValueError, EOFError) as error:
-            raise ShardError(f"the index {path} can't be read ({error}); make the shards again") from None
+        except Exception as error:  # numpy parses the header as Python, and lets through whatever that raises
+            raise ShardError(f"the index {path} can't be read ({first_line(error)}); make the shards again") from None
         if self.dtype not in (INDEX_DTYPE, INDEX_DTYPE_1) or len(shape) != 1:
             raise ShardError(f"the index {path} is not one of shards; make the shards again")
         self._num_rows = shape[0]
