@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.cache import ShardCache
 from dist_deeplab.downloads import is_url, join_url, shown
 from dist_deeplab.errors import UserError, first_line
@@ -150,13 +151,13 @@ def _parse(path: Path, origin: dict[str, Any]) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ShardError(
-            f"there is no manifest at {path}; tools/make_shards.py makes one from VOC folders (see README)"
+            f"there is no manifest at {path}; `{command_name('shards')}` makes one from VOC folders"
         ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise ShardError(f"{path} can't be read as a manifest ({reason}); give the .json beside the shards") from None
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise ShardError(f"{path} is not a {FORMAT!r} manifest; tools/make_shards.py writes one")
+        raise ShardError(f"{path} is not a {FORMAT!r} manifest; `{command_name('shards')}` writes one")
     try:
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
         names, pixels = tuple(values.pop("class_names")), tuple(values.pop("class_pixels"))

@@ -348,7 +348,7 @@ def test_a_value_that_is_not_yaml_is_named(override: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     message = message_of(path=tmp_path / "absent.yaml")
     assert str(tmp_path / "absent.yaml") in message
-    assert "configs/" in message
+    assert "voc_resnet101" in message
 
 
 def test_a_folder_instead_of_a_file_is_named(tmp_path: Path) -> None:
