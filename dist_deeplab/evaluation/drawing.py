@@ -11,13 +11,6 @@ _OPACITY = 0.55
 _GAP, _LINE, _FONT = 6, 22, 14  # pixels
 
 
-def palette_image(pred: np.ndarray) -> Image.Image:
-    """Class indices, uint8 [H, W], as a palette image: VOC's colours, the indices kept."""
-    image = Image.fromarray(pred)
-    image.putpalette(PALETTE.tobytes())
-    return image
-
-
 def overlay(image: np.ndarray, pred: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3]: the image with the classes' colours over it; background stays as it is."""
     mixed = (1 - _OPACITY) * image + _OPACITY * PALETTE[pred]
