@@ -178,11 +178,9 @@ def show(rows: Sequence[tuple[Point, float]], without: float) -> None:
     """Print the best points as a table."""
     table = Table(*(key for key in rows[0][0]), "mIoU", "gain")
     for point, miou in rows[:SHOWN]:
-        table.add_row(
-            *(f"{value:g}" for value in point.values()), f"{100 * miou:.2f}", f"{100 * (miou - without):+.2f}"
-        )
+        table.add_row(*(f"{value:g}" for value in point.values()), f"{miou:.4f}", f"{miou - without:+.4f}")
     Console().print(table)
-    print(f"without a CRF: {100 * without:.2f}" + (f"; {len(rows) - SHOWN} more points" if len(rows) > SHOWN else ""))
+    print(f"without a CRF: {without:.4f}" + (f"; {len(rows) - SHOWN} more points" if len(rows) > SHOWN else ""))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dist_deeplab.data import order
@@ -117,14 +118,31 @@ class TrainDataset(DecodingDataset):
 
 
 class EvalDataset(DecodingDataset):
-    """Sample index -> whole image at its own size, padded to the next 8k+1, as a batch of one."""
+    """Sample index -> whole image at its own size, padded to the next 8k+1, as a batch of one.
+
+    bands: for scoring, label uint8 [H, W] -> uint8 [H, W], computed here in a worker; None: batches have no bands.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        num_classes: int,
+        ignore_label: int,
+        bands: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        super().__init__(manifest, num_classes=num_classes, ignore_label=ignore_label)
+        self.bands = bands
 
     def fetch(self, number: int) -> Batch:
         """See the class."""
         key, image, label = self.load(number)
         height, width = label.shape
         size = next_grid_size(height), next_grid_size(width)
-        return to_batch(key, pad_to(image, size, 0), pad_to(label, size, self.ignore_label), (height, width))
+        batch = to_batch(key, pad_to(image, size, 0), pad_to(label, size, self.ignore_label), (height, width))
+        if self.bands is not None:
+            batch.bands = torch.from_numpy(pad_to(self.bands(label), size, 0))[None]
+        return batch
 
 
 class StepSampler(Sampler[list[int]]):

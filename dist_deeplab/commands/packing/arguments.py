@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dist_deeplab.data import voc
 from dist_deeplab.data.image_file import MAX_PIXELS, DecodeOptions
-from dist_deeplab.data.packing.ordered_map import num_cores
+from dist_deeplab.workers import num_cores
 
 
 def parser_of(manual: str, command: str = "") -> argparse.ArgumentParser:
