@@ -15,6 +15,7 @@ from dist_deeplab.data.shards.manifest import ShardError
 
 VOID_NAMES = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled")
 _MAX_LEVEL = 2**31 - 1
+_LEVEL = "([0-9]{1,10})"
 _MAX_SHOWN = 8  # of the values of a mask that are not in the map
 _UNKNOWN = -1
 _PIXELS_AT_ONCE = 2**22
@@ -146,11 +147,11 @@ def _entries(path: Path) -> Iterator[_Entry]:
 
 def _parse(line: str) -> tuple[tuple[int, ...], str] | None:
     """The levels and the name of a line; None where it has neither form."""
-    found = re.fullmatch(r"(\d+)(?:[\s,]+(\d+)[\s,]+(\d+))?[\s,:]+(\D.*)", line)
+    found = re.fullmatch(rf"{_LEVEL}(?:[\s,]+{_LEVEL}[\s,]+{_LEVEL})?[\s,:]+([^0-9].*)", line)
     if found:
         levels, name = tuple(int(text) for text in found.groups()[:3] if text), found.group(4).strip()
     else:
-        cvat = re.fullmatch(r"(.+?):(\d+),(\d+),(\d+)(?::[^:]*)?(?::[^:]*)?", line)
+        cvat = re.fullmatch(rf"(.+?):{_LEVEL},{_LEVEL},{_LEVEL}(?::[^:]*)?(?::[^:]*)?", line)
         if cvat is None:
             return None
         levels, name = tuple(int(text) for text in cvat.groups()[1:]), cvat.group(1).strip()

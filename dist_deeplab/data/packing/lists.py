@@ -94,7 +94,7 @@ def read_pair_list(data_root: Path, listing: Path) -> list[SourceSample]:
             continue
         likely, all_readings = _ways_to_split(line)
         readings = [tuple(_resolve(data_root, part) for part in pair) for pair in dict.fromkeys(all_readings)]
-        existing = [pair for pair in readings if all(path.is_file() for path in pair)]
+        existing = [pair for pair in readings if all(_is_file(path) for path in pair)]
         if len(existing) > 1:
             raise ShardError(f"line {number} of {listing} can be read as several pairs; separate by a tab: {line!r}")
         if not existing and not likely:
@@ -118,4 +118,11 @@ def _unquoted(text: str) -> str:
 
 def _resolve(data_root: Path, text: str) -> Path:
     below, absolute = data_root / text.lstrip("/"), Path(text)
-    return absolute if absolute.is_absolute() and absolute.is_file() and not below.is_file() else below
+    return absolute if absolute.is_absolute() and _is_file(absolute) and not _is_file(below) else below
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # e.g. a line that is too long for a file's name
+        return False
