@@ -6,7 +6,7 @@ OpenCV is imported where it is used, here and in what training imports: a comman
 import io
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dist_deeplab.errors import UserError
 
@@ -59,7 +59,7 @@ def decode_label(data: bytes) -> np.ndarray:
             png.verify()  # the checksums of all chunks, which decoding alone does not look at
         with Image.open(io.BytesIO(data)) as png:
             return np.array(png, dtype=np.uint8)  # mode P: the indices, at any bit depth
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except Exception:  # decoders of damaged files raise nearly anything, e.g. DecompressionBombError
         raise DecodeError("the label PNG is damaged") from None
 
 

@@ -194,6 +194,12 @@ def test_readme_links_every_page() -> None:
     assert set(PAGES) - {"README.md"} <= linked
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/development.md"])
+def test_the_maps_name_every_package(page: str) -> None:
+    packages = {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()}
+    assert {name for name in packages if f"{name}/" not in PAGES[page]} == set()
+
+
 def test_images_are_used_and_small() -> None:
     used = {target for text in PAGES.values() for target in LINK.findall(text)}
     for image in (ROOT / "docs" / "images").iterdir():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dist_deeplab.data.decode import DecodeError, decode_label
 from dist_deeplab.data.shards.manifest import ShardError
@@ -156,8 +156,8 @@ def decode_mask(data: bytes, label_map: LabelMap | None) -> np.ndarray:
                 pixels = np.asarray(image, dtype=np.uint8)  # P: the indices
             else:
                 pixels = None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-        raise DecodeError("the mask is damaged or no image") from None
+    except Exception:  # decoders of damaged files raise nearly anything, e.g. DecompressionBombError
+        raise DecodeError("the mask is damaged or not an image") from None
     if form in _LOSSY:
         raise DecodeError(f"the mask is a {form}, which does not keep class indices; export it as PNG")
     if pixels is None:

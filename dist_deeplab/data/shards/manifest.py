@@ -18,7 +18,7 @@ import numpy as np
 
 from dist_deeplab.data.shards.cache import ShardCache
 from dist_deeplab.downloads import is_url, join_url, shown
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, first_line
 
 FORMAT = "dist_deeplab.shards/1"
 MAX_KEY_HASHES = 2**20  # 8 MiB in a checkpoint
@@ -204,8 +204,8 @@ def open_index(manifest: Manifest) -> np.ndarray:
     path = manifest.index_path
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ShardError(f"the index {path} can't be read ({error}); make the shards again") from None
+    except Exception as error:  # numpy parses the header as Python, and lets through whatever that raises
+        raise ShardError(f"the index {path} can't be read ({first_line(error)}); make the shards again") from None
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.num_samples,):
         raise ShardError(f"the index {path} does not belong to {manifest.path}; make the shards again")
     return index
