@@ -155,8 +155,8 @@ def test_what_is_not_trained_has_no_gradient_and_no_momentum() -> None:
 def test_the_sentence_names_each_scale_and_the_sum() -> None:
     count = count_footprint(_config("multi_scale.scales=[1.0,0.5]"), SCRATCH)
     text = count.describe(4, 65)
-    gib = [f"{number / 2**30:.3g}" for number in (*count.images.values(), count.fixed_bytes + 4 * count.image_bytes)]
-    assert f"(scale_1 {gib[0]}, scale_0.5 {gib[1]}); with micro-batches of 4 images {gib[2]} GiB" in text
+    shown = [gib(number) for number in (*count.images.values(), count.fixed_bytes + 4 * count.image_bytes)]
+    assert f"(scale_1 {shown[0]}, scale_0.5 {shown[1]}); with micro-batches of 4 images {shown[2]} GiB" in text
 
 
 def test_as_many_images_fit_as_leave_room_for_the_fixed_part() -> None:
