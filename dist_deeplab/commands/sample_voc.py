@@ -26,7 +26,8 @@ from PIL import Image
 from dist_deeplab.commands.drawing.objects import CLASSES
 from dist_deeplab.commands.drawing.scenes import draw_scene
 from dist_deeplab.data import voc
-from dist_deeplab.data.packing.ordered_map import num_cores, ordered_map, useful_workers
+from dist_deeplab.data.packing.ordered_map import ordered_map, useful_workers
+from dist_deeplab.workers import num_cores
 
 VERSION = 1
 """Of the drawings: raise it with every change that changes a file's bytes."""

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from dist_deeplab.data import voc
-from dist_deeplab.data.packing.ordered_map import num_cores
+from dist_deeplab.workers import num_cores
 
 
 def parser_of(manual: str, command: str = "") -> argparse.ArgumentParser:

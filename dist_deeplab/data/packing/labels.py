@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -169,7 +170,7 @@ def decode_mask(data: bytes, label_map: LabelMap | None) -> np.ndarray:
 def colours_in(data: bytes, *, most: int) -> list[tuple[int, ...]]:
     """Up to `most` colours of an image, most frequent first: to tell a user what a label map should name."""
     with Image.open(io.BytesIO(data)) as image:
-        counted = image.convert("RGB").getcolors(maxcolors=2**24) or []
+        counted: list[tuple[int, Any]] = image.convert("RGB").getcolors(maxcolors=2**24) or []
     return [colour for _, colour in sorted(counted, reverse=True)[:most]]
 
 
