@@ -112,4 +112,4 @@ def test_border_bands_are_those_of_the_label_whatever_is_predicted(tmp_path: Pat
     arguments = [str(tmp_path / "pred"), str(tmp_path / "gt"), "--json", str(tmp_path / "scores.json")]
     assert tool.main(arguments) == 0
     trimap = json.loads((tmp_path / "scores.json").read_text())["trimap_mIoU"]
-    assert trimap["1"] == trimap["20"] == 0.25, "at any distance half of the band is class 0, with IoU 1/2, half class 1"
+    assert trimap["1"] == trimap["20"] == 0.25, "in each band half is class 0, with IoU 1/2, and half class 1"
