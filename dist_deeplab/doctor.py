@@ -23,6 +23,7 @@ from dist_deeplab.distributed.diagnostics import Finding
 from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.session import session
+from dist_deeplab.logs import format_count
 
 _SAMPLES = 8  # read by each rank, spread over the set
 
@@ -76,7 +77,8 @@ def read_some(path: str) -> str:
     reader = ShardReader(manifest)
     for index in range(0, manifest.num_samples, max(1, manifest.num_samples // _SAMPLES)):
         reader.read(index)
-    return f"{manifest.num_samples} samples in {len(manifest.shards)} shards, keys {manifest.keys_sha256[:12]}"
+    samples, shards = format_count(manifest.num_samples, "sample"), format_count(len(manifest.shards), "shard")
+    return f"{samples} in {shards}, keys {manifest.keys_sha256[:12]}"
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from rich.progress import Progress
 
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig
+from dist_deeplab.data.windows import Windows
 from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks_on_host
@@ -34,7 +35,7 @@ from dist_deeplab.evaluation import submission
 from dist_deeplab.evaluation.crf import CrfPool, open_crf, require_crf
 from dist_deeplab.evaluation.images import Source, find_images
 from dist_deeplab.evaluation.inference import Predictor, inference_settings, load_network
-from dist_deeplab.evaluation.prediction import Prediction, Windows, predict_images
+from dist_deeplab.evaluation.prediction import Prediction, predict_images
 from dist_deeplab.evaluation.result_files import EXTRAS, ResultFiles
 from dist_deeplab.files import prepare_folder
 from dist_deeplab.logs import setup_logging

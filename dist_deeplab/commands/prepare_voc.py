@@ -34,8 +34,8 @@ from dist_deeplab.commands.packing.printing import print_manifest, show_progress
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing import voc_download
 from dist_deeplab.data.packing.labels import LabelSpace
+from dist_deeplab.data.packing.lists import read_voc_list
 from dist_deeplab.data.packing.ordered_map import useful_workers
-from dist_deeplab.data.packing.sources import read_voc_list
 from dist_deeplab.data.packing.voc_download import Archive
 from dist_deeplab.data.packing.writer import write_shards
 from dist_deeplab.data.shards.manifest import ShardError, load_manifest

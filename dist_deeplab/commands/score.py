@@ -22,7 +22,7 @@ from rich.progress import track
 from dist_deeplab.command_line import command_name
 from dist_deeplab.data import voc
 from dist_deeplab.data.decode import DecodeError, decode_label
-from dist_deeplab.data.packing.labels import read_lines
+from dist_deeplab.data.packing.text_files import read_lines
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.accumulator import NUM_BANDS, band_map

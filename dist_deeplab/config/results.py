@@ -10,6 +10,7 @@ from dist_deeplab.config.section import (
     EXECUTION_EVERYWHERE,
     NOTHING,
     SCORE,
+    Affects,
     Location,
     NonNegative,
     Positive,
@@ -36,6 +37,8 @@ class EvalConfig(Section):
     """Refine by a dense CRF (section crf); about a second of a core per image, in processes beside the GPU."""
     num_panels: Annotated[NonNegative, EXECUTION_EVERYWHERE] = 4
     """Validation images shown as image | label | prediction | errors."""
+    table: Annotated[Literal["classes", "mean"], Affects("nothing", inference=True)] = "classes"
+    """What an evaluation prints: a table of every class in the set, or mean: the mIoU alone. Files hold all."""
 
     @field_validator("scales")
     @classmethod

@@ -52,8 +52,9 @@ class Shard:
 class Manifest:
     """What a set of shards holds. `keys_sha256` (of the sorted keys) is the set's identity, however it is sharded.
 
-    The last three are not in the file: where the manifest lies on this machine, and, if they come from elsewhere, its
-    URL and where its shards go.
+    `path`, `url` and `cache` are not in the file: where the manifest lies on this machine, and, if they come from
+    elsewhere, its URL and where its shards go. `notes`: sentences on what packing did to the images. `tile_side`,
+    `tile_overlap`: pixels of the tiles that larger images were cut into; 0: images are whole.
     """
 
     split: str
@@ -69,6 +70,9 @@ class Manifest:
     path: Path
     url: str = ""
     cache: ShardCache | None = None
+    notes: tuple[str, ...] = ()
+    tile_side: int = 0
+    tile_overlap: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -98,6 +102,9 @@ class Manifest:
         values = {"format": FORMAT, **asdict(self)}
         for key in ("path", "url", "cache"):
             del values[key]
+        for key in ("notes", "tile_side", "tile_overlap"):  # ordinary sets can be read by older versions
+            if not values[key]:
+                del values[key]
         return values
 
 
@@ -161,6 +168,7 @@ def _parse(path: Path, origin: dict[str, Any]) -> Manifest:
     try:
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
         names, pixels = tuple(values.pop("class_names")), tuple(values.pop("class_pixels"))
+        values["notes"] = tuple(values.get("notes", ()))
         manifest = Manifest(**values, class_names=names, class_pixels=pixels, shards=shards, path=path, **origin)
     except (TypeError, KeyError) as error:  # "... missing 1 required positional argument: 'index_sha256'"
         what = re.findall(r"'\w+'", str(error)) or [str(error)]

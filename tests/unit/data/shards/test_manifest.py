@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing.labels import LabelSpace
-from dist_deeplab.data.packing.sources import read_voc_list
+from dist_deeplab.data.packing.lists import read_voc_list
 from dist_deeplab.data.packing.writer import write_shards
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, keys_digest, load_manifest, require_fit
 from dist_deeplab.data.shards.reader import Sample, ShardReader
