@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dist_deeplab.data import order
 from dist_deeplab.data.batch import BadSample, Batch, blank_batch, collate, to_batch
-from dist_deeplab.data.decode import DecodeError, decode_image, decode_label
+from dist_deeplab.data.decode import DecodeError, decode_label, decode_packed
 from dist_deeplab.data.shards.manifest import Manifest, ShardError
 from dist_deeplab.data.shards.prefetch import Plan, Prefetch
 from dist_deeplab.data.shards.reader import Sample, ShardReader
@@ -65,7 +65,7 @@ class DecodingDataset(Dataset["Batch | UserError"]):
 
         name = f"sample {sample.key!r} in {where}"
         try:
-            image, label = decode_image(sample.image), decode_label(sample.label)
+            image, label = decode_packed(sample.image), decode_label(sample.label)
         except DecodeError as error:
             raise ShardError(f"{name}: {error}") from None
         if label.shape != image.shape[:2]:

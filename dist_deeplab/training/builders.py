@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_deeplab.checkpointing.folder import CheckpointFolder
+from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig, config_to_dict, config_to_yaml
 from dist_deeplab.data.blocks import BlockShuffle
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
@@ -87,8 +88,9 @@ def open_data(config: RunConfig, env: DistEnv) -> tuple[Manifest, Manifest | Non
     """
     if not config.data.train:
         raise UserError(
-            "no training data: make shards by `python tools/make_shards.py --voc-root VOCdevkit/VOC2012 --split train "
-            "--out data/voc` and add data.train=data/voc/train.json, or try ./launch/quickstart.sh, which draws some"
+            f"no training data: make shards by `{command_name('shards')} --voc-root VOCdevkit/VOC2012 --split train "
+            "--out data/voc` and add data.train=data/voc/train.json, or try `"
+            f"{command_name('quickstart')}`, which draws some"
         )
     cache = build_cache(config.data.cache_dir, config.data.cache_gib)
     sets = [path.real for path in (config.data.train, config.data.val) if path]

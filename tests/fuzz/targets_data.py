@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from dist_deeplab.config.loading import load_config
-from dist_deeplab.data.decode import decode_image, decode_label, encode_label
-from dist_deeplab.data.packing.labels import LabelMap, decode_mask, read_class_names, read_label_map
-from dist_deeplab.data.packing.sources import read_pair_list
+from dist_deeplab.data.decode import decode_image, decode_label, decode_packed, encode_label
+from dist_deeplab.data.packing.label_map import LabelMap, read_label_map
+from dist_deeplab.data.packing.labels import decode_mask, read_class_names
+from dist_deeplab.data.packing.lists import read_pair_list
 from dist_deeplab.data.shards.index import build_index
 from dist_deeplab.data.shards.keys import keys_digest
 from dist_deeplab.data.shards.manifest import FORMAT, load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
-from dist_deeplab.evaluation.images import decode_image_bytes
 from dist_deeplab.files import sha256
 from tests.fuzz.targets_weights import scratch
 
@@ -107,7 +107,7 @@ def seeds_tar() -> list[bytes]:
 
 
 def fuzz_image(data: bytes) -> None:
-    decode_image(data)
+    decode_packed(data)
 
 
 def seeds_image() -> list[bytes]:
@@ -141,7 +141,7 @@ def seeds_mask_of_colours() -> list[bytes]:
 
 
 def fuzz_predicted_image(data: bytes) -> None:
-    decode_image_bytes(data)
+    decode_image(data)
 
 
 def seeds_predicted_image() -> list[bytes]:
@@ -156,7 +156,11 @@ def fuzz_label_map(data: bytes) -> None:
 
 
 def seeds_label_map() -> list[bytes]:
-    return [b"# colours\n0 0 0 background\n128,0,0 a plane\n255 255 255 void\n", b"0 road\n1: car\n"]
+    return [
+        b"# CVAT\nbackground:0,0,0::\na car:128,0,0:parts:actions\n",
+        b"# colours\n0 0 0 background\n128,0,0 a plane\n255 255 255 void\n",
+        b"0 road\n1: car\n",
+    ]
 
 
 def fuzz_class_names(data: bytes) -> None:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal
 import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.cache import ShardCache
 from dist_deeplab.data.shards.index_file import IndexFile, ShardError
 from dist_deeplab.downloads import is_url, join_url, shown
@@ -57,7 +58,11 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestFile:
-    """What a manifest file holds. `keys_sha256` (of the sorted keys) is the set's identity, however it is sharded."""
+    """What a manifest file holds. `keys_sha256` (of the sorted keys) is the set's identity, however it is sharded.
+
+    `notes`: sentences on what packing did to the images. `tile_side`, `tile_overlap`: pixels of the tiles that larger
+    images were cut into; 0: images are whole.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -72,6 +77,9 @@ class ManifestFile:
     index: Annotated[str, AfterValidator(_index_name)]
     index_sha256: _Digest
     shards: tuple[Shard, ...]
+    notes: tuple[str, ...] = ()
+    tile_side: _Count = 0
+    tile_overlap: _Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +89,9 @@ class Manifest(ManifestFile):
     path: Path
     url: str = ""
     cache: ShardCache | None = None
+    notes: tuple[str, ...] = ()
+    tile_side: int = 0
+    tile_overlap: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -122,7 +133,9 @@ class Manifest(ManifestFile):
     def to_json(self) -> dict[str, Any]:
         """What the manifest file holds."""
         values = asdict(self)
-        return {field.name: values[field.name] for field in fields(ManifestFile)}
+        optional = ("notes", "tile_side", "tile_overlap")
+        names = [field.name for field in fields(ManifestFile)]
+        return {name: values[name] for name in names if values[name] or name not in optional}
 
 
 _READER = TypeAdapter(ManifestFile)
@@ -185,7 +198,7 @@ def parse_manifest(path: Path) -> ManifestFile:
         content = _READER.validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ShardError(
-            f"there is no manifest at {path}; tools/make_shards.py makes one from VOC folders (see README)"
+            f"there is no manifest at {path}; `{command_name('shards')}` makes one from VOC folders"
         ) from None
     except ValidationError as error:
         raise ShardError(_explain(error, path)) from None
@@ -217,7 +230,7 @@ def _explain(error: ValidationError, path: Path) -> str:
     if "json_invalid" in kinds:
         return f"{path} can't be read as a manifest (it is not JSON); give the .json beside the shards"
     if ("dataclass_type" in kinds and problems[0]["loc"] == ()) or any(p["loc"] == ("format",) for p in problems):
-        return f"{path} is not a {FORMAT!r} manifest; tools/make_shards.py writes one"
+        return f"{path} is not a {FORMAT!r} manifest; `{command_name('shards')}` writes one"
     where = [".".join(map(str, problem["loc"])) for problem in problems]
     if kinds & {"missing", "unexpected_keyword_argument"}:
         return (
