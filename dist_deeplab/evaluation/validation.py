@@ -14,7 +14,7 @@ from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.crf import open_crf
 from dist_deeplab.evaluation.evaluator import EvaluationStopped, evaluate
 from dist_deeplab.evaluation.inference import Predictor
-from dist_deeplab.logs import format_duration
+from dist_deeplab.logs import format_count, format_duration
 from dist_deeplab.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -56,8 +56,11 @@ def score(validation: Validation, predictor: Predictor, *, step: int) -> float |
     seconds = time.perf_counter() - started
     tracker.log(step, report.metric_values(result, names) | {"time/eval_s": seconds})
     folder = config.run_dir / "eval" / f"step_{step:08d}"
-    tracker.log_files(step, lambda: report.write_report(evaluation, names, folder))
-    tracker.log_images(step, lambda: report.write_series(evaluation, names, folder))
-    table = report.render(report.iou_table(result, names))
-    log.info("evaluation at step %d: %d images in %s\n%s", step, evaluation.num_images, format_duration(seconds), table)
+    tracker.log_files(step, lambda: report.write_numbers(evaluation, names, folder))
+    # Drawn beside the next steps: the other ranks would wait for the main one.
+    tracker.log_files(step, lambda: report.write_figures(evaluation, names, folder), in_background=True)
+    tracker.log_images(step, lambda: report.write_series(evaluation, names, folder), in_background=True)
+    text = report.describe(result, names, per_class=config.eval.table == "classes")
+    images = format_count(evaluation.num_images, "image")
+    log.info("evaluation at step %d: %s in %s, %s", step, images, format_duration(seconds), text)
     return result.miou

@@ -15,8 +15,8 @@ from typing import Any
 
 from dist_deeplab.distributed.meter import Cost
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.errors import UserError
 from dist_deeplab.redaction import redact
+from dist_deeplab.tracking.background_files import BackgroundFiles
 from dist_deeplab.tracking.divergence import Divergence
 from dist_deeplab.tracking.journal import JOURNAL, Journal
 from dist_deeplab.tracking.mlflow.process import UploaderProcess
@@ -56,10 +56,13 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record metric values of a step; NaN and what is recorded already for `(key, step)` are left out."""
 
-    def log_files(self, step: int, write: Callable[[], Iterable[Path]]) -> None:
-        """Call `write`, which makes files under the run's folder and returns them, and hand these to MLflow."""
+    def log_files(self, step: int, write: Callable[[], Iterable[Path]], *, in_background: bool = False) -> None:
+        """Call `write`, which makes files under the run's folder and returns them, and hand these to MLflow.
 
-    def log_images(self, step: int, write: Callable[[], Images]) -> None:
+        in_background: call it in a thread, so that the other ranks need not wait; done at the latest at `close`.
+        """
+
+    def log_images(self, step: int, write: Callable[[], Images], *, in_background: bool = False) -> None:
         """As `log_files`, for {name of the series: picture}: MLflow's pages show each series with a slider of steps."""
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
@@ -76,6 +79,7 @@ class JournalTracker(Tracker):
         self.run_dir = run_dir
         self.journal = Journal(run_dir / JOURNAL)
         self.uploader: UploaderProcess | None = None
+        self._files = BackgroundFiles()
         self._divergence = Divergence()
         self._cost = Cost(self.journal.points, world_size)
 
@@ -89,6 +93,7 @@ class JournalTracker(Tracker):
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See Tracker. After a resume the steps since the checkpoint come again; MLflow must see each point once."""
+        self._record_files(wait=False)
         if not values:
             return
         for key, value in values.items():
@@ -102,13 +107,15 @@ class JournalTracker(Tracker):
         if summary:
             self.log_tags({"diverged": summary})
 
-    def log_files(self, step: int, write: Callable[[], Iterable[Path]]) -> None:
+    def log_files(self, step: int, write: Callable[[], Iterable[Path]], *, in_background: bool = False) -> None:
         """See Tracker."""
-        self._log_written(step, lambda: [(path, {}) for path in write()])
+        self._files.submit(step, lambda: [(path, {}) for path in write()])
+        self._record_files(wait=not in_background)
 
-    def log_images(self, step: int, write: Callable[[], Images]) -> None:
+    def log_images(self, step: int, write: Callable[[], Images], *, in_background: bool = False) -> None:
         """See Tracker."""
-        self._log_written(step, lambda: [(path, {"image": name}) for name, path in write().items()])
+        self._files.submit(step, lambda: [(path, {"image": name}) for name, path in write().items()])
+        self._record_files(wait=not in_background)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """See Tracker."""
@@ -116,6 +123,7 @@ class JournalTracker(Tracker):
 
     def close(self, status: str) -> None:
         """See Tracker."""
+        self._record_files(wait=True)
         self._append({"status": status, "attempt": self.journal.attempt})
         self.journal.close()
         if self.uploader is not None:
@@ -133,12 +141,10 @@ class JournalTracker(Tracker):
                 records.append({"step": step, "time": now, "key": key, "value": value, "attempt": self.journal.attempt})
         self.journal.append(*records)
 
-    def _log_written(self, step: int, write: Callable[[], Iterable[tuple[Path, dict[str, str]]]]) -> None:
-        try:
-            for path, facts in write():
+    def _record_files(self, *, wait: bool) -> None:
+        for step, files in self._files.finished(wait=wait):
+            for path, facts in files:
                 self._append({"step": step, "file": str(path.relative_to(self.run_dir)), **facts})
-        except (OSError, UserError) as error:  # a picture is not worth a run
-            log.warning("no files of step %d for MLflow: %s", step, error)
 
 
 def open_tracker(
