@@ -46,9 +46,13 @@ setup(
         "numpy>=1.26",
         "rich>=13",
         "matplotlib>=3.8",
-        "filelock",
+        "filelock>=4.1",
+        "psutil>=5.9",
+        "nvidia-ml-py>=12",  # GPUs in the system metrics; imports as pynvml, and works without a GPU
         "scipy",  # SBD's labels; MLflow needs it anyway
         "safetensors>=0.4",
+        "protobuf>=4.22",  # .caffemodel files and TensorFlow checkpoints; MLflow needs it anyway
+        "google-crc32c>=1.5",  # checksums in TensorFlow checkpoints
         "fsspec",  # torch needs it anyway; the packages behind s3:// and the like are the extra `remote`
     ],
     extras_require={

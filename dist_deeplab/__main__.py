@@ -60,9 +60,9 @@ def main() -> int:
         return 2
     exit_code = int(importlib.import_module(f"dist_deeplab.{command.module}").main(arguments))
     if command.hard_exit:
-        from dist_deeplab.distributed.process_group import leave
+        from dist_deeplab.distributed.launcher import hard_exit
 
-        leave(exit_code)
+        hard_exit(exit_code)
     return exit_code
 
 

@@ -5,8 +5,8 @@
     python -m dist_deeplab.compare my_experiment                   an experiment in MLflow
     python -m dist_deeplab.compare 0f3a... 77b2... --uri https://mlflow.example.org
 
-Prints tables and saves a figure (--out, default comparison.png). The store is --uri, else MLFLOW_TRACKING_URI, else
-runs/mlflow.db. Exit codes: 0 done, 1 error, 2 wrong arguments.
+Prints tables, and with --out FILE saves a figure of them. Runs that differ in seed alone are one setting. The store is
+--uri, else MLFLOW_TRACKING_URI, else runs/mlflow.db. Exit codes: 0 done, 1 error, 2 wrong arguments.
 """
 
 import argparse
@@ -32,27 +32,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run's or sweep's folder, run id, or experiment")
     parser.add_argument("--uri", default="", help="MLflow store")
-    parser.add_argument("--out", type=Path, default=Path("comparison.png"), metavar="FILE", help="the figure")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also save a figure, e.g. comparison.png")
     arguments = parser.parse_args(argv)
     try:
-        prepare_file(arguments.out, remedy="choose another --out")
-        if not arguments.out.suffix:
-            raise UserError(f"the figure {arguments.out} needs an ending that says its kind, e.g. {arguments.out}.png")
+        if arguments.out:
+            prepare_file(arguments.out, remedy="choose another --out")
+            if not arguments.out.suffix:
+                raise UserError(
+                    f"the figure {arguments.out} needs an ending that says its kind, e.g. {arguments.out}.png"
+                )
         records = collect(arguments.runs, arguments.uri)
         report.print_report(records, Console(width=None if sys.stdout.isatty() else 160))
-        report.save_figure(records, arguments.out)
+        if arguments.out:
+            print(f"figure: {report.save_figure(records, arguments.out)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"figure: {arguments.out}")
     return 0
 
 
 def collect(names: Sequence[str], uri: str) -> list[RunRecord]:
-    """Return the records of all that is named, each run once.
+    """Records of all that is named, each run once.
 
     Raises:
-        UserError: one of them is nothing that is known, or nothing has begun.
+        UserError: a name that is not known, or nothing has begun.
     """
     records: dict[str, RunRecord] = {}
     store: Store | None = None
@@ -64,7 +67,7 @@ def collect(names: Sequence[str], uri: str) -> list[RunRecord]:
         elif folder.is_file():
             raise UserError(f"{name} is a file; give the folder of a run or sweep")
         elif folder.is_dir() and re.search(r"[/.]", name):
-            raise UserError(f"{name} is no run's folder: it has no {RUN_FILE}")
+            raise UserError(f"{name} is not a run's folder: it has no {RUN_FILE}")
         else:
             store = store or Store(resolve_uri(uri, "runs"))
             found = store.runs_of(name)

@@ -19,33 +19,32 @@ from dist_deeplab.data.shards.manifest import load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.distributed import diagnostics as checks
 from dist_deeplab.distributed.diagnostics import Finding
-from dist_deeplab.distributed.process_group import DistEnv, exit_with_crash, exit_with_error, leave, process_group
-from dist_deeplab.errors import UserError
+from dist_deeplab.distributed.launcher import hard_exit, run_command
+from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.distributed.session import session
 
 _SAMPLES = 8  # read by each rank, spread over the set
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    env = DistEnv()
-    try:
-        env = DistEnv.from_environ()
-        config = configuration.load_config(arguments.config, arguments.overrides)
-        limits = config.distributed
-        with process_group(env, startup_timeout_s=limits.startup_timeout_s, hang_timeout_s=limits.hang_timeout_s):
-            findings = [
-                *checks.check_software(env),
-                *checks.check_devices(env),
-                *checks.check_network(env),
-                *checks.check_disk(env, config.run_dir.parent),
-                *check_shards(config),
-            ]
-        env.on_main(sys.stdout.write, checks.render(findings))
-        return 1 if any(finding.verdict == "FAILED" for finding in findings) else 0
-    except UserError as error:
-        return exit_with_error(env, error)
-    except Exception as error:
-        return exit_with_crash(env, error)
+    return run_command(lambda env: command(arguments, env))
+
+
+def command(arguments: argparse.Namespace, env: DistEnv) -> int:
+    """Make all checks, print their table and return the exit code."""
+    config = configuration.load_config(arguments.config, arguments.overrides)
+    limits = config.distributed
+    with session(env, startup_timeout_s=limits.startup_timeout_s, hang_timeout_s=limits.hang_timeout_s):
+        findings = [
+            *checks.check_software(env),
+            *checks.check_devices(env),
+            *checks.check_network(env),
+            *checks.check_disk(env, config.run_dir.parent),
+            *check_shards(config),
+        ]
+    env.on_main(sys.stdout.write, checks.render(findings))
+    return 1 if any(finding.verdict == "FAILED" for finding in findings) else 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,4 +79,4 @@ def read_some(path: str) -> str:
 
 
 if __name__ == "__main__":
-    leave(main())
+    hard_exit(main())

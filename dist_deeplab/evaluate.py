@@ -20,16 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab import config as configuration
+from dist_deeplab.data.shards.cache import build_cache
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
+from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.parallel import place_model
-from dist_deeplab.distributed.process_group import (
-    DistEnv,
-    exit_with_crash,
-    exit_with_error,
-    leave,
-    process_group,
-    ranks_on_host,
-)
+from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
+from dist_deeplab.distributed.session import Session, session
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
@@ -42,7 +38,6 @@ from dist_deeplab.logs import setup_logging
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.post_training import add_to_run
-from dist_deeplab.training.builders import build_cache
 from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint
 
@@ -51,34 +46,33 @@ log = logging.getLogger("dist_deeplab.evaluate")
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    env = DistEnv()
-    try:
-        env = DistEnv.from_environ()
-        saved = read_checkpoint(arguments.checkpoint)
-        settings = inference_settings(saved, arguments.overrides)
-        manifest = load_manifest(arguments.data, cache=build_cache(settings.data))
-        require_crf(settings.eval.crf)
-        check_classes(saved, manifest, arguments.checkpoint)
-        prepare_folder(report_folder(arguments, settings), remedy="choose another --out")
-        if arguments.json:
-            prepare_file(arguments.json, remedy="choose another --json")
-        with process_group(env):
-            score(env, saved, settings, manifest, arguments)
-        return 0
-    except UserError as error:
-        return exit_with_error(env, error)
-    except Exception as error:
-        return exit_with_crash(env, error)
+    return run_command(lambda env: command(arguments, env))
+
+
+def command(arguments: argparse.Namespace, env: DistEnv) -> int:
+    """Check all that can be checked before any heavy work, then score; return the exit code."""
+    saved = read_checkpoint(arguments.checkpoint)
+    settings = inference_settings(saved, arguments.overrides)
+    manifest = load_manifest(arguments.data, cache=build_cache(settings.data.cache_dir, settings.data.cache_gib))
+    require_crf(settings.eval.crf)
+    check_classes(saved, manifest, arguments.checkpoint)
+    prepare_folder(report_folder(arguments, settings), remedy="choose another --out")
+    if arguments.json:
+        prepare_file(arguments.json, remedy="choose another --json")
+    with session(env) as ranks:
+        score(ranks, saved, settings, manifest, arguments)
+    return 0
 
 
 def score(
-    env: DistEnv,
+    ranks: Session,
     saved: dict[str, Any],
     settings: configuration.RunConfig,
     manifest: Manifest,
     arguments: argparse.Namespace,
 ) -> None:
     """Evaluate, print the table and write the report; every rank calls it."""
+    env = ranks.env
     setup_logging(to_terminal=env.is_main, rank=env.rank, folder=None)
     variant, overlap = Variant.from_plain(saved["variant"]), find_contamination(saved, manifest)
     notes = [str(overlap)] if overlap and overlap.num_images else []
@@ -92,7 +86,7 @@ def score(
     num_panels, num_workers, batch_size = settings.eval.num_panels, settings.data.num_workers, settings.eval.batch_size
     with open_crf(settings.eval.crf, settings.crf, ranks_on_host=ranks_on_host()) as crf:
         evaluation = evaluate(
-            predictor, manifest, env, num_workers=num_workers, batch_size=batch_size, num_panels=num_panels, crf=crf
+            predictor, manifest, ranks, num_workers=num_workers, batch_size=batch_size, num_panels=num_panels, crf=crf
         )
         best, worst = (
             draw_panels(predictor, manifest, env, indices, crf=crf) for indices in extremes(evaluation, num_panels)
@@ -195,4 +189,4 @@ def write(
 
 
 if __name__ == "__main__":
-    leave(main())
+    hard_exit(main())

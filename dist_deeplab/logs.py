@@ -34,3 +34,8 @@ def format_duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def format_count(number: int, noun: str, plural: str = "") -> str:
+    """E.g. `1 shard`, `1,464 images` or, with a plural of its own, `2 classes`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

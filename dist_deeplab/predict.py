@@ -24,16 +24,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dist_deeplab.config import RunConfig
+from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.parallel import place_model
-from dist_deeplab.distributed.process_group import (
-    DistEnv,
-    exit_with_crash,
-    exit_with_error,
-    gather_to_all,
-    leave,
-    process_group,
-    ranks_on_host,
-)
+from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks_on_host
+from dist_deeplab.distributed.session import Session, session
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import submission
 from dist_deeplab.evaluation.crf import CrfPool, open_crf, require_crf
@@ -54,34 +48,32 @@ log = logging.getLogger("dist_deeplab.predict")
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    env = DistEnv()
-    try:
-        env = DistEnv.from_environ()
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are expected here
-        saved = read_checkpoint(arguments.checkpoint)
-        settings = inference_settings(saved, arguments.overrides)
-        require_crf(settings.eval.crf)
-        if arguments.voc_submission:
-            submission.require_voc_classes(saved["class_names"])
-        sources = find_images(arguments.images, outside=arguments.out)
-        if arguments.list:
-            sources = listed(sources, arguments.list)
-        results = result_files(arguments, saved["class_names"])
-        prepare_folder(arguments.out, remedy="choose another --out")
-        with process_group(env):
-            wanted = results.wanted(sources, overwrite=arguments.overwrite, skip_existing=arguments.skip_existing)
-            sources = gather_to_all(wanted)[0]  # every rank has looked before one writes
-            problems = predict(env, saved, settings, sources, results, arguments)
-            env.on_main(report, problems, len(sources), arguments)
-        return 1 if problems else 0
-    except UserError as error:
-        return exit_with_error(env, error)
-    except Exception as error:
-        return exit_with_crash(env, error)
+    return run_command(lambda env: command(arguments, env))
+
+
+def command(arguments: argparse.Namespace, env: DistEnv) -> int:
+    """Check all that can be checked before any heavy work, then predict; return the exit code."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are expected here
+    saved = read_checkpoint(arguments.checkpoint)
+    settings = inference_settings(saved, arguments.overrides)
+    require_crf(settings.eval.crf)
+    if arguments.voc_submission:
+        submission.require_voc_classes(saved["class_names"])
+    sources = find_images(arguments.images, outside=arguments.out)
+    if arguments.list:
+        sources = listed(sources, arguments.list)
+    results = result_files(arguments, saved["class_names"])
+    prepare_folder(arguments.out, remedy="choose another --out")
+    with session(env) as ranks:
+        wanted = results.wanted(sources, overwrite=arguments.overwrite, skip_existing=arguments.skip_existing)
+        sources = gather_to_all(wanted)[0]  # every rank has looked before one writes
+        problems = predict(ranks, saved, settings, sources, results, arguments)
+        env.on_main(report, problems, len(sources), arguments)
+    return 1 if problems else 0
 
 
 def predict(
-    env: DistEnv,
+    ranks: Session,
     saved: dict[str, Any],
     settings: RunConfig,
     sources: Sequence[Source],
@@ -89,6 +81,7 @@ def predict(
     arguments: argparse.Namespace,
 ) -> list[str]:
     """Predict this rank's share, write the results, and return what could not be read on any rank."""
+    env = ranks.env
     setup_logging(to_terminal=env.is_main, rank=env.rank, folder=None)
     variant = Variant.from_plain(saved["variant"])
     allow_tf32(settings.precision.dtype)
@@ -107,6 +100,7 @@ def predict(
     with open_crf(settings.eval.crf, settings.crf, ranks_on_host=ranks_on_host()) as crf, ThreadPoolExecutor(2) as pool:
         writing = None
         for done in with_progress(refined(predictions, crf), len(own), visible=env.is_main):
+            ranks.progress.mark()
             if done.problem:
                 problems.append(done.problem)
                 continue
@@ -220,4 +214,4 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    leave(main())
+    hard_exit(main())

@@ -2,10 +2,11 @@
 
     python -m dist_deeplab.sweep [--config FILE] name=poly optim.power=0.8,0.9,1.0 [section.key=value ...]
 
-Several values of a key, parted by commas, are a grid; the rest goes to each training as it is. The runs are
+Several values of a key, separated by commas, are a grid; the rest goes to each training as it is. The runs are
 <output_dir>/<name>-power_0.8 and so on, children of the run <name>-sweep in MLflow, which gets the table of results.
-The same command again goes on: finished runs are skipped, an interrupted one goes on from its last checkpoint. A run
-that fails does not keep the others from running.
+The same command again continues: finished runs are skipped, an interrupted one resumes from its last checkpoint. A run
+that fails does not keep the others from running. With seed=0,1,2 among the keys, runs that differ in seed alone are one
+setting: its mean is compared, and a lead within the noise of the seeds is called that.
 
 launch/sweep.sh sets the environment up and runs this; slurm/sweep.sh makes an array job of it, by --count, --child and
 --report. Exit codes: 0 all runs finished, 1 some did not, 2 wrong arguments or configuration, 75 stopped: run it again.
@@ -13,7 +14,6 @@ launch/sweep.sh sets the environment up and runs this; slurm/sweep.sh makes an a
 
 import argparse
 import logging
-import re
 import signal
 import subprocess
 import sys
@@ -27,19 +27,18 @@ from rich.console import Console
 
 from dist_deeplab import config as configuration
 from dist_deeplab.comparison import report
-from dist_deeplab.comparison.pages import sweep_pages
 from dist_deeplab.comparison.record import read_folder
 from dist_deeplab.config import RunConfig
 from dist_deeplab.config.grid import expand
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import STOPPED_EARLY, UserError
 from dist_deeplab.files import prepare_folder
-from dist_deeplab.logs import setup_logging
-from dist_deeplab.redaction import redact
+from dist_deeplab.logs import format_count, setup_logging
 from dist_deeplab.tracking import run_files
-from dist_deeplab.tracking.tracker import JOURNAL, open_tracker, resolve_uri
-
-STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+from dist_deeplab.tracking.journal import JOURNAL
+from dist_deeplab.tracking.mlflow.pages import server_of, sweep_pages
+from dist_deeplab.tracking.mlflow.state import UploadState
+from dist_deeplab.tracking.tracker import Reporting, open_tracker, resolve_uri
 
 log = logging.getLogger("dist_deeplab.sweep")
 
@@ -65,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         sweep = plan(arguments.config, arguments.overrides)
+        if not arguments.report:
+            refuse_other_recipes(sweep)
         if arguments.count:
             print(len(sweep.children))
             return 0
@@ -99,7 +100,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plan(config_file: str | None, overrides: Sequence[str]) -> Sweep:
-    """Return the sweep, every run's configuration checked.
+    """The sweep, every run's configuration checked.
 
     Raises:
         UserError: no grid, or a wrong configuration of any run.
@@ -115,29 +116,60 @@ def plan(config_file: str | None, overrides: Sequence[str]) -> Sweep:
     return Sweep(folder, tuple(o for o in overrides if o not in fixed), tuple(children))
 
 
+def refuse_other_recipes(sweep: Sweep) -> None:
+    """Check, before anything is trained, that runs which have begun can resume, or count as finished, as asked for now.
+
+    Raises:
+        UserError: what decides a run's result differs from what it was begun with, e.g. max_steps.
+    """
+    changes = {child.config.name: recipe_changes(child) for child in sweep.children if not child.config.resume_anyway}
+    changed = [name for name, differences in changes.items() if differences]
+    if not changed:
+        return
+    others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    raise UserError(
+        f"{changed[0]}{others} began with another recipe ({'; '.join(changes[changed[0]])}), so nothing was started; "
+        "undo that, choose another name=, or continue the runs with the changes by resume_anyway=true"
+    )
+
+
+def recipe_changes(child: Child) -> list[str]:
+    """`key: begun with -> asked for` of the recipe, for a run that is finished or has checkpoints to resume from."""
+    folder = child.config.run_dir
+    if not (folder / run_files.RUN_FILE).exists() or not (folder / "config.yaml").exists():
+        return []
+    if read_folder(folder).status != "FINISHED" and not any((folder / "checkpoints").glob("*.pt")):
+        return []
+    return configuration.recipe_differences(read_config(child), child.config)
+
+
 def prepare(sweep: Sweep) -> None:
     """Make the folder of the sweep's own run; a larger grid under the same name adds to it."""
     prepare_folder(sweep.folder, remedy="choose another output_dir=")
-    attempt = run_files.read_run_file(sweep.folder).get("attempt", 0)
-    run_files.write_run_file(sweep.folder, attempt=attempt, **about(sweep))
+    attempt, reported = run_files.known_run_file(sweep.folder).attempt, reporting(sweep)
+    run_files.write_run_file(
+        sweep.folder, uri=reported.uri, experiment=reported.experiment, attempt=attempt, run_info=run_info(sweep)
+    )
 
 
-def about(sweep: Sweep) -> dict[str, Any]:
-    """Return what `run.json` says of the sweep's own run."""
+def reporting(sweep: Sweep) -> Reporting:
+    """Where the sweep's own run is reported."""
     config = sweep.children[0].config
-    before = run_files.read_run_file(sweep.folder).get("children", [])
+    return Reporting(resolve_uri(config.tracking.uri.real, config.output_dir), config.tracking.experiment)
+
+
+def run_info(sweep: Sweep) -> dict[str, Any]:
+    """Content of `run.json` of the sweep's own run."""
+    before = run_files.known_run_file(sweep.folder).children or []
     names = list(dict.fromkeys([*before, *(child.config.name for child in sweep.children)]))
+    what = f"A sweep over {format_count(len(names), 'run')}: `{' '.join(sweep.grid)}`."
     grid = {key: value for key, _, value in (argument.partition("=") for argument in sweep.grid)}
     return {
-        "uri": resolve_uri(config.tracking.uri.real, config.output_dir),
-        "experiment": config.tracking.experiment,
-        "run_info": {
-            "name": sweep.folder.name,
-            "parameters": {**configuration.flatten(config), **grid, "name": sweep.folder.name},
-            "tags": {"sweep": " ".join(sweep.grid)},
-            "description": f"A sweep over {len(names)} runs: `{' '.join(sweep.grid)}`. It has no result yet.",
-            "children": names,
-        },
+        "name": sweep.folder.name,
+        "parameters": {**configuration.flatten(sweep.children[0].config), **grid, "name": sweep.folder.name},
+        "tags": {"sweep": " ".join(sweep.grid)},
+        "description": f"{what} It has no result yet.",
+        "children": names,
     }
 
 
@@ -161,12 +193,12 @@ def run_all(sweep: Sweep, *, num_processes: int) -> int:
         command = [sys.executable, "-m", *(launcher if num_processes > 1 else []), "dist_deeplab.train"]
         code = stop.run([*command, *child.arguments])
         if stop.requested:
-            log.warning("stopped; the same command goes on from here")
+            log.warning("stopped; the same command continues from here")
             return STOPPED_EARLY
         if code and journal_size(child) == before:
-            raise UserError(f"{child.config.name} could not begin, see above; nothing else was tried")
+            raise UserError(f"{child.config.name} could not begin, see above; the other runs were not tried")
         if code:
-            log.warning("%s failed, see above; going on with the others", child.config.name)
+            log.warning("%s failed, see above; continuing with the others", child.config.name)
     return 0
 
 
@@ -193,7 +225,7 @@ class StopBetween:
 
 
 def is_finished(child: Child) -> bool:
-    """Return whether the run is done, with the very recipe that is asked for now."""
+    """Whether the run is done, with the very recipe that is asked for now."""
     folder = child.config.run_dir
     if not (folder / run_files.RUN_FILE).exists() or read_folder(folder).status != "FINISHED":
         return False
@@ -217,7 +249,7 @@ def read_config(child: Child) -> configuration.RunConfig:
 
 
 def journal_size(child: Child) -> int:
-    """Return the size of the run's journal in bytes: it grows as soon as a training has begun."""
+    """Size of the run's journal in bytes: it grows as soon as a training has begun."""
     journal = child.config.run_dir / JOURNAL
     return journal.stat().st_size if journal.exists() else 0
 
@@ -231,9 +263,12 @@ def conclude(sweep: Sweep) -> int:
     records = [read_folder(folder) for folder in begun]
     everything_done = all(is_finished(child) for child in sweep.children)
     report.print_report(records, Console(width=None if sys.stdout.isatty() else 160))
-    config = sweep.children[0].config
     tracker = open_tracker(
-        sweep.folder, env=DistEnv(), config_yaml=configuration.config_to_yaml(config), **about(sweep)
+        sweep.folder,
+        env=DistEnv(),
+        reporting=reporting(sweep),
+        config_yaml=configuration.config_to_yaml(sweep.children[0].config),
+        run_info=run_info(sweep),
     )
     num_finished = sum(record.status == "FINISHED" for record in records)
     tracker.log(num_finished, report.summary(records))
@@ -245,18 +280,14 @@ def conclude(sweep: Sweep) -> int:
 
 
 def where_to_look(sweep: Sweep, folders: Sequence[Path]) -> str:
-    """Return how to open MLflow's page that compares the runs: a command, and an address."""
-    config = sweep.children[0].config
-    uri = redact(resolve_uri(config.tracking.uri.real, config.output_dir))
-    copies = [run_files.read_mlflow_file(folder) for folder in folders]
-    ids = [copy["run_id"] for copy in copies if copy.get("run_id")]
-    if uri == "none" or len(ids) < 2:
-        return "in MLflow: nothing yet (tracking.uri=none, or the store is away: tools/sync_mlflow.py sends it later)"
-    is_server = uri.startswith("http")
-    server = re.sub(r"//[^/]*@", "//", uri).rstrip("/") if is_server else "http://127.0.0.1:5000"
-    experiment, own = copies[0]["experiment_id"], run_files.mlflow_run_id(sweep.folder)
-    pages = sweep_pages(server, experiment, own, ids)
-    head = "in MLflow:" if is_server else "in MLflow: ./launch/mlflow_ui.sh, then"
+    """How to open MLflow's pages that compare the runs: a command, and addresses."""
+    uri = reporting(sweep).uri
+    copies = [state for state in (UploadState(folder, uri) for folder in folders) if state["run_id"]]
+    if uri == "none" or len(copies) < 2:
+        return "in MLflow: nothing yet (tracking.uri=none, or the store is away: sync-mlflow sends it later)"
+    ids, own = [state["run_id"] for state in copies], UploadState(sweep.folder, uri)["run_id"]
+    pages = sweep_pages(server_of(uri), copies[0]["experiment_id"], own, ids)
+    head = "in MLflow:" if uri.startswith("http") else "in MLflow: ./launch/mlflow_ui.sh, then"
     return "\n".join([head, *(f"    {name}: {address}" for name, address in pages.items())])
 
 

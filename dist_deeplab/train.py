@@ -24,15 +24,10 @@ from dist_deeplab.comparison.report import save_figure
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards.manifest import Manifest
-from dist_deeplab.distributed.process_group import (
-    DistEnv,
-    exit_with_crash,
-    exit_with_error,
-    leave,
-    refuse_restart,
-)
-from dist_deeplab.distributed.session import Session
-from dist_deeplab.errors import UserError
+from dist_deeplab.distributed.launcher import hard_exit, refuse_restart, run_command
+from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.distributed.session import TrainingSession
+from dist_deeplab.errors import STOPPED_EARLY
 from dist_deeplab.evaluation import validation
 from dist_deeplab.evaluation.crf import require_crf
 from dist_deeplab.logs import setup_logging
@@ -59,27 +54,23 @@ from dist_deeplab.training.resume import find_checkpoint, forget_lost_best, save
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.summary import describe, log_progress, run_info, window_values
 
-STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
-
 log = logging.getLogger("dist_deeplab.train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    env = DistEnv()
-    try:
-        env = DistEnv.from_environ()
-        config = configuration.load_config(arguments.config, arguments.overrides)
-        if arguments.print_config:
-            env.on_main(sys.stdout.write, configuration.config_to_yaml(config))
-            return 0
-        if arguments.dry_run:
-            return rehearse(config, env, start)
-        return start(config, env, profile=arguments.profile)
-    except UserError as error:
-        return exit_with_error(env, error)
-    except Exception as error:
-        return exit_with_crash(env, error)
+    return run_command(lambda env: command(arguments, env))
+
+
+def command(arguments: argparse.Namespace, env: DistEnv) -> int:
+    """Do what the arguments ask for and return the exit code."""
+    config = configuration.load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        env.on_main(sys.stdout.write, configuration.config_to_yaml(config))
+        return 0
+    if arguments.dry_run:
+        return rehearse(config, env, start)
+    return start(config, env, profile=arguments.profile)
 
 
 def start(config: RunConfig, env: DistEnv, *, profile: bool = False) -> int:
@@ -102,7 +93,7 @@ def train(
     split: BatchSplit,
     train_set: Manifest,
     val_set: Manifest | None,
-    run: Session,
+    run: TrainingSession,
     *,
     trace: Path | None = None,
 ) -> int:
@@ -139,7 +130,7 @@ def train(
                 status = "KILLED"
                 return stop_early(run, state)
         meter.start(images_per_s_at_peak(config, env, state.net))
-        for _, micro_batches in meter.timed(profiled(batches, trace)):
+        for _, micro_batches in run.steps(profiled(batches, trace)):
             rates = set_lr(state.optimizer, poly_lr(state.schedule_step, config.optim, max_steps=config.max_steps))
             with explained_out_of_memory(config, split):
                 result = update(micro_batches, stop=bool(stop))
@@ -151,7 +142,7 @@ def train(
                 values = window_values(state, run, rates, images_per_step=split.global_size, env=env)
                 tracker.log(state.step, values | bad_samples.values())
                 log_progress(state.step, config.max_steps, values)
-            with meter.paused():
+            with run.paused():
                 is_best = (last or is_due(state.step, config.eval.every)) and score()
                 stopping = (result.stop and not last) or state.owes_evaluation
                 ending = last or stopping
@@ -191,7 +182,7 @@ def validate(
     variant: Variant,
     val_set: Manifest | None,
     tracker: Tracker,
-    run: Session,
+    run: TrainingSession,
     checkpoints: CheckpointFolder,
 ) -> bool:
     """Score the network on `val_set`, if there is one, and return whether it is the best so far; every rank calls it.
@@ -200,9 +191,7 @@ def validate(
     """
     if val_set is None:
         return False
-    miou = validation.score(
-        state.net, val_set, config, env, variant.preprocessing, tracker, step=state.step, should_stop=run.asks_to_stop
-    )
+    miou = validation.score(state.net, val_set, config, variant.preprocessing, tracker, step=state.step, session=run)
     state.owes_evaluation = miou is None
     forget_lost_best(state, checkpoints)
     is_best = miou is not None and state.take_score(miou, val_set.keys_sha256)
@@ -211,7 +200,7 @@ def validate(
     return is_best
 
 
-def finish(config: RunConfig, run: Session, state: TrainState, tracker: Tracker) -> int:
+def finish(config: RunConfig, run: TrainingSession, state: TrainState, tracker: Tracker) -> int:
     """Say that the run is done, draw its curves, and return the exit code."""
     run.report("done", state.step)
     tracker.log_files(state.step, lambda: [save_figure([read_folder(config.run_dir)], config.run_dir / "curves.png")])
@@ -219,7 +208,7 @@ def finish(config: RunConfig, run: Session, state: TrainState, tracker: Tracker)
     return 0
 
 
-def stop_early(run: Session, state: TrainState) -> int:
+def stop_early(run: TrainingSession, state: TrainState) -> int:
     """Say that the run was asked to stop and is saved, and return the exit code."""
     run.report("stopped", state.step)
     log.warning("stopped (%s), saved step %d; the same command goes on from there", run.stop.reason, state.step)
@@ -232,4 +221,4 @@ def is_due(step: int, every: int) -> bool:
 
 
 if __name__ == "__main__":
-    leave(main())
+    hard_exit(main())

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.server
 import re
+import ssl
 import threading
 import time
 import urllib.parse
@@ -20,6 +21,9 @@ class FileServer(http.server.ThreadingHTTPServer):
     cuts: how many bytes each of the next answers sends before its connection breaks; after these, whole answers.
     statuses: what the next requests are answered with instead.
     bytes_per_s: how fast each answer is sent, 0: as fast as can be.
+    latency_s: how long it takes until an answer begins.
+    lengths: whether answers say their Content-Length.
+    range_shift: how many bytes too late the answers to ranged requests begin.
     corrupt: whether one byte in the middle of each file is flipped.
     requests: what came in: (path, Range header or empty).
     sent: bytes of bodies sent.
@@ -34,6 +38,9 @@ class FileServer(http.server.ThreadingHTTPServer):
         self.corrupt = False
         self.cuts: list[int] = []
         self.bytes_per_s = 0
+        self.latency_s = 0.0
+        self.lengths = True
+        self.range_shift = 0
         self.statuses: list[int] = []
         self.redirects: dict[str, str] = {}
         self.requests: list[tuple[str, str]] = []
@@ -54,6 +61,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, wanted = self.server, self.headers.get("Range", "")
         server.requests.append((self.path, wanted))
+        time.sleep(server.latency_s)
         path = server.root / urllib.parse.unquote(self.path.partition("?")[0]).lstrip("/")
         if server.statuses:
             return self.send_error(server.statuses.pop(0))
@@ -77,12 +85,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return None
+        start += server.range_shift if start else 0
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         if server.validators:
             self.send_header("ETag", tag)
-        self.send_header("Content-Length", str(len(content) - start))
+        if server.lengths:
+            self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         body = bytes(content[start:])
         body = body[: server.cuts.pop(0)] if server.cuts else body
@@ -100,9 +110,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serve(root: Path) -> Iterator[FileServer]:
-    """Serve `root` on a free port while the context lasts."""
+def serve(root: Path, *, tls: ssl.SSLContext | None = None) -> Iterator[FileServer]:
+    """Serve `root` on a free port while the context lasts; `tls`: by https (`url` says http all the same)."""
     with FileServer(root) as server:
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         try:

@@ -13,6 +13,7 @@ import torch
 
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.files import replace_file, replace_text, sha256, sidecar_digests
+from dist_deeplab.model.weights.formats.torch_file import load_plain
 
 FORMAT = "dist_deeplab.checkpoint/1"
 
@@ -25,7 +26,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     verify(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(path)
+    except UserError:
+        raise
     except Exception as error:  # an unpickler that meets arbitrary bytes may raise anything
         raise UserError(f"{path} can't be read as a checkpoint: {first_line(error)}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from dist_deeplab.config import CrfConfig, RunConfig, load_config
 from dist_deeplab.data.loader import EvalDataset
+from dist_deeplab.data.shards.cache import build_cache
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.distributed.process_group import DistEnv
@@ -36,7 +37,6 @@ from dist_deeplab.evaluation.inference import Predictor, inference_settings, loa
 from dist_deeplab.evaluation.prediction import probabilities
 from dist_deeplab.files import prepare_file
 from dist_deeplab.model.weights import Variant
-from dist_deeplab.training.builders import build_cache
 from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         grid = parse_grid(arguments.grid or DEFAULT_GRID)
         saved = read_checkpoint(arguments.checkpoint)
         settings = inference_settings(saved, arguments.overrides)
-        manifest = load_manifest(arguments.data, cache=build_cache(settings.data))
+        manifest = load_manifest(arguments.data, cache=build_cache(settings.data.cache_dir, settings.data.cache_gib))
         if list(manifest.class_names) != saved["class_names"]:
             raise UserError(f"{arguments.checkpoint} and {manifest.path} name other classes")
         if arguments.json:

@@ -1,69 +1,103 @@
-"""A comparison as a picture: score, loss and learning rate over the steps, and every class's IoU side by side.
+"""A comparison as a figure: score, loss and learning rate over the steps, and every class's IoU side by side.
 
 Imported where it is drawn: matplotlib takes a moment.
 """
 
+import statistics
 from collections.abc import Sequence
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
+from matplotlib.ticker import MaxNLocator
 
-from dist_deeplab.comparison.record import MIOU, RunRecord
-from dist_deeplab.comparison.table import label, rank
+from dist_deeplab.comparison.record import MIOU
+from dist_deeplab.comparison.settings import Comparison, Setting
 
-_MAX_RUNS = 10  # more lines can't be told apart
+_MAX_SETTINGS = 10  # more lines can't be told apart
 _CURVES = (
-    (MIOU, "mIoU on the validation set (%)", 100.0),
-    ("train/loss", "training loss", 1.0),
-    ("lr/backbone", "learning rate (backbone)", 1.0),
+    (MIOU, "mIoU on the validation set"),
+    ("train/loss", "training loss"),
+    ("lr/backbone", "learning rate (backbone)"),
 )
 
 
-def comparison_figure(records: Sequence[RunRecord]) -> Figure:
-    """Draw the best runs (ten at most), the winner in the first colour; also for a single run."""
-    shown = rank(records)[:_MAX_RUNS]
-    names = [label(record, records) for record in shown]
-    colors = [colormaps["tab10"](index) for index in range(len(shown))]
-    classes = list(dict.fromkeys(name for record in shown for name in record.class_iou()))
+def comparison_figure(comparison: Comparison) -> Figure:
+    """Draw the best settings (ten at most), the best in the first colour; also for a single run.
+
+    Lines and bars are means over seeds, bands and whiskers one standard deviation to either side.
+    """
+    shown = comparison.settings[:_MAX_SETTINGS]
+    classes = [name for name in comparison.classes if any(name in setting.class_scores for setting in shown)]
     figure = Figure(figsize=(13, 4.2 + (3.8 if classes else 0)), layout="constrained")
     rows = figure.subfigures(2 if classes else 1, 1, squeeze=False)[:, 0]
-    for axes, (key, title, factor) in zip(rows[0].subplots(1, 3), _CURVES, strict=True):
-        for record, name, color in zip(shown, names, colors, strict=True):
-            points = record.curves.get(key, [])
-            steps, values = [step for step, _ in points], [factor * value for _, value in points]
-            marker = "o" if key == MIOU else None
-            axes.plot(steps, values, color=color, label=name, marker=marker, markersize=4, linewidth=1.5)
+    for axes, (key, title) in zip(rows[0].subplots(1, 3), _CURVES, strict=True):
+        for index, setting in enumerate(shown):
+            _draw_curve(axes, setting, key, color=colormaps["tab10"](index))
         axes.set(title=title, xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
     if classes:
-        _draw_classes(rows[1].subplots(), shown, names, classes)
+        _draw_classes(rows[1].subplots(), comparison, shown, classes)
     handles, texts = rows[0].axes[0].get_legend_handles_labels()
-    order = "best first" if len(shown) > 1 else None
-    figure.legend(handles, texts, loc="outside upper center", ncols=min(5, len(shown)), title=order)
+    figure.legend(handles, texts, loc="outside upper center", ncols=min(5, len(shown)), title=_title(comparison, shown))
     return figure
 
 
-def _draw_classes(axes: Axes, shown: Sequence[RunRecord], names: Sequence[str], classes: Sequence[str]) -> None:
-    """Draw a group of bars for each class and for the mean, a star over the best of each."""
+def _title(comparison: Comparison, shown: Sequence[Setting]) -> str | None:
+    if len(shown) < 2 and not comparison.has_seeds:
+        return None
+    parts = ["best first"] if len(shown) > 1 else []
+    parts += ["means over seeds ± one standard deviation"] if comparison.has_seeds else []
+    parts += [f"{len(shown)} of {len(comparison.settings)} settings"] if len(shown) < len(comparison.settings) else []
+    return ", ".join(parts)
+
+
+def _draw_curve(axes: Axes, setting: Setting, key: str, *, color: tuple[float, float, float, float]) -> None:
+    label = _literal(setting.label) + (f" ({len(setting.counted)} seeds)" if len(setting.counted) > 1 else "")
+    points = setting.curve(key)
+    steps, means = [step for step, _, _ in points], [mean for _, mean, _ in points]
+    marker = "o" if key == MIOU else None
+    axes.plot(steps, means, color=color, label=label, marker=marker, markersize=4, linewidth=1.5)
+    if any(spread for _, _, spread in points):
+        low, high = [mean - spread for _, mean, spread in points], [mean + spread for _, mean, spread in points]
+        axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _draw_classes(axes: Axes, comparison: Comparison, shown: Sequence[Setting], classes: Sequence[str]) -> None:
+    """Draw a group of bars for each class and for the mean, a star over the best of each where there is one."""
     groups = [*classes, "mIoU"]
     width = 0.8 / len(shown)
-    best: list[tuple[float, int]] = [(-1.0, 0)] * len(groups)
-    for index, record in enumerate(shown):
-        iou = record.class_iou()
-        values = [100 * iou.get(name, 0.0) for name in classes] + [100 * (record.best or (0, 0.0))[1]]
-        best = [max(known, (value, -index)) for known, value in zip(best, values, strict=True)]
+    for index, setting in enumerate(shown):
+        values = [setting.class_scores.get(name, []) for name in classes] + [setting.scores]
+        means = [statistics.fmean(v) if v else 0.0 for v in values]
         places = [group - 0.4 + (index + 0.5) * width for group in range(len(groups))]
-        axes.bar(places, values, width, color=colormaps["tab10"](index), label=names[index])
-    title = "IoU of each class at the best step (%)"
+        axes.bar(places, means, width, color=colormaps["tab10"](index))
+        spread = [(p, m, statistics.stdev(v)) for p, m, v in zip(places, means, values, strict=True) if len(v) > 1]
+        if spread:
+            x, y, error = zip(*spread, strict=True)
+            axes.errorbar(x, y, error, fmt="none", ecolor="black", elinewidth=0.8)
+        for group in range(len(groups)):
+            winner = comparison.class_winner(classes[group], shown) if group < len(classes) else _winner(comparison)
+            if winner is setting:
+                top = means[group] + (statistics.stdev(values[group]) if len(values[group]) > 1 else 0.0)
+                axes.annotate("*", (places[group], top), ha="center", va="bottom", fontsize=12)
+    title = "IoU of each class at the best step"
     if len(shown) > 1:
-        title += ", * best"
-        for group, (value, index) in enumerate(best):
-            if value == 0:
-                continue
-            place = group - 0.4 + (0.5 - index) * width
-            axes.annotate("*", (place, value), ha="center", va="bottom", fontsize=12)
-    axes.set_xticks(range(len(groups)), groups, rotation=35, ha="right")
+        title += ", * best beyond noise" if comparison.noise.degrees else ", * best"
+    axes.set_xticks(range(len(groups)), [_literal(name) for name in groups], rotation=35, ha="right")
     axes.set(title=title, xlim=(-0.6, len(groups) - 0.4))
-    axes.margins(y=0.1)  # room for the stars
+    axes.margins(y=0.1)  # space for the stars
+    axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.3)
+
+
+def _winner(comparison: Comparison) -> Setting | None:
+    """The setting with the best mIoU; None for a tie, or where the second is within noise."""
+    scored = comparison.scored
+    return scored[0] if len(scored) > 1 and comparison.lead(scored[0], scored[1]).is_real else None
+
+
+def _literal(name: str) -> str:
+    """A name as matplotlib shows it unchanged: between two dollars it would read a formula."""
+    return name.replace("$", r"\$")

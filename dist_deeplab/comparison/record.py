@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_deeplab.config import RENAMED
 from dist_deeplab.errors import UserError
 from dist_deeplab.tracking.journal import JOURNAL, read_records
 from dist_deeplab.tracking.run_files import RUN_FILE
@@ -36,25 +37,30 @@ class RunRecord:
         return max(curve, key=lambda point: point[1]) if curve else None
 
     def class_iou(self) -> dict[str, float]:
-        """Return {class: IoU} at the step of the best mIoU."""
+        """{class: IoU} at the step of the best mIoU."""
         if self.best is None:
             return {}
         at = {key: dict(curve).get(self.best[0]) for key, curve in self.curves.items() if key.startswith(IOU)}
         return {key.removeprefix(IOU): value for key, value in at.items() if value is not None}
 
     def last(self, key: str) -> float | None:
-        """Return the last value of a metric, or None where there is none."""
+        """Last value of a metric, or None where there is none."""
         curve = self.curves.get(key)
         return curve[-1][1] if curve else None
 
+    def total(self, key: str) -> float | None:
+        """Largest value of a metric that only grows, such as cost, or None where there is none."""
+        curve = self.curves.get(key)
+        return max(value for _, value in curve) if curve else None
+
     def median(self, key: str) -> float | None:
-        """Return the median of a metric over the steps: a rate without the slow first step."""
+        """Median of a metric over the steps: a rate without the slow first step."""
         curve = self.curves.get(key)
         return statistics.median(value for _, value in curve) if curve else None
 
 
 def read_folder(folder: Path) -> RunRecord:
-    """Return the record of a run's folder, from `run.json` and the journal alone.
+    """Record of a run's folder, from `run.json` and the journal alone.
 
     Raises:
         UserError: not a run's folder.
@@ -62,7 +68,7 @@ def read_folder(folder: Path) -> RunRecord:
     try:
         about: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{folder} is no run's folder: it has no readable {RUN_FILE}") from None
+        raise UserError(f"{folder} is not a run's folder: it has no readable {RUN_FILE}") from None
     curves: dict[str, dict[int, float]] = {}
     status = "RUNNING"
     for record, _ in read_records(folder / JOURNAL):
@@ -73,14 +79,14 @@ def read_folder(folder: Path) -> RunRecord:
         name=about["name"],
         source=str(folder),
         status=status,
-        settings={key: str(value) for key, value in about["parameters"].items()},
+        settings={RENAMED.get(key, key): str(value) for key, value in about["parameters"].items()},
         curves={key: sorted(points.items()) for key, points in curves.items()},
         tags={key: str(value) for key, value in about["tags"].items()},
     )
 
 
 def children(folder: Path) -> list[Path] | None:
-    """Return the folders of a sweep's runs that have begun, or None for a folder that is no sweep's."""
+    """Folders of a sweep's runs that have begun, or None for a folder that is not a sweep's."""
     try:
         about = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Runs out of an MLflow store: of an experiment, of a sweep, or one by one."""
+"""Runs from an MLflow store: of an experiment, of a sweep, or one by one."""
 
 from typing import Any
 
@@ -7,7 +7,12 @@ from dist_deeplab.errors import UserError
 from dist_deeplab.redaction import redact
 from dist_deeplab.tracking.mlflow.store import explain, open_client, sqlite_path
 
-_CURVES = (MIOU, "train/loss", "lr/backbone", "images_per_s")  # those whose course matters, beside val/iou/*
+_CURVES = (
+    MIOU,
+    "train/loss",
+    "lr/backbone",
+    "images_per_s",
+)  # those whose values over the steps matter, beside val/iou/*
 _PARENT = "mlflow.parentRunId"
 
 
@@ -15,7 +20,7 @@ class Store:
     """An open MLflow store.
 
     Raises:
-        UserError: it can't be opened; a SQLite file that is not there is not made.
+        UserError: it can't be opened; a missing SQLite file is not created.
     """
 
     def __init__(self, uri: str) -> None:
@@ -29,7 +34,7 @@ class Store:
         self.uri = uri
 
     def runs_of(self, name: str) -> list[RunRecord]:
-        """Return the runs of a run id, of a sweep's run id, or of an experiment's name, oldest first.
+        """Runs of a run id, of a sweep's run id, or of an experiment's name, oldest first.
 
         Raises:
             UserError: there is neither such a run nor such an experiment.
@@ -65,7 +70,7 @@ class Store:
         return RunRecord(
             name=run.info.run_name,
             source=run.info.run_id,
-            status=run.info.status,
+            status="KILLED" if run.info.status == "SCHEDULED" else run.info.status,  # stopped, and to be resumed
             settings=dict(run.data.params),
             curves=curves,
             tags=dict(run.data.tags),

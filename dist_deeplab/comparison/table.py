@@ -1,182 +1,150 @@
-"""A comparison in words and numbers: which run won, for which class, at what cost, and what speaks for a reason."""
+"""A comparison as terminal tables: settings, runs, classes. Scores are in 0..1, as in MLflow, JSON and CSV."""
 
+import statistics
 from collections.abc import Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
+from dist_deeplab.comparison.noise import SHOWN_DIGITS
 from dist_deeplab.comparison.record import MIOU, RunRecord
+from dist_deeplab.comparison.settings import Comparison, Setting
 from dist_deeplab.logs import format_duration
 
-_LEFT_OUT = ("name", "output_dir", "resume", "tracking.")  # where a run lies says nothing about what it is
 _MAX_COLUMNS = 8
-_WINNER = "*"
+WINNER, NEAR = "*", "~"
+_MARKS = f"{WINNER} best mean, {NEAR} within noise of it"
+_COST_HEADINGS = ("train loss", "images/s", "time", "device-hours", "peak GiB")
 
 
-def rank(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return the runs, best mIoU first, those without a score last."""
-    return sorted(records, key=lambda record: -(record.best or (0, -1.0))[1])
+def settings_table(comparison: Comparison) -> Table:
+    """A row per setting, best mean first: keys that differ, mean and standard deviation over seeds, mean cost of a run.
+
+    Settings that cannot be told from the best one by their scores are marked as near.
+    """
+    names = comparison.keys or ("setting",)
+    table = Table("", *names, title="settings, best first; means over seeds", title_justify="left")
+    for heading in ("seeds", "mIoU", "std", *_COST_HEADINGS):
+        table.add_column(heading, justify="right")
+    table.add_column("finished", justify="right")
+    for setting in comparison.settings:
+        is_best = mark(comparison, setting) == WINNER
+        labels = [setting.runs[0].settings.get(key, "") for key in comparison.keys] or [setting.label]
+        table.add_row(
+            mark(comparison, setting),
+            *map(escape, labels),
+            str(len(setting.counted)),
+            score(setting.mean),
+            score(setting.deviation),
+            *_cost_cells(setting),
+            f"{sum(run.status == 'FINISHED' for run in setting.runs)} of {len(setting.runs)}",
+            style="bold" if is_best else None,
+        )
+    if comparison.noise.degrees and len(comparison.scored) > 1:
+        table.caption, table.caption_justify = _MARKS, "left"
+    return table
 
 
-def differing_settings(records: Sequence[RunRecord]) -> list[str]:
-    """Return the keys of the configuration in which the runs differ, in the configuration's order."""
-    keys = dict.fromkeys(key for record in records for key in record.settings)
-    return [
-        key
-        for key in keys
-        if not key.startswith(_LEFT_OUT) and len({record.settings.get(key) for record in records}) > 1
-    ]
-
-
-def run_table(records: Sequence[RunRecord]) -> Table:
-    """Return a row for each run, the best first: settings that differ, scores, what it cost."""
-    keys = differing_settings(records)
-    table = Table("", "run", *keys, title="runs, best first", title_justify="left")
-    for heading in ("best mIoU", "at step", "last mIoU", "train loss", "images/s", "time", "device-hours", "peak GiB"):
+def run_table(comparison: Comparison) -> Table:
+    """A row per run, those of the best setting first: settings that differ, scores, what it cost."""
+    title = "runs, by setting" if comparison.has_seeds else "runs, best first"
+    table = Table("", "run", *comparison.run_keys, title=title, title_justify="left")
+    for heading in ("best mIoU", "at step", "last mIoU", *_COST_HEADINGS):
         table.add_column(heading, justify="right")
     table.add_column("status")
-    for place, record in enumerate(rank(records)):
-        best = record.best
-        table.add_row(
-            _WINNER if place == 0 and best else "",
-            escape(record.name),
-            *(escape(record.settings.get(key, "")) for key in keys),
-            number(best[1] if best else None, 100, ".2f"),
-            str(best[0]) if best else "-",
-            number(record.last("val/mIoU"), 100, ".2f"),
-            number(record.last("train/loss"), 1, ".4f"),
-            number(record.median("images_per_s"), 1, ".1f"),
-            duration(record.last("cost/total_s")),
-            number(record.last("cost/device_hours"), 1, ".3g"),
-            number(record.last("memory/peak_gib"), 1, ".2f"),
-            record.status,
-            style="bold" if place == 0 and best else None,
-        )
+    for setting in comparison.settings:
+        if comparison.has_seeds:
+            table.add_section()
+        for run in setting.runs:
+            own_mark = "" if comparison.has_seeds else mark(comparison, setting)
+            step, miou = run.best or (None, None)
+            table.add_row(
+                own_mark,
+                escape(run.name),
+                *(escape(run.settings.get(key, "")) for key in comparison.run_keys),
+                score(miou),
+                "-" if step is None else str(step),
+                score(run.last(MIOU)),
+                *_cost_cells(Setting("", (run,))),
+                run.status,
+                style="bold" if own_mark == WINNER else None,
+            )
     return table
 
 
-def class_table(records: Sequence[RunRecord]) -> Table | None:
-    """Return a row for each class with every run's IoU (in %), the best marked; None where nothing was scored."""
-    scored = [(record, record.class_iou()) for record in rank(records) if record.best][:_MAX_COLUMNS]
-    if not scored:
+def class_table(comparison: Comparison) -> Table | None:
+    """A row per class with every setting's mean IoU, the best marked where it is one; None where nothing was scored."""
+    shown = comparison.scored[:_MAX_COLUMNS]
+    if not shown:
         return None
-    table = Table("class", title="class IoU at the best step", title_justify="left")
-    for record, _ in scored:
-        table.add_column(escape(label(record, records)), justify="right")
-    table.add_column("best - worst", justify="right")
-    for name in dict.fromkeys(name for _, iou in scored for name in iou):
-        values = [iou.get(name) for _, iou in scored]
-        known = [value for value in values if value is not None]
-        cells = [_marked(value, is_best=value == max(known) > min(known)) for value in values]
-        table.add_row(escape(name), *cells, f"{100 * (max(known) - min(known)):.2f}")
+    title = "class IoU at the best step" + (", means over seeds" if comparison.has_seeds else "")
+    if len(shown) < len(comparison.scored):
+        title += f"; the best {len(shown)} of {len(comparison.scored)} settings"
+    table = Table("class", title=title, title_justify="left", caption_justify="left")
+    for setting in shown:
+        table.add_column(escape(setting.label), justify="right")
+    if len(shown) > 1:
+        table.add_column("best - worst", justify="right")
+    for name in comparison.classes:
+        means = [statistics.fmean(s.class_scores[name]) if name in s.class_scores else None for s in shown]
+        known = [mean for mean in means if mean is not None]
+        winner = comparison.class_winner(name, shown)
+        cells = [_marked(mean, is_best=setting is winner) for mean, setting in zip(means, shown, strict=True)]
+        spread = [score(max(known) - min(known) if known else None)] if len(shown) > 1 else []
+        table.add_row(escape(name), *cells, *spread)
     table.add_section()
-    table.add_row("mIoU", *(f"{100 * record.best[1]:.2f}" for record, _ in scored if record.best), "", style="bold")
+    table.add_row("mIoU", *(score(setting.mean) + " " for setting in shown), style="bold")
+    table.caption = absent_classes(comparison.runs, len(comparison.classes)) or None
     return table
 
 
-def verdict(records: Sequence[RunRecord]) -> list[str]:
-    """Return sentences that answer which run won, where, at what cost, and what speaks for a reason."""
-    scored = [record for record in rank(records) if record.best]
-    if len(scored) < 2:
-        return ["fewer than two runs have a score: nothing to compare yet"]
-    winner, second = scored[0], scored[1]
-    assert winner.best is not None and second.best is not None
-    ahead = winner.class_iou()
-    behind = second.class_iou()
-    gains = sorted(((ahead[name] - behind[name], name) for name in ahead.keys() & behind.keys()), reverse=True)
-    miou = f"mIoU {100 * winner.best[1]:.2f}"
-    if winner.best[1] == second.best[1]:
-        return [f"no winner: {label(winner, records)} and {label(second, records)} both have {miou}"]
-    lead = _points(winner.best[1], second.best[1])
-    lines = [f"winner: {label(winner, records)}, {miou}, {lead} ahead of {label(second, records)}"]
-    if gains:
-        up, down = gains[0], gains[-1]
-        lines.append(
-            f"against the second it gains most for {up[1]} ({100 * up[0]:+.2f}) and least for {down[1]} "
-            f"({100 * down[0]:+.2f}); it is better for {sum(gain > 0 for gain, _ in gains)} and worse for "
-            f"{sum(gain < 0 for gain, _ in gains)} of {len(gains)} classes"
-        )
-    lines += [*_cost_line(winner, scored), *_reason_line(winner, scored)]
-    seeds = {record.settings.get("seed") for record in records}
-    if len(seeds) == 1:
-        lines.append(
-            "each setting ran with one seed: a small lead may be chance (add seed=0,1,2 to the sweep to find out)"
-        )
-    return lines
+def absent_classes(runs: Sequence[RunRecord], num_scored: int) -> str:
+    """How many of the configured classes no run has a score of, as a sentence; empty if there are none."""
+    configured = max(
+        (int(text) for run in runs if (text := run.settings.get("data.num_classes", "")).isdigit()), default=0
+    )
+    absent = configured - num_scored
+    have = "has" if absent == 1 else "have"
+    return f"{absent} of {configured} classes {have} no pixel in the validation set" if absent > 0 else ""
 
 
-def label(record: RunRecord, records: Sequence[RunRecord]) -> str:
-    """Return what sets a run apart: `optim.power=0.9`, or its name where that says more."""
-    keys = differing_settings(records)
-    short = ", ".join(f"{key.rpartition('.')[2]}={record.settings.get(key, '')}" for key in keys)
-    same = [
-        other for other in records if [other.settings.get(k) for k in keys] == [record.settings.get(k) for k in keys]
-    ]
-    return short if short and len(short) <= 32 and len(same) == 1 else record.name
+def mark(comparison: Comparison, setting: Setting) -> str:
+    """Mark of a setting: the best, within noise of it, or neither. With one setting, or a tie, none is the best."""
+    scored = comparison.scored
+    if len(scored) < 2 or setting not in scored:
+        return ""
+    best = scored[0]
+    if setting is not best:
+        return NEAR if comparison.lead(best, setting).is_noise else ""
+    return "" if comparison.lead(best, scored[1]).is_tie else WINNER
+
+
+def score(value: float | None) -> str:
+    """A score in 0..1, `-` for None."""
+    return number(value, f".{SHOWN_DIGITS}f")
+
+
+def number(value: float | None, form: str) -> str:
+    """A number in a format, `-` for None."""
+    return "-" if value is None else format(value, form)
 
 
 def duration(seconds: float | None) -> str:
-    """Return e.g. 0:42 or 3:05:00, `-` for None."""
+    """E.g. 0:42 or 3:05:00, `-` for None."""
     return "-" if seconds is None else format_duration(seconds)
 
 
-def _cost_line(winner: RunRecord, scored: Sequence[RunRecord]) -> list[str]:
-    cost = winner.last("cost/device_hours")
-    others = [record.last("cost/device_hours") for record in scored if record is not winner]
-    costs = [value for value in others if value is not None]
-    if cost is None or not costs or len(costs) < len(others):
-        return []
-    span = (
-        f"the others took {min(costs):.3g} to {max(costs):.3g}" if len(costs) > 1 else f"the other took {costs[0]:.3g}"
-    )
-    return [f"cost: {duration(winner.last('cost/total_s'))}, {cost:.3g} device-hours; {span}"]
-
-
-def _reason_line(winner: RunRecord, scored: Sequence[RunRecord]) -> list[str]:
-    """Say whether the winner also fitted the training data best: fitting and generalising are different reasons.
-
-    Not where the runs' losses are sums of different parts, of one output or of several.
-    """
-    losses = {record.source: record.last("train/loss") for record in scored}
-    if None in losses.values():
-        return []
-    if len({record.settings.get("multi_scale.scales") for record in scored}) > 1:
-        return _peak_line(winner)
-    own = losses[winner.source]
-    assert own is not None
-    lower = sum(value is not None and value < own for value in losses.values())
-    if lower == 0:
-        lines = [f"why: its training loss is the lowest too ({own:.4f}): it fitted the training data further"]
-    else:
-        lines = [
-            f"why: {lower} of {len(scored)} runs have a lower training loss than its {own:.4f}: they fitted further, "
-            "it generalised better"
-        ]
-    return [*lines, *_peak_line(winner)]
-
-
-def _peak_line(winner: RunRecord) -> list[str]:
-    """Say where the winner's best score was not its last: it may have won by a lucky evaluation."""
-    assert winner.best is not None
-    (step, best), (last_step, last) = winner.best, winner.curves[MIOU][-1]
-    if step == last_step:
-        return []
+def _cost_cells(setting: Setting) -> list[str]:
     return [
-        f"its best was at step {step}; at step {last_step}, its last evaluation, it had {100 * last:.2f}, "
-        f"{_points(best, last)} less"
+        number(setting.mean_of(lambda run: run.last("train/loss")), ".4f"),
+        number(setting.mean_of(lambda run: run.median("images_per_s")), ".1f"),
+        duration(setting.mean_of(lambda run: run.total("cost/total_s"))),
+        number(setting.mean_of(lambda run: run.total("cost/device_hours")), ".3g"),
+        number(setting.mean_of(lambda run: run.total("memory/peak_gib")), ".2f"),
     ]
 
 
-def _points(first: float, second: float) -> str:
-    return f"{100 * (first - second):.2f} points"
-
-
-def _marked(value: float | None, *, is_best: bool) -> str:
-    if value is None:
+def _marked(mean: float | None, *, is_best: bool) -> str:
+    if mean is None:
         return "-"
-    return f"[bold]{100 * value:.2f}{_WINNER}[/bold]" if is_best else f"{100 * value:.2f} "
-
-
-def number(value: float | None, factor: float, form: str) -> str:
-    """Return `factor * value` in a format, `-` for None."""
-    return "-" if value is None else format(factor * value, form)
+    return f"[bold]{score(mean)}{WINNER}[/bold]" if is_best else f"{score(mean)} "

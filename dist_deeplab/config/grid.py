@@ -1,6 +1,6 @@
 """A grid of runs: `optim.power=0.8,0.9,1.0 optim.lr=1e-3,2e-3` means six, every value of one with every of the other.
 
-Only commas outside brackets and quotes part values: `multi_scale.scales=[1.0,0.5]` is one value, and
+Only commas outside brackets and quotes separate values: `multi_scale.scales=[1.0,0.5]` is one value, and
 `multi_scale.scales=[],[1.0,0.5]` are two.
 """
 
@@ -19,14 +19,14 @@ _MAX_LENGTH = 60  # of a value in a name: a folder has at most 255 bytes
 
 @dataclass(frozen=True)
 class GridRun:
-    """One point of a grid: a name that tells its values, and the overrides that make them."""
+    """One point of a grid: a name that holds its values, and the overrides that set them."""
 
     suffix: str
     overrides: tuple[str, ...]
 
 
 def split_values(text: str) -> list[str]:
-    """Return the values between the commas that lie outside brackets and quotes."""
+    """Values between the commas that are outside brackets and quotes."""
     values, depth, quote = [""], 0, ""
     for character in text:
         if quote:
@@ -45,7 +45,7 @@ def split_values(text: str) -> list[str]:
 
 
 def expand(arguments: Sequence[str]) -> tuple[list[str], list[GridRun]]:
-    """Return the overrides that are the same in all runs, and the runs in order, the last key changing fastest.
+    """The overrides that are the same in all runs, and the runs in order, the last key changing fastest.
 
     Raises:
         UserError: no key has several values; one has a value twice; one must not differ between the runs of a sweep.
@@ -83,16 +83,16 @@ def expand(arguments: Sequence[str]) -> tuple[list[str], list[GridRun]]:
 
 
 def _as_name(value: str) -> str:
-    """Return the value with what a run's name may hold: `[1.0, 0.5]` becomes 1.0_0.5, an empty value `none`.
+    """The value in characters that a run's name may have: `[1.0, 0.5]` becomes 1.0_0.5, an empty value `none`.
 
-    Of long ones, as paths are, the end. `.5` becomes 0.5: a name that lost the dot would tell another value.
+    Long values such as paths are cut to their end. `.5` becomes 0.5: without the dot the name would say another value.
     """
     value = re.sub(r"(?<!\w)\.(?=\d)", "0.", value)
     return re.sub(r"[^A-Za-z0-9.-]+", "_", value)[-_MAX_LENGTH:].lstrip("_.").rstrip("_.-") or "none"
 
 
 def _with_distinct_names(runs: list[GridRun]) -> list[GridRun]:
-    """Return the runs, numbered where values that differ look alike in a name."""
+    """The runs, numbered where different values look the same in a name."""
     suffixes = [run.suffix for run in runs]
     numbers = [suffixes[: i + 1].count(suffix) for i, suffix in enumerate(suffixes)]
     return [

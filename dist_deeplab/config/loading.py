@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dist_deeplab.config.grid import split_values
 from dist_deeplab.config.keys import AFFECTS, RENAMED, SECTIONS, nearest_key
 from dist_deeplab.config.problems import sentence
 from dist_deeplab.config.schema import RunConfig
@@ -39,10 +40,13 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = (), *, base:
         _check_keys(values, where=str(path))
         values = _with_new_names(values, where=str(path), notice=True)
     overrides = list(overrides)
-    for override in overrides:
-        _apply_override(values, override)
     where = "the command line" if path is None else f"{path} (with overrides)" if overrides else str(path)
-    return config_from_dict(values, where=where)
+    try:
+        for override in overrides:
+            _apply_override(values, override)
+        return config_from_dict(values, where=where)
+    except UserError as error:
+        raise UserError(f"{error}{_sweep_hint(overrides, str(error))}") from None
 
 
 def config_from_dict(values: dict[str, Any], *, where: str) -> RunConfig:
@@ -57,6 +61,15 @@ def config_from_dict(values: dict[str, Any], *, where: str) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(f"configuration from {where}: {sentence(error)}") from None
+
+
+def _sweep_hint(overrides: Iterable[str], error: str) -> str:
+    """Continuation of an error about an override whose value is several, separated by commas; empty for others."""
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if key in error and key in AFFECTS and AFFECTS[key].what != "nothing" and len(split_values(text)) > 1:
+            return f"; several values are a grid: to train one run per value, give {override!r} to dist-deeplab sweep"
+    return ""
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:

@@ -12,15 +12,10 @@ T = TypeVar("T")
 
 
 class Meter:
-    """Counts steps and the seconds spent waiting for data and for other ranks; pauses are left out.
-
-    progress, phase: for the watchdog's thread; the first grows whenever the main thread begins something else.
-    """
+    """Counts steps and the seconds spent waiting for data and for other ranks; pauses are left out."""
 
     def __init__(self) -> None:
         self.images_per_s_at_peak: float | None = None
-        self.progress = 0
-        self.phase = "starting"
         self._reset()
 
     def start(self, images_per_s_at_peak: float | None) -> None:
@@ -44,7 +39,6 @@ class Meter:
         """Yield the items, counting each as a step and the wait for it as data time."""
         iterator = iter(iterable)
         while True:
-            self.begin("waiting for data")
             asked = time.perf_counter()
             try:
                 item = next(iterator)
@@ -52,13 +46,7 @@ class Meter:
                 return
             self.data_s += time.perf_counter() - asked
             self.steps += 1
-            self.begin("in a step")
             yield item
-
-    def begin(self, phase: str) -> None:
-        """Note that the main thread makes progress, and with what."""
-        self.phase = phase
-        self.progress += 1
 
     def waited(self, seconds: float) -> None:
         """Count time spent waiting for other ranks inside a step."""
@@ -68,12 +56,11 @@ class Meter:
     def paused(self) -> Iterator[None]:
         """Leave the time inside this context out: it is not training."""
         entered = time.perf_counter()
-        self.begin("evaluating or saving")
         yield
         self.paused_s += time.perf_counter() - entered
 
     def pop(self, *, images_per_step: int, device: torch.device) -> dict[str, float]:
-        """Return the means since the last call as metric points, and start anew."""
+        """Means since the last call, as metric points; the next window begins."""
         elapsed = max(1e-9, time.perf_counter() - self.started - self.paused_s)
         steps = max(1, self.steps)
         values = {
@@ -90,7 +77,7 @@ class Meter:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that was in use: of the GPU, or of this process where there is none."""
+    """Peak memory in use: of the GPU, or of this process where there is none."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

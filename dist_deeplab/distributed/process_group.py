@@ -6,34 +6,27 @@ Only `distributed/` knows what the main rank is; everything else makes the same 
 import contextlib
 import datetime
 import gc
-import logging
 import os
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dist_deeplab.distributed.launcher import tell_launcher
 from dist_deeplab.distributed.rendezvous import meet
+from dist_deeplab.distributed.time_limit import within
 from dist_deeplab.errors import UserError, first_line
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_GRACE_S = 3.0  # how long other ranks leave the main rank to report an error that all of them have
-_ECHO_GRACE_S = 5.0
-_STARTUP_TIMEOUT_S = 600.0
-_HANG_TIMEOUT_S = 1800.0  # covers the main rank drawing figures or saving to a slow disk while others wait
-_LATER_S = 60.0  # collectives give up so much later than the watchdog, which has more to say
+STARTUP_TIMEOUT_S = 600.0
+HANG_TIMEOUT_S = 1800.0  # covers the main rank drawing figures or saving to a slow disk while others wait
+_LATER_S = 60.0  # collectives time out this much later than the watchdog, whose message says more
+_DESTROY_WAIT_S = 60.0
 _SLURM_PORTS = (20000, 12000)  # first port and how many: below the ephemeral ones (32768 and up)
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,9 +109,11 @@ def _integer(environ: Mapping[str, str], name: str, default: int | None = None) 
 
 @contextlib.contextmanager
 def process_group(
-    env: DistEnv, *, startup_timeout_s: float = _STARTUP_TIMEOUT_S, hang_timeout_s: float = _HANG_TIMEOUT_S
+    env: DistEnv, *, startup_timeout_s: float = STARTUP_TIMEOUT_S, hang_timeout_s: float = HANG_TIMEOUT_S
 ) -> Iterator[dist.Store | None]:
     """Hold the default process group open: gloo for CPU tensors, NCCL for CUDA tensors. Nothing at world size 1.
+
+    It is destroyed on success only. After an error the process must print it and end by `hard_exit`.
 
     Yields:
         The store that all ranks share, None at world size 1.
@@ -147,11 +142,10 @@ def process_group(
         world_size=env.world_size,
         timeout=datetime.timedelta(seconds=hang_timeout_s + _LATER_S),
     )
-    try:
-        yield store
-    finally:
-        gc.collect()  # DDP sits in reference cycles and holds the group: use it in a function that has returned by now
-        dist.destroy_process_group()
+    yield store
+    # After an error this is not reached: NCCL's part of it waits for the other ranks, without a time limit.
+    gc.collect()  # DDP sits in reference cycles and holds the group: use it in a function that has returned by now
+    within(_DESTROY_WAIT_S, dist.destroy_process_group)
 
 
 def _set_slurm_rendezvous() -> None:
@@ -174,77 +168,6 @@ def _set_slurm_rendezvous() -> None:
             ) from None
     first, count = _SLURM_PORTS
     os.environ.setdefault("MASTER_PORT", str(first + int(os.environ["SLURM_JOB_ID"]) % count))
-
-
-def launched_s_ago() -> float:
-    """Return the age in seconds of what started the run: torchrun, whose restarts do not reset it, or this process."""
-    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # proc(5): field 22, in ticks since boot
-        return max(0.0, float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - started)
-    except (OSError, ValueError, IndexError):
-        return 0.0
-
-
-def refuse_restart() -> None:
-    """Keep torchrun's --max-restarts from starting again what would only stop or fail again.
-
-    Whatever the exit code, torchrun takes it for a failure to be tried again; a SIGTERM ends it instead.
-    """
-    left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    )
-    if left > 0 and _is_torchrun(os.getppid()):
-        os.kill(os.getppid(), signal.SIGTERM)
-
-
-def _is_torchrun(pid: int) -> bool:
-    """Return whether a process is torchrun, and not one that merely has its variables from further up."""
-    try:
-        return b"torch" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
-def leave(exit_code: int) -> NoReturn:
-    """End this process with `exit_code`, without the interpreter's own ending; for a command's last line.
-
-    Once DDP was used, torch (2.13) keeps gloo's threads running after the group is destroyed. One of them that lets go
-    of a tensor while the interpreter ends aborts the process ("terminate called without an active exception",
-    SIGABRT), and a launcher takes a finished run for a failed one.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
-
-
-def exit_with_error(env: DistEnv, error: UserError) -> int:
-    """Print the error once for all ranks that have it, and return its exit code.
-
-    The main rank speaks at once. Another one first leaves it time to do so (the launcher then ends this process), and
-    speaks only if the mistake turns out to be its own, e.g. data missing on its node.
-    """
-    if not env.is_main:
-        time.sleep(_GRACE_S)
-    where = "" if env.is_main else f" (rank {env.rank})"
-    print(f"error{where}: {error}", file=sys.stderr, flush=True)
-    tell_launcher("refused")
-    refuse_restart()
-    return error.exit_code
-
-
-def exit_with_crash(env: DistEnv, error: Exception) -> int:
-    """Log an unexpected error with its traceback, to the rank's log file too, and return exit code 1.
-
-    A broken connection is mostly the echo of another rank's error: that one gets time to speak, and the launcher to
-    end this process.
-    """
-    if env.world_size > 1 and isinstance(error, RuntimeError):
-        time.sleep(_ECHO_GRACE_S)
-    log.error("rank %d failed", env.rank, exc_info=error)
-    return 1
 
 
 def _active() -> bool:

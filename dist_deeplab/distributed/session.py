@@ -1,45 +1,90 @@
-"""What holds while a run goes on: the ranks' connection, the folder's lock, the watchdog, signals and time limits."""
+"""The ranks of a command while it works: connection and watchdog; for a run also its lock, signals and time limit."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from dist_deeplab.distributed.launcher import tell_launcher
+from dist_deeplab.distributed.failure import failure_published
+from dist_deeplab.distributed.heartbeat import Progress
+from dist_deeplab.distributed.launcher import launched_s_ago, write_status
 from dist_deeplab.distributed.meter import Meter
-from dist_deeplab.distributed.process_group import DistEnv, launched_s_ago, process_group
+from dist_deeplab.distributed.process_group import HANG_TIMEOUT_S, STARTUP_TIMEOUT_S, DistEnv, process_group
 from dist_deeplab.distributed.rank_times import RankTimes
 from dist_deeplab.distributed.run_lock import lock_run
 from dist_deeplab.distributed.stop_request import StopRequest
 from dist_deeplab.distributed.watchdog import watched
 
+T = TypeVar("T")
+
 
 @dataclass
 class Session:
-    """What a running run tells the rest of the world (meter, report) and is told by it (stop)."""
+    """This rank among the others. progress: marks for the watchdog; stop: whether a rank was asked to stop."""
 
     env: DistEnv
-    rank_times: RankTimes
-    first_step: int = 0
-    meter: Meter = field(default_factory=Meter)
+    progress: Progress = field(default_factory=Progress)
     stop: StopRequest = field(default_factory=StopRequest)
+
+
+@dataclass
+class TrainingSession(Session):
+    """A run's session: its step times and its status for the launcher as well."""
+
+    rank_times: RankTimes = field(kw_only=True)
+    meter: Meter = field(default_factory=Meter)
+    first_step: int = 0
 
     def report(self, status: str, step: int) -> None:
         """Tell the script around torchrun that the run is "running" from a step on, "stopped" or "done"."""
         self.first_step = step if status == "running" else self.first_step
-        if self.env.is_main:
-            tell_launcher(status, first_step=self.first_step, last_step=step)
+        self.env.on_main(lambda: write_status(status, first_step=self.first_step, last_step=step))
 
-    def asks_to_stop(self) -> bool:
-        """Return whether a rank was asked to stop, from time to time inside something long: which goes on otherwise."""
-        self.meter.begin(self.meter.phase)
-        return bool(self.stop)
+    def steps(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield each step's batches, timed by the meter and watched by the watchdog."""
+        return self.meter.timed(self.progress.watch(batches, waiting="waiting for data", working="in a step"))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside this context out of the meter: it is not training."""
+        self.progress.begin("evaluating or saving")
+        with self.meter.paused():
+            yield
 
 
 @contextlib.contextmanager
 def session(
-    env: DistEnv, run_dir: Path, *, startup_timeout_s: float, hang_timeout_s: float, max_hours: float | None
+    env: DistEnv,
+    *,
+    startup_timeout_s: float = STARTUP_TIMEOUT_S,
+    hang_timeout_s: float = HANG_TIMEOUT_S,
+    logs: Path | None = None,
 ) -> Iterator[Session]:
+    """Connect the ranks of a command that is not a run (evaluate, predict, doctor); every rank must enter.
+
+    Args:
+        env: this rank.
+        startup_timeout_s: how long to wait for the other ranks.
+        hang_timeout_s: how long the command may make no progress.
+        logs: folder for the stacks of a command that hangs; None: they are printed.
+
+    Raises:
+        UserError: other ranks did not join.
+    """
+    ranks = Session(env)
+    with (
+        process_group(env, startup_timeout_s=startup_timeout_s, hang_timeout_s=hang_timeout_s) as store,
+        watched(env, store, ranks.progress, ranks.stop, timeout_s=hang_timeout_s, logs=logs),
+        failure_published(env, store),
+    ):
+        yield ranks
+
+
+@contextlib.contextmanager
+def training_session(
+    env: DistEnv, run_dir: Path, *, startup_timeout_s: float, hang_timeout_s: float, max_hours: float | None
+) -> Iterator[TrainingSession]:
     """Open a run in `run_dir`; every rank must enter.
 
     Args:
@@ -47,16 +92,17 @@ def session(
         run_dir: the run's folder, made here; no other run may use it meanwhile.
         startup_timeout_s: how long to wait for the other ranks.
         hang_timeout_s: how long the run may make no progress.
-        max_hours: ask to stop so long after the launch; None: never.
+        max_hours: ask to stop this long after the launch; None: never.
 
     Raises:
-        UserError: ranks did not come, or the folder is taken or can't be written.
+        UserError: other ranks did not join, or the folder is taken or cannot be written.
     """
-    run = Session(env, RankTimes(env, run_dir / "logs"))
+    run = TrainingSession(env, rank_times=RankTimes(env, run_dir / "logs"))
     with (
         process_group(env, startup_timeout_s=startup_timeout_s, hang_timeout_s=hang_timeout_s) as store,
         lock_run(env, run_dir),
-        watched(env, store, run.meter, run.stop, timeout_s=hang_timeout_s, logs=run_dir / "logs"),
+        watched(env, store, run.progress, run.stop, timeout_s=hang_timeout_s, logs=run_dir / "logs"),
+        failure_published(env, store),
     ):
         run.stop.install()
         if max_hours is not None:

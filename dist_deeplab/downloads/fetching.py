@@ -1,34 +1,34 @@
 """`fetch`: one download per node, resumed after a kill, verified, and named only when whole.
 
 In the folder lie `<name>`, complete; hidden beside it `.<name>.lock`, `.<name>.json` (where it came from and what was
-verified) and, while it comes, `.<name>.part` with `.<name>.part.json`.
+verified) and, while it is downloaded, `.<name>.part` with `.<name>.part.json`.
 """
 
 import errno
-import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from dist_deeplab import files
+from dist_deeplab import files, locks
+from dist_deeplab.downloads.records import Record, beside, read_record, write_record
 from dist_deeplab.downloads.remote import Remote, RemoteError, Stream, open_remote
 from dist_deeplab.downloads.urls import DownloadError, check_url, name_in, shown
 
 _CHUNK = 2**20
-_MAX_FAILURES = 5  # in a row, without a byte in between
+_MAX_FAILURES = 5  # in a row, without a gain in between
+_LEAST_GAIN = 2**16  # bytes that the next attempt can build on: a server that sends less is no use
 _FIRST_PAUSE_S = 1.0  # doubled with each failure in a row
 _SPARE_BYTES = 2**24  # left free on the disk, for whoever else writes there
 
-_DIGEST_NAMES = {"sha256": "SHA-256", "md5": "MD5"}
+_DIGESTS = {"sha256": ("SHA-256", 64), "md5": ("MD5", 32)}  # name, hexadecimal digits
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, "int | None"], object]
@@ -50,30 +50,36 @@ def fetch(
     refresh: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Return the path of the file at `url`, downloaded into `folder` unless it lies there already.
+    """The path of the file at `url`, downloaded into `folder` unless it lies there already.
 
-    Any number of processes may ask at once: they wait for one download. After a kill the next call goes on with what
-    came, if the server can and its file is still the same.
+    Any number of processes may ask at once: they wait for one download. After a kill the next call continues from the
+    bytes that are there, if the server can and its file is still the same. An attempt counts as failed unless the next
+    one can build on it, so that a server that always breaks off ends in an error; one that sends less than 1 MiB in
+    10 minutes breaks off too.
 
     Args:
         url: http, https, s3, gs or hf.
         folder: made if missing; on a disk of this node, or one whose file system knows `flock`.
         name: file name in `folder`; default: the last part of the URL.
         sha256: hexadecimal digest that the file must have. A file that has it is taken, wherever it came from;
-            without one, a file that came from this URL.
+            without one (None, not the empty string), a file that came from this URL.
         md5: the same, for files whose owners publish no better digest.
         size: bytes that the file must have.
         refresh: fetch it even if it is there: for small files that change under their name.
         progress: see `Progress`; called after each MiB.
 
     Raises:
-        DownloadError: not there, no connection after several tries, other bytes than expected, unwritable folder.
+        DownloadError: not there, no connection after several tries, other bytes or more of them than expected,
+            unwritable folder or one without file locks, a digest that is not one.
         DiskFullError: no room in `folder`.
     """
     check_url(url)
     folder = Path(folder).expanduser()
     target = folder / (name or name_in(url))
-    digests = {name: text.lower() for name, text in (("sha256", sha256), ("md5", md5)) if text}
+    digests = {kind: text.lower() for kind, text in (("sha256", sha256), ("md5", md5)) if text is not None}
+    for kind, text in digests.items():
+        if not re.fullmatch(f"[0-9a-f]{{{_DIGESTS[kind][1]}}}", text):
+            raise DownloadError(f"{text!r} is not the {_DIGESTS[kind][0]} of a file, which {shown(url)} must have")
     download = _Download(url, target, digests, size, progress)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,23 +95,13 @@ def fetch(
 
 
 def _take_lock(target: Path, url: str) -> FileLock:
-    lock = FileLock(_beside(target, "lock"))
+    lock = locks.file_lock(beside(target, "lock"))
     try:
         lock.acquire(timeout=1.0)
     except Timeout:
         log.info("waiting for another process that fetches %s", shown(url))
         lock.acquire()
     return lock
-
-
-@dataclass(frozen=True)
-class _Record:
-    """Where a file came from and what it was found to be: later calls trust this as long as the file is untouched."""
-
-    url: str
-    size: int
-    digests: dict[str, str]
-    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -121,16 +117,16 @@ class _Download:
     @property
     def part(self) -> Path:
         """Where the bytes gather."""
-        return _beside(self.target, "part")
+        return beside(self.target, "part")
 
     def is_there(self) -> bool:
-        """Return whether `target` is the wanted file."""
+        """Whether `target` is the wanted file."""
         if not self.target.is_file():
             return False
         found = self.target.stat()
         if self.size not in (None, found.st_size):
             return False
-        record = _read_record(_beside(self.target, "json"), _Record)
+        record = read_record(beside(self.target, "json"), Record)
         if record and (record.size, record.mtime_ns) != (found.st_size, found.st_mtime_ns):
             record = None
         if not self.digests:
@@ -148,55 +144,56 @@ class _Download:
         resumed = self._fill()
         problem, digests = self._examine()
         if problem and resumed:  # the first part was of another file, or was damaged here
-            log.warning("%s, put together from two attempts, %s; fetching it anew", shown(self.url), problem)
+            log.warning("%s, put together from two attempts, %s; fetching it again", shown(self.url), problem)
             self.part.unlink()
             self._fill()
             problem, digests = self._examine()
         if problem:
             self.part.unlink()
-            raise DownloadError(f"{shown(self.url)} {problem}; it was thrown away, ask its owner or try another mirror")
+            raise DownloadError(f"{shown(self.url)} {problem}; it was deleted, ask its owner or try another source")
         files.fsync(self.part)
         os.replace(self.part, self.target)
         found = self.target.stat()
-        _write_record(_beside(self.target, "json"), _Record(self.url, found.st_size, digests, found.st_mtime_ns))
-        _beside(self.target, "part.json").unlink(missing_ok=True)
+        write_record(beside(self.target, "json"), Record(self.url, found.st_size, digests, found.st_mtime_ns))
+        beside(self.target, "part.json").unlink(missing_ok=True)
         files.fsync(self.target.parent)
 
     def _examine(self) -> tuple[str, dict[str, str]]:
-        """Return what is wrong with the fetched bytes, empty if nothing, and their digests."""
+        """What is wrong with the fetched bytes, empty if nothing, and their digests."""
         size = self.part.stat().st_size
         digests = {kind: files.digest(self.part, kind) for kind in {"sha256": "", **self.digests}}
         if self.size not in (None, size):
             return f"has {size:,} bytes, not {self.size:,}", digests
         for kind, text in self.digests.items():
             if digests[kind] != text:
-                return f"has the {_DIGEST_NAMES[kind]} {digests[kind]}, not {text}", digests
+                return f"has the {_DIGESTS[kind][0]} {digests[kind]}, not {text}", digests
         return "", digests
 
     def _fill(self) -> bool:
-        """Gather the whole file, over as many connections as it takes; return whether these were several."""
-        failures, resumed = 0, False
+        """Gather the whole file, over as many connections as it takes; whether these were several."""
+        failures, best, resumed = 0, 0, False
         while True:
             offset, version = self._usable_bytes()
+            best = max(best, offset)
             try:
                 with open_remote(self.url, offset=offset, version=version) as stream:
                     resumed |= stream.offset > 0
                     self._receive(stream)
                 return resumed
             except RemoteError as error:
-                gained = self._size_of_part() > offset
+                gained = self._usable_bytes()[0] - best >= _LEAST_GAIN
                 failures = 1 if gained else failures + 1
                 if error.permanent or failures >= _MAX_FAILURES:
                     raise DownloadError(f"{shown(self.url)} can't be fetched: {error}") from None
-                log.warning("the download of %s broke off (%s); going on", shown(self.url), error)
+                log.warning("the download of %s broke off (%s); trying again", shown(self.url), error)
             time.sleep(_FIRST_PAUSE_S * 2 ** (failures - 1))
 
     def _usable_bytes(self) -> tuple[int, str]:
-        """Return how many bytes of `part` a download may go on from, and of which version of the file they are.
+        """Bytes of `part` that a download may continue from, and of which version of the file they are.
 
         Without a version only a known digest makes that safe.
         """
-        known = _read_record(_beside(self.target, "part.json"), Remote)
+        known = read_record(beside(self.target, "part.json"), Remote)
         if known and known.url == self.url and known.version:
             return self._size_of_part(), known.version
         return (self._size_of_part() if self.digests else 0), ""
@@ -209,53 +206,54 @@ class _Download:
 
         Raises:
             RemoteError: it broke off.
-            DownloadError: it is of a wrong size, or there is no room.
+            DownloadError: it has more or fewer bytes than it must have, or there is no room.
             OSError: the disk.
         """
         total = stream.remote.size
         if None not in (self.size, total) and total != self.size:
-            raise DownloadError(
-                f"{shown(self.url)} has {total:,} bytes, not {self.size:,}; ask its owner or try another mirror"
-            )
-        free = shutil.disk_usage(self.part.parent).free
-        if total is not None and total - stream.offset > free - _SPARE_BYTES:
-            raise DiskFullError(
-                f"no room for {self.target.name} in {self.target.parent}: {total - stream.offset:,} bytes are to come "
-                f"and {max(0, free - _SPARE_BYTES):,} are free; make room or choose another folder"
-            )
-        _write_record(_beside(self.target, "part.json"), stream.remote)
+            raise self._wrong_size(f"{total:,}")
+        limit = self.size if total is None else total
+        self._require_room(0 if limit is None else limit - stream.offset)
+        write_record(beside(self.target, "part.json"), stream.remote)
         done = stream.offset
         with self.part.open("r+b" if done else "wb") as file:
             if done:
                 file.truncate(done)
                 file.seek(done)
             while chunk := stream.read(_CHUNK):
-                file.write(chunk)
                 done += len(chunk)
+                if limit is None:
+                    self._require_room(len(chunk))
+                elif done > limit:
+                    self.part.unlink()
+                    raise self._wrong_size(f"more than {limit:,}")
+                file.write(chunk)
                 if self.progress:
                     self.progress(done, total)
         if total is not None and done < total:
             raise RemoteError(f"the connection ended after {done:,} of {total:,} bytes", permanent=False)
 
+    def _wrong_size(self, found: str) -> DownloadError:
+        wanted = "what its server said" if self.size is None else f"{self.size:,}"
+        return DownloadError(f"{shown(self.url)} has {found} bytes, not {wanted}; ask its owner or try another source")
 
-def _beside(target: Path, ending: str) -> Path:
-    return target.with_name(f".{target.name}.{ending}")
+    def _require_room(self, num_bytes: int) -> None:
+        """Check that so many bytes can come and some remain free for others.
 
-
-def _read_record(path: Path, kind: type[T]) -> T | None:
-    """Return the record in a file, or None where there is none or it is damaged: then what it is about is not used."""
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return kind(**values)
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _write_record(path: Path, record: _Record | Remote) -> None:
-    path.write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
+        Raises:
+            DiskFullError: they can't.
+        """
+        free = max(0, shutil.disk_usage(self.part.parent).free - _SPARE_BYTES)
+        if num_bytes > free:
+            raise DiskFullError(
+                f"no room for {self.target.name} in {self.target.parent}: {num_bytes:,} bytes are to come and {free:,} "
+                "are free; make room or choose another folder"
+            )
 
 
 def _disk_error(error: OSError, target: Path) -> DownloadError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(f"no room for {target.name} in {target.parent}; make room or choose another folder")
-    return DownloadError(f"cannot write {error.filename or target}: {error.strerror or error}; choose another folder")
+    return DownloadError(
+        f"cannot write {error.filename or target}: {locks.explain(error, remedy='choose another folder')}"
+    )

@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import re
 import string
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -18,14 +19,15 @@ from typing import Any, Protocol
 from dist_deeplab.downloads.urls import DownloadError, shown
 from dist_deeplab.errors import first_line
 
-_TIMEOUT_S = 60.0  # for a connection, and for each read
+_TIMEOUT_S = 60.0  # for a connection, and for each packet
+_SLOWEST_S = 600.0  # for the bytes of one `Stream.read`
 _BLOCK_BYTES = 8 * 2**20  # of one request to an object store
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that another try may change
 _COMPLETE = 416  # the range begins at the file's end (or behind it)
 
 
 class RemoteError(Exception):
-    """The remote side failed. `permanent`: trying again has no sense."""
+    """The remote side failed. `permanent`: another attempt would fail too."""
 
     def __init__(self, message: str, *, permanent: bool) -> None:
         super().__init__(message)
@@ -45,7 +47,7 @@ class Readable(Protocol):
     """A binary stream."""
 
     def read(self, size: int, /) -> bytes:
-        """Return up to `size` bytes; none at the end."""
+        """Up to `size` bytes; none at the end."""
 
 
 @dataclass
@@ -57,15 +59,23 @@ class Stream:
     body: Readable
 
     def read(self, size: int) -> bytes:
-        """Return up to `size` bytes; none at the end.
+        """`size` bytes, fewer only at the end.
 
         Raises:
-            RemoteError: the connection broke.
+            RemoteError: the connection broke, or is too slow ever to end.
         """
+        read_some = getattr(self.body, "read1", self.body.read)  # `read` would wait for all of them, however long
+        pieces: list[bytes] = []
+        missing, until = size, time.monotonic() + _SLOWEST_S
         try:
-            return self.body.read(size)
+            while missing and (piece := read_some(missing)):
+                pieces.append(piece)
+                missing -= len(piece)
+                if time.monotonic() > until:
+                    raise TimeoutError(f"only {size - missing:,} bytes in {_SLOWEST_S:.0f} s")
         except Exception as error:  # whatever the library behind it raises
             raise RemoteError(first_line(error), permanent=False) from error
+        return b"".join(pieces)
 
 
 @contextlib.contextmanager
@@ -113,7 +123,14 @@ def _open_http(url: str, offset: int, version: str) -> Iterator[Stream]:
             first_line(reason) if isinstance(reason, Exception) else str(reason), permanent=False
         ) from None
     with response:
-        yield _http_stream(url, response)
+        stream = _http_stream(url, response)
+        if stream.offset in (0, offset) and (not stream.offset or version in ("", stream.remote.version)):
+            yield stream
+            return
+    if not offset:
+        raise RemoteError(f"an answer from byte {stream.offset:,} on to a request for the whole", permanent=True)
+    with _open_http(url, 0, "") as stream:  # ranges that are not those asked for, or of another version: do without
+        yield stream
 
 
 def _http_stream(url: str, response: http.client.HTTPResponse) -> Stream:
@@ -129,22 +146,32 @@ def _http_stream(url: str, response: http.client.HTTPResponse) -> Stream:
 
 
 def _content_range(headers: Any) -> tuple[int | None, int | None]:
-    """Return start and whole size that `Content-Range: bytes 5-9/10` (or `bytes */10`) names."""
+    """Start and whole size that `Content-Range: bytes 5-9/10` (or `bytes */10`) names."""
     found = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", (headers.get("Content-Range") or "").strip())
     if not found:
         return None, None
     return tuple(int(text) if text and text.isdecimal() else None for text in found.groups())  # type: ignore[return-value]
 
 
+class _NoWayDown(urllib.request.HTTPRedirectHandler):
+    """Redirections, but none from https to http: whoever is on the way could then send other bytes."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        """See urllib."""
+        if req.type == "https" and urllib.parse.urlsplit(newurl).scheme != "https":
+            raise RemoteError(f"it redirects from https to {shown(newurl)}, which is not encrypted", permanent=True)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _http_opener() -> urllib.request.OpenerDirector:
-    """Return an opener of http and https alone, so that no redirection leads to a local file or to FTP."""
+    """An opener of http and https alone, so that no redirection leads to a local file or to FTP."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
         urllib.request.HTTPHandler(),
         urllib.request.HTTPSHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
+        _NoWayDown(),
         urllib.request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)

@@ -16,12 +16,12 @@ class DownloadError(UserError):
 
 
 def is_url(text: str) -> bool:
-    """Return whether `text` is meant as a URL rather than a path, whether its kind is known or not."""
+    """Whether `text` is meant as a URL rather than a path, whether its kind is known or not."""
     return re.match(r"([A-Za-z][\w+.-]+::?)+//|pipe:", text) is not None
 
 
 def check_url(url: str) -> str:
-    """Return `url` if it is of a kind that `fetch` takes.
+    """`url`, if it is of a kind that `fetch` takes.
 
     Raises:
         DownloadError: it would run a command, has another scheme, a chained one, a password, or names no file.
@@ -30,7 +30,7 @@ def check_url(url: str) -> str:
     if scheme.lower() == "pipe":
         raise DownloadError(f"{url!r} would run a command, which data and weights may not do; use {_ALLOWED} or a path")
     if scheme not in SCHEMES or not rest.startswith("//") or "::" in url:
-        raise DownloadError(f"{shown(url)!r} is no URL that can be fetched; use {_ALLOWED} or a path")
+        raise DownloadError(f"{shown(url)!r} is not a URL that can be fetched; use {_ALLOWED} or a path")
     parts = urllib.parse.urlsplit(url)
     if not parts.netloc or not name_in(url):
         raise DownloadError(f"{shown(url)!r} names no file; give the whole URL")
@@ -45,14 +45,14 @@ def shown(url: str) -> str:
 
 
 def name_in(url: str) -> str:
-    """Return the file name that a URL ends in; empty where it ends in a slash or in dots."""
+    """The file name that a URL ends in; empty where it ends in a slash or in dots."""
     path = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
     name = path.rpartition("/")[2]
     return "" if name in (".", "..") or "\0" in name else PurePosixPath(name).name
 
 
 def join_url(base: str, name: str) -> str:
-    """Return the URL of the file `name` in the folder of the file `base`; what follows the question mark is kept."""
+    """The URL of the file `name` in the folder of the file `base`; what follows the question mark is kept."""
     parts = urllib.parse.urlsplit(base)
     path = f"{parts.path.rpartition('/')[0]}/{urllib.parse.quote(name)}"
     return urllib.parse.urlunsplit(parts._replace(path=path))

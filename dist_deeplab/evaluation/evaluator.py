@@ -1,7 +1,7 @@
 """Score a network on a validation set: each image once at its own size, whatever the number of ranks."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from dist_deeplab.data.loader import Batch, EvalDataset, eval_batches, eval_loader
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_to_all
+from dist_deeplab.distributed.session import Session
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.evaluation.accumulator import ConfusionAccumulator, ImageScore
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious
@@ -52,13 +53,12 @@ class EvaluationStopped(Exception):
 def evaluate(
     predictor: Predictor,
     manifest: Manifest,
-    env: DistEnv,
+    session: Session,
     *,
     num_workers: int,
     batch_size: int = 1,
     num_panels: int = 0,
     crf: CrfPool | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Return the evaluation of a network on all images of a shard set; every rank must call it.
 
@@ -69,19 +69,18 @@ def evaluate(
         predictor: the network, on the rank's device and not wrapped by DDP (ranks may have unequal numbers of
             batches), and how it is asked.
         manifest: the set; its void label is not scored.
-        env: this rank among the ranks.
+        session: this rank among the ranks; its stop request is looked at after each batch.
         num_workers: loader processes per rank.
         batch_size: images of a batch, at most.
         num_panels: how many images, the set's first, to return for looking at.
         crf: refines the predictions; None: the network's own count.
-        should_stop: asked after each batch.
 
     Raises:
-        EvaluationStopped: on all ranks, where `should_stop` was true on one. (The others go on to the end of their
-            share if it does not tell them.)
+        EvaluationStopped: on all ranks, where one was asked to stop.
         TrainingError: all ranks together saw more or fewer images than the set has.
         ShardError: a sample can't be read.
     """
+    env = session.env
     dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)
     batches = eval_batches(dataset, batch_size=batch_size, padded=predictor.align_corners)[env.rank :: env.world_size]
     accumulator = ConfusionAccumulator(manifest, env.device)
@@ -89,7 +88,8 @@ def evaluate(
     for batch, pred in _predictions(predictor, dataset, batches, env, num_workers=num_workers, crf=crf):
         accumulator.add(batch, pred)
         accumulator.report_progress(out_of=sum(map(len, batches)))
-        stopped = should_stop()
+        session.progress.mark()
+        stopped = bool(session.stop)
         if stopped:
             break
     if all_reduce_sum(torch.tensor(int(stopped))).item():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dist_deeplab.config import AFFECTS, EvalConfig, RunConfig, config_from_dict, load_config
+from dist_deeplab.config import AFFECTS, EvalConfig, RunConfig, config_from_dict, config_to_dict, load_config
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, upsample
@@ -31,7 +31,10 @@ def load_network(saved: dict[str, Any]) -> DeepLabV2:
 
 
 def inference_settings(saved: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
-    """Return the configuration of a checkpoint's run, with overrides of what does not belong to its weights.
+    """The configuration of a checkpoint's run, with overrides of what does not belong to its weights.
+
+    What only says where things are and how much of the machine is used (folders, sizes, processes) is not taken from
+    the checkpoint, which may be a stranger's: it has its default unless overridden.
 
     Raises:
         UserError: an override that would have no effect on what a finished network does.
@@ -42,7 +45,12 @@ def inference_settings(saved: dict[str, Any], overrides: Sequence[str]) -> RunCo
             raise UserError(
                 f"{override!r} has no meaning here: the checkpoint fixes all but data.num_workers, crf.* and eval.*"
             )
-    return load_config(None, overrides, base=config_from_dict(saved["config"], where="the checkpoint"))
+    base = config_to_dict(config_from_dict(saved["config"], where="the checkpoint"))
+    for key, mark in AFFECTS.items():
+        section, _, name = key.rpartition(".")
+        if mark.what in ("execution", "nothing"):
+            (base[section] if section else base).pop(name)
+    return load_config(None, overrides, base=config_from_dict(base, where="the checkpoint"))
 
 
 def inference_name(config: EvalConfig) -> str:

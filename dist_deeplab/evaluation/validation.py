@@ -2,12 +2,12 @@
 
 import logging
 import time
-from collections.abc import Callable
 
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.parallel import share_buffers
-from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
+from dist_deeplab.distributed.process_group import ranks_on_host
+from dist_deeplab.distributed.session import Session
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.crf import open_crf
@@ -25,12 +25,11 @@ def score(
     net: DeepLabV2,
     val_set: Manifest,
     config: RunConfig,
-    env: DistEnv,
     preprocessing: Preprocessing,
     tracker: Tracker,
     *,
     step: int,
-    should_stop: Callable[[], bool],
+    session: Session,
 ) -> float | None:
     """Evaluate on all of `val_set`, record and report the scores, and return the mIoU; every rank calls it.
 
@@ -45,12 +44,11 @@ def score(
             evaluation = evaluate(
                 predictor,
                 val_set,
-                env,
+                session,
                 num_workers=config.data.num_workers,
                 batch_size=config.eval.batch_size,
                 num_panels=config.eval.num_panels,
                 crf=crf,
-                should_stop=should_stop,
             )
     except EvaluationStopped:
         return None

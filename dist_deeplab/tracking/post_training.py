@@ -9,13 +9,16 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dist_deeplab.errors import UserError
-from dist_deeplab.redaction import redact
+from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.journal import JOURNAL, Journal
-from dist_deeplab.tracking.mlflow.process import Upload, send_once
+from dist_deeplab.tracking.mlflow.process import BUSY, Upload, send_once
+from dist_deeplab.tracking.mlflow.state import UploadState
 from dist_deeplab.tracking.mlflow.store import choose_store
 from dist_deeplab.tracking.run_files import RUN_FILE, read_run_file
 
 log = logging.getLogger(__name__)
+
+_SEND_S = 120.0  # what is not sent by then stays in the journal
 
 
 def add_to_run(run_dir: Path, step: int, values: Mapping[str, float], folder: Path) -> None:
@@ -69,12 +72,11 @@ def _append(run_dir: Path, step: int, values: Mapping[str, float], folder: Path)
 def _send(run_dir: Path, uri: str) -> None:
     if uri == "none":
         return
-    problem = send_once(Upload(run_dir, uri))
-    if problem:
+    sent = send_once(Upload(run_dir, uri), timeout_s=_SEND_S)
+    if sent.code:
+        reason = sent.reason if sent.code == BUSY else UploadState(run_dir, uri)["error"] or sent.reason
         log.warning(
-            "MLflow did not take the scores (%s); `dist-deeplab sync-mlflow %s` sends them later",
-            problem[-300:],
-            run_dir,
+            "MLflow did not take the scores (%s); `dist-deeplab sync-mlflow %s` sends them later", reason, run_dir
         )
     else:
-        log.info("scores sent to the run's page in MLflow, %s", redact(uri))
+        log.info("scores sent to the run's page in MLflow, %s", shown_url(uri))

@@ -1,7 +1,8 @@
 """`run.json`: what a run's folder says about itself, written by training and read by whoever sends or compares it.
 
-A folder may come from somebody else. So the file holds values and flags, never commands; what it names is checked where
-it is used (`inside`, `mlflow/run.py`), and the store that it names is only used if the user knows it (`mlflow/stores.py`).
+A folder may come from somebody else. So the file holds values and flags, never commands; what it names is checked
+where it is used (`inside`, `mlflow/run.py`), and a store that it names is used only if the user knows it
+(`choose_store`).
 """
 
 import json
@@ -43,9 +44,9 @@ class DatasetFacts(_Values):
 class RunFile(_Values):
     """The content of `run.json`.
 
-    description: Markdown. changed: {key: value} that differs from the defaults. parent: the folder of the sweep that the
-    run is of, `../NAME`. children: of a sweep, the names of its runs' folders. log_model, register_as: whether the best
-    checkpoint is to be logged as a model, and registered under which name.
+    description: Markdown. changed: {key: value} that differs from the defaults. parent: the folder of the sweep that
+    the run is of, `../NAME`. children: of a sweep, the names of its runs' folders. log_model, register_as: whether the
+    best checkpoint is to be logged as a model, and registered under which name.
     """
 
     name: str = ""
@@ -93,9 +94,7 @@ def read_run_file(run_dir: Path) -> RunFile:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "content"
-        raise UserError(
-            f"{path} is damaged or not from training ({place}: {first['msg']}); repair or delete it"
-        ) from None
+        raise UserError(f"{path} is not what training writes ({place}: {first['msg']}); repair or delete it") from None
 
 
 def known_run_file(run_dir: Path) -> RunFile:

@@ -3,9 +3,9 @@
     {"event": "running", "step": 132, "max_steps": 400, "attempt": 1, "time": 1790000000.1, "note": "step 132 of 400"}
 
 Events are started, running, finished, stopped (saved; the same command resumes it), requeued (stopped, and Slurm is
-asked to start it again) and failed. The command runs at all but `running`, in a shell on the main rank's host, with the
-event in DIST_DEEPLAB_EVENT, the run's folder in DIST_DEEPLAB_RUN_DIR and this JSON in DIST_DEEPLAB_STATUS. Its output is
-in logs/on_event.log; whatever it does, training is not affected.
+asked to start it again) and failed. The command runs at all but `running`, in a shell on the main rank's host, with
+the event in DIST_DEEPLAB_EVENT, the run's folder in DIST_DEEPLAB_RUN_DIR and this JSON in DIST_DEEPLAB_STATUS. Its
+output is in logs/on_event.log; whatever it does, training is not affected.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class RunStatus:
         self._hook("started", self._save("running"), wait_s=0)
 
     def end(self, status: str) -> str:
-        """Say how the attempt ended (MLflow's FINISHED, FAILED or KILLED); a note such as `stopped, step 132 of 400`."""
+        """Say how the attempt ended (FINISHED, FAILED or KILLED); a note such as `stopped, step 132 of 400`."""
         event = _EVENTS.get(status) or ("requeued" if is_requeued(os.environ) else "stopped")
         content = self._save(event)
         self._hook(event, content, wait_s=_STOP_WAIT_S if status == "KILLED" else _HOOK_WAIT_S)

@@ -4,7 +4,8 @@ On the main rank every point is appended to the journal in the run's folder, whi
 (`tracking/mlflow/uploader.py`) reads that file and sends it to MLflow, so neither a slow nor a dead server, nor
 MLflow's import, ever costs training a moment. Other ranks get a tracker that does nothing.
 
-A full disk ends nothing: points wait in memory, and what else is written here is tried again or left out, with a warning.
+A full disk ends nothing: points wait in memory, and what else is written here is tried again or left out, with one
+warning.
 """
 
 import logging
@@ -45,8 +46,8 @@ class Reporting:
     """Where and how a run is reported.
 
     uri: MLflow store, or `none` for no MLflow. experiment: MLflow experiment. system_metrics: record how busy each node
-    is. log_model, register_as: log the best checkpoint as a model at the end, and register it. on_event: a shell command
-    (see status.py).
+    is. log_model, register_as: log the best checkpoint as a model at the end, and register it. on_event: a shell
+    command (see status.py).
     """
 
     uri: str
@@ -67,7 +68,7 @@ class Tracker:
         """Call `write`, which makes files under the run's folder and returns them, and hand these to MLflow."""
 
     def log_images(self, step: int, write: Callable[[], Images]) -> None:
-        """As `log_files`, for {name of the series: image file}: MLflow's pages show each series with a slider of steps."""
+        """As `log_files`, for {name of the series: image file}: MLflow shows each series with a slider of steps."""
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Record facts about the whole run that became known by now; a later value replaces an earlier one."""
@@ -101,7 +102,7 @@ class JournalTracker(Tracker):
         self.status.begin()
 
     def describe(self, write: Callable[[], None]) -> None:
-        """Call `write`, which describes the run in files, now and at later log lines until the disk has space for it."""
+        """Call `write`, which describes the run in files, now and at later log lines until the disk has space."""
         self._describe = write
         with self._describe_if_possible():
             write()
@@ -207,7 +208,7 @@ def open_tracker(
         write_run_file(run_dir, uri=uri, experiment=reporting.experiment, attempt=attempt, run_info=run_info)
 
     tracker.describe(describe)
-    max_steps = run_info.get("parameters", {}).get("max_steps", 0)
+    max_steps = 0 if "children" in run_info else run_info.get("parameters", {}).get("max_steps", 0)  # 0: a sweep's
     tracker.status = RunStatus(run_dir, max_steps=max_steps, attempt=attempt, on_event=reporting.on_event)
     job = slurm_job()
     tracker.start(**({"slurm_job": job} if job else {}))
@@ -245,7 +246,7 @@ def resolve_uri(uri: str, output_dir: str) -> str:
     reserved = sorted(set("?#%") & set(str(folder)))
     if not found and reserved:
         raise UserError(
-            f"{folder} has {' '.join(reserved)} in it, which an MLflow address cannot hold; choose another output_dir=, "
-            "set tracking.uri=, or tracking.uri=none"
+            f"{folder} has {' '.join(reserved)} in it, which an MLflow address cannot hold; choose another output_dir, "
+            "set tracking.uri, or tracking.uri=none"
         )
     return found or default_store(folder)

@@ -2,7 +2,6 @@
 
 import logging
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +9,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_deeplab.checkpointing.folder import CheckpointFolder
-from dist_deeplab.config import DataConfig, RunConfig, config_to_dict, config_to_yaml
+from dist_deeplab.config import RunConfig, config_to_dict, config_to_yaml
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.data.shards.cache import ShardCache
+from dist_deeplab.data.shards.cache import build_cache
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest, require_fit
 from dist_deeplab.data.stream import Place, StreamDataset, StreamLoader
 from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.distributed.parallel import prepare_model
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.distributed.session import Session, session
+from dist_deeplab.distributed.session import TrainingSession, training_session
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
@@ -39,7 +38,7 @@ from dist_deeplab.training.step import TrainStep
 log = logging.getLogger(__name__)
 
 
-def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[Session]:
+def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[TrainingSession]:
     """Return what holds while the run goes on: the ranks' connection, the folder's lock, watchdog and signals."""
     set_determinism(config.deterministic)  # before any GPU is used
     if config.optim.implementation == "apex":
@@ -47,7 +46,7 @@ def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[Sess
     if config.precision.backend == "apex":
         require_apex("precision.backend=apex", "amp", INSTEAD_OF_AMP)
     limits = config.distributed
-    return session(
+    return training_session(
         env,
         config.run_dir,
         startup_timeout_s=limits.startup_timeout_s,
@@ -88,7 +87,7 @@ def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
             "no training data: make shards by `python tools/make_shards.py --voc-root VOCdevkit/VOC2012 --split train "
             "--out data/voc` and add data.train=data/voc/train.json, or try ./launch/quickstart.sh, which draws some"
         )
-    cache = build_cache(config.data)
+    cache = build_cache(config.data.cache_dir, config.data.cache_gib)
     manifests = [load_manifest(path.real, cache=cache) for path in (config.data.train, config.data.val) if path]
     for manifest in manifests:
         require_fit(manifest, num_classes=config.data.num_classes, ignore_label=config.data.ignore_label)
@@ -98,11 +97,6 @@ def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
     if cache:
         cache.require_room(sum(manifest.size_bytes for manifest in fixed if manifest.cache))
     return manifests[0], manifests[1] if config.data.val else None
-
-
-def build_cache(data: DataConfig) -> ShardCache | None:
-    """Return where shards from URLs go, if anywhere."""
-    return ShardCache(Path(data.cache_dir).expanduser(), round(data.cache_gib * 2**30)) if data.cache_dir else None
 
 
 def split_batch(config: RunConfig, env: DistEnv) -> BatchSplit:

@@ -13,7 +13,7 @@ from dist_deeplab.config import RunConfig, changed_from_defaults, flatten
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all
-from dist_deeplab.distributed.session import Session
+from dist_deeplab.distributed.session import TrainingSession
 from dist_deeplab.logs import format_duration
 from dist_deeplab.model.weights import SCRATCH, Variant
 from dist_deeplab.redaction import redact
@@ -70,7 +70,7 @@ def describe(
 
 
 def window_values(
-    state: TrainState, run: Session, rates: dict[str, torch.Tensor], *, images_per_step: int, env: DistEnv
+    state: TrainState, run: TrainingSession, rates: dict[str, torch.Tensor], *, images_per_step: int, env: DistEnv
 ) -> dict[str, float]:
     """Return what the steps since the last log line were like; every rank calls it, and waits for its device."""
     state.losses.reduce(state.step)

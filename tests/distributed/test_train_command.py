@@ -16,8 +16,12 @@ import torch
 from filelock import FileLock
 
 from dist_deeplab import train
+from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed import run_lock
 from dist_deeplab.distributed.session import Session
+from dist_deeplab.evaluation import validation
+from dist_deeplab.evaluation.evaluator import Evaluation, evaluate
+from dist_deeplab.evaluation.inference import Predictor
 from tests.conftest import Run, command_environ, torchrun_command
 from tests.processes import ranks_of
 
@@ -183,16 +187,16 @@ def test_sigterm_to_torchrun_saves_too(run_ranks: Run, sample_shards: Path, tmp_
 def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(
     undisturbed: Path, sample_shards: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    def stop_now(run: Session) -> bool:
-        run.stop.hear("SIGTERM")
-        return True
+    def stop_during(predictor: Predictor, manifest: Manifest, session: Session, **options: Any) -> Evaluation:
+        session.stop.hear("SIGTERM")
+        return evaluate(predictor, manifest, session, **options)
 
     shutil.copytree(undisturbed / "checkpoints", tmp_path / "run/checkpoints")
     for path in [*(tmp_path / "run/checkpoints").glob("step_00000012.*"), *tmp_path.glob("run/checkpoints/best.*")]:
         path.unlink()
     arguments = [*run_arguments(sample_shards, tmp_path, "run"), "tracking.uri=none", "eval.every=10"]
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "asks_to_stop", stop_now)
+        patch.setattr(validation, "evaluate", stop_during)
         assert train.main(arguments) == 75
     assert not curve(tmp_path / "run", "val/mIoU")
     assert (tmp_path / "run/checkpoints/step_00000010.pt").exists()

@@ -1,6 +1,9 @@
 """README, docs/ and tests/README.md name only what exists, fit their size, and keep to plain words."""
 
+import contextlib
+import functools
 import importlib.util
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "tests" / "README.md"]
 }
+SHARDS_SUBCOMMANDS = ("index", "verify", "info")
 MAX_README_LINES = 200
 MAX_IMAGE_BYTES = 150_000
 
@@ -118,6 +122,31 @@ def missing_keys(text: str) -> Iterator[str]:
             yield name
 
 
+@functools.cache
+def help_of(command: str, subcommand: str) -> str:
+    """The options in `dist-deeplab COMMAND [SUBCOMMAND] --help`, without the manual before them."""
+    module = importlib.import_module(f"dist_deeplab.{COMMANDS[command].module}")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        module.main([subcommand, "--help"] if subcommand else ["--help"])
+    return out.getvalue().rpartition("\noptions:\n")[2]
+
+
+def missing_options(text: str) -> Iterator[str]:
+    """Options that a page gives to a command and that its help does not name."""
+    lines = re.sub(r" *\\\n *", " ", text).splitlines()
+    for line in lines:
+        for call in re.findall(r"(?:dist-deeplab |-m dist_deeplab\.)(\w[\w-]*[^`#|;]*)", line):
+            command, *words = call.split()
+            command = command.replace("_", "-")
+            if command not in COMMANDS:
+                continue
+            subcommand = words[0] if command == "shards" and words and words[0] in SHARDS_SUBCOMMANDS else ""
+            for option in re.findall(r"(?<!\S)(--[a-z][\w-]*)", " ".join(words)):
+                if not re.search(rf"{option}(?![\w-])", help_of(command, subcommand)):
+                    yield f"dist-deeplab {command} {subcommand} {option}"
+
+
 def unplain_words(text: str) -> Iterator[str]:
     """Words of STYLE's left-hand side, with what to write."""
     for number, line in enumerate(text.splitlines(), start=1):
@@ -139,6 +168,11 @@ def test_named_files_and_modules_exist(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_named_commands_exist(page: str) -> None:
     assert list(missing_commands(PAGES[page])) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_of_commands_are_in_their_help(page: str) -> None:
+    assert list(missing_options(PAGES[page])) == []
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -180,6 +214,8 @@ def test_images_are_used_and_small() -> None:
         (missing_paths, "```\npython tools/nothing.py\n```", "```\npython tools/benchmark.py step\n```"),
         (missing_commands, "torchrun -m dist_deeplab.nothing", "torchrun -m dist_deeplab.train"),
         (missing_commands, "`dist-deeplab nothing`", "`dist-deeplab shards verify X`"),
+        (missing_options, "dist-deeplab predict X --nothing", "dist-deeplab predict X --out DIR --overlay"),
+        (missing_options, "dist-deeplab shards info X --split a", "dist-deeplab shards info X --sheet a.png"),
         (missing_keys, "data.nothing=3", "data.val=val.json"),
         (missing_keys, "`optim.rate`", "`optim.lr` and `metrics.json`"),
         (unplain_words, "it waits for ever", "it waits forever"),

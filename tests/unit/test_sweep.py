@@ -1,4 +1,4 @@
-"""A grid becomes runs that are skipped when finished, go on when interrupted, and are compared at the end.
+"""A grid becomes runs that are skipped when finished, resumed when interrupted, and compared at the end.
 
 The trainings are stand-ins that leave a folder as a training does; tests/tracking has a sweep of real ones.
 """
@@ -21,7 +21,7 @@ GRID = ["name=poly", "optim.power=0.8,0.9,1.0", "max_steps=9", "tracking.uri=non
 
 
 def leave_run(config: RunConfig, status: str) -> None:
-    """Write what a training leaves behind; it scores its optim.power."""
+    """Write the files of a training; its score is optim.power / 2."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(config_to_yaml(config))
     about = {"name": config.name, "parameters": flatten(config), "tags": {}}
@@ -32,7 +32,7 @@ def leave_run(config: RunConfig, status: str) -> None:
 
 
 class Trainings:
-    """Stands in for the processes: what was started, and what becomes of each."""
+    """Stands in for the processes: what was started, and how each ends."""
 
     def __init__(self) -> None:
         self.started: list[str] = []
@@ -73,7 +73,7 @@ def test_every_run_is_trained_and_the_comparison_is_printed_and_kept(
     assert main(arguments) == 0
     assert trainings.started == ALL
     out = capsys.readouterr().out
-    assert "winner: power=1.0, mIoU 50.00" in out
+    assert "winner: power=1.0, mIoU 0.5000" in out
     folder = tmp_path / "poly-sweep"
     assert {"comparison.png", "comparison.csv", "run.json", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
     about = json.loads((folder / "run.json").read_text())
@@ -106,6 +106,49 @@ def test_a_finished_run_says_that_it_started_from_other_weights(
     assert trainings.started == ALL
 
 
+@pytest.mark.parametrize("command", [[], ["--count"], ["--child", "2"]])
+def test_another_recipe_than_that_of_runs_that_began_is_refused_before_the_first_start(
+    trainings: Trainings, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    trainings.fate["poly-power_1.0"] = "stopped"
+    main(arguments)
+    checkpoint = tmp_path / "poly-power_1.0" / "checkpoints" / "step_00000005.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    trainings.started.clear()
+    trainings.fate.clear()
+    arguments[1:3] = ["optim.power=0.7,1.0,0.9", "max_steps=12"]
+    assert main([*command, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "poly-power_1.0 (and 1 more) began with another recipe (max_steps: 9 -> 12), so nothing was started" in error
+    assert trainings.started == []
+    assert json.loads((tmp_path / "poly-sweep" / "run.json").read_text())["children"] == ALL
+    main([*arguments, "resume_anyway=true"])
+    assert trainings.started == ["poly-power_0.7", "poly-power_1.0", "poly-power_0.9"]
+
+
+def test_a_run_without_a_checkpoint_starts_over_with_what_is_asked_for_now(
+    trainings: Trainings, arguments: list[str]
+) -> None:
+    trainings.fate = dict.fromkeys(ALL, "FAILED")
+    main(arguments)
+    trainings.started.clear()
+    trainings.fate.clear()
+    assert main([*arguments, "max_steps=12"]) == 0
+    assert trainings.started == ALL
+
+
+def test_seeds_of_a_setting_are_compared_by_their_mean(
+    trainings: Trainings, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stand-in scores power / 2 whatever the seed: a lead without any noise."""
+    assert main([*arguments, "seed=0,1"]) == 0
+    out = capsys.readouterr().out
+    assert "winner: power=1.0, mean mIoU 0.5000 (standard deviation 0.0000, 2 seeds), 0.0500 ahead of power=0.9" in out
+    records = [json.loads(line) for line in (tmp_path / "poly-sweep" / "metrics.jsonl").read_text().splitlines()]
+    assert {"val/best_mIoU", "val/best_mIoU_std", "val/lead_mIoU_standard_error"} <= {r.get("key") for r in records}
+
+
 def test_a_larger_grid_trains_only_what_is_new_and_compares_all(
     trainings: Trainings, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -117,7 +160,7 @@ def test_a_larger_grid_trains_only_what_is_new_and_compares_all(
     assert json.loads((tmp_path / "poly-sweep" / "run.json").read_text())["children"] == [*ALL, "poly-power_2.0"]
 
 
-def test_an_interrupted_sweep_goes_on_where_it_was(trainings: Trainings, arguments: list[str]) -> None:
+def test_an_interrupted_sweep_resumes_where_it_was(trainings: Trainings, arguments: list[str]) -> None:
     trainings.fate["poly-power_0.9"] = "stopped"
     assert main(arguments) == 75
     assert trainings.started == ALL[:2]
@@ -183,7 +226,7 @@ def test_wrong_settings_of_any_run_are_said_before_anything_is_trained(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_process_at_all_and_a_place_that_is_none_are_refused(
+def test_zero_processes_and_a_file_as_output_folder_are_refused(
     trainings: Trainings, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):

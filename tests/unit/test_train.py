@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from dist_deeplab import evaluate, predict, train
+from dist_deeplab import evaluate as evaluate_command
+from dist_deeplab import predict, train
 from dist_deeplab.checkpointing.file import write_sidecar, write_tensors
 from dist_deeplab.checkpointing.folder import CheckpointFolder
+from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.session import Session
+from dist_deeplab.errors import STOPPED_EARLY
 from dist_deeplab.evaluation import validation
+from dist_deeplab.evaluation.evaluator import Evaluation, evaluate
+from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.tracking import tracker
 from tests.commands import exit_code
 
@@ -106,7 +111,7 @@ def test_a_run_that_goes_on_anyway_has_the_new_settings(runs: Runs, first: Path)
 @pytest.mark.parametrize("scales", [("[]", "[1.0,0.5]"), ("[1.0,0.5]", "[]")])
 def test_other_scales_may_come_in_the_midst_of_a_log_line(runs: Runs, scales: tuple[str, str]) -> None:
     before, after = (f"multi_scale.scales={each}" for each in scales)
-    assert runs("run", "max_steps=4", before, "max_hours=1e-9", "tracking.log_every=3") == train.STOPPED_EARLY
+    assert runs("run", "max_steps=4", before, "max_hours=1e-9", "tracking.log_every=3") == STOPPED_EARLY
     assert runs("run", "max_steps=4", after, "resume_anyway=true", "tracking.log_every=3") == 0
     assert sorted(runs.journal("run", "train/loss")) == [3, 4]
     parts = [runs.journal("run", f"train/loss_{name}") for name in ("fused", "scale_1", "scale_0.5")]
@@ -115,14 +120,14 @@ def test_other_scales_may_come_in_the_midst_of_a_log_line(runs: Runs, scales: tu
 
 
 def test_an_evaluation_that_is_cut_short_again_is_still_owed(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop_now(run: Session) -> bool:
-        run.stop.hear("SIGTERM")
-        return True
+    def stop_during(predictor: Predictor, manifest: Manifest, session: Session, **options: Any) -> Evaluation:
+        session.stop.hear("SIGTERM")
+        return evaluate(predictor, manifest, session, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "asks_to_stop", stop_now)
+        patch.setattr(validation, "evaluate", stop_during)
         for _ in range(2):
-            assert runs("run", "max_steps=2", validated=True) == train.STOPPED_EARLY
+            assert runs("run", "max_steps=2", validated=True) == STOPPED_EARLY
             assert runs.saved("run", 2)["owes_evaluation"]
     assert not runs.journal("run", "val/mIoU")
     assert runs("run", "max_steps=4", "resume_anyway=true") == 0  # without a set there is nothing to make up for
@@ -181,7 +186,7 @@ def test_a_finished_network_is_asked_with_the_arithmetic_of_its_run(
 ) -> None:
     pictures = sample_shards.parent / "VOCdevkit/VOC2012/JPEGImages/sample_000000.jpg"
     commands = [
-        (evaluate.main, ("--data", sample_shards / "val.json", "--no-mlflow", "eval.num_panels=0")),
+        (evaluate_command.main, ("--data", sample_shards / "val.json", "--no-mlflow", "eval.num_panels=0")),
         (predict.main, (pictures, "--out", runs.folder / "masks")),
     ]
     for main, arguments in commands:  # on a GPU, torch would let fp32 convolutions round to tf32, and products not

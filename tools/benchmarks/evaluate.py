@@ -24,6 +24,7 @@ from dist_deeplab.data.packing.writer import LabelSpace, SourceSample, write_sha
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.distributed.session import Session
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation.evaluator import evaluate
 from dist_deeplab.evaluation.inference import Predictor
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> Report:
         competitors: dict[str, Callable[[], object]] = {
             "loop": partial(plain_loop, net, manifest, device, arguments.workers),
             **{
-                name: partial(evaluate, Predictor(net, CAFFE, **setting), manifest, DistEnv(), **options)
+                name: partial(evaluate, Predictor(net, CAFFE, **setting), manifest, Session(DistEnv()), **options)
                 for name, setting in _SETTINGS.items()
             },
         }

@@ -18,8 +18,9 @@ from benchmarks.peers import IGNORE_LABEL
 from benchmarks.step import NUM_CLASSES, draw_batches
 from benchmarks.timeline import measure_runs, slowest_events
 from dist_deeplab.config import OptimConfig
+from dist_deeplab.distributed.launcher import hard_exit
 from dist_deeplab.distributed.parallel import prepare_model
-from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, leave, process_group
+from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, process_group
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
@@ -83,4 +84,4 @@ if __name__ == "__main__":
     this = DistEnv.from_environ()
     with process_group(this):
         main(this, *sys.argv[1:])
-    leave(0)
+    hard_exit(0)

@@ -1,6 +1,12 @@
-"""Addresses of MLflow's pages: the table of an experiment's runs, a run, a sweep, its curves, its runs side by side."""
+"""Addresses of MLflow's pages: the table of an experiment's runs, a run, a sweep, its curves, its runs side by side.
 
+python -m dist_deeplab.tracking.mlflow.pages runs/mlflow.db http://127.0.0.1:5000    the tables of a SQLite store
+"""
+
+import contextlib
 import json
+import sqlite3
+import sys
 from collections.abc import Sequence
 from urllib.parse import quote
 
@@ -46,3 +52,27 @@ def where_to_look(uri: str, state: UploadState) -> str:
     head = "in MLflow:" if uri.startswith("http") else f"in MLflow ({shown_url(uri)}): ./launch/mlflow_ui.sh, then"
     page, table = run_page(server, state["experiment_id"], state["run_id"]), runs_table(server, state["experiment_id"])
     return f"{head}\n    this run: {page}\n    all runs, best first: {table}"
+
+
+def tables_of(database: str, server: str) -> list[str]:
+    """A line for each experiment with runs in a SQLite store, the newest run's first: name, and its table's address.
+
+    Reads the file itself, since opening the store through MLflow takes seconds.
+    """
+    query = (
+        "SELECT e.name, e.experiment_id, COUNT(*) FROM experiments e JOIN runs r ON r.experiment_id = e.experiment_id "
+        "WHERE e.lifecycle_stage = 'active' AND r.lifecycle_stage = 'active' GROUP BY e.experiment_id "
+        "ORDER BY MAX(r.start_time) DESC"
+    )
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(f"file:{quote(database)}?mode=ro", uri=True)) as store,
+    ):
+        return [
+            f"{name} ({count} runs): {runs_table(server, str(number))}" for name, number, count in store.execute(query)
+        ]
+    return []
+
+
+if __name__ == "__main__":
+    print("\n".join(tables_of(*sys.argv[1:3])))

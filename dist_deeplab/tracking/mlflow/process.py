@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_deeplab.files import NonEssentialWrites
 from dist_deeplab.redaction import shown_url
@@ -28,7 +28,7 @@ _END_WAIT_S = 30.0  # how long the end of a run waits for the uploader to send w
 _MODEL_WAIT_S = 600.0  # the same where a model is to be logged, as long as MLflow takes what it is sent
 _STOP_WAIT_S = 3.0  # where it was stopped or failed: less than the grace time of a preemption
 _RESTART_S = 60.0  # an uploader that died (out of memory, say) is started again, but not at every log line
-_SEND_S = 120.0
+BUSY = 3  # the uploader's exit code where another process is sending
 _POLL_S = 0.1
 
 
@@ -143,16 +143,19 @@ class UploaderProcess:
             log.info("%s", where_to_look(self.upload.uri, state))
 
 
-def send_once(upload: Upload) -> str:
-    """Send what a run's folder holds, in a process that ends; an error in one line, empty where all was sent.
+class Sent(NamedTuple):
+    """What became of sending: the uploader's exit code (see there), and its last words where it is not 0."""
 
-    A store that does not answer within 2 minutes is left.
-    """
+    code: int
+    reason: str = ""
+
+
+def send_once(upload: Upload, *options: str, timeout_s: float | None = None) -> Sent:
+    """Send what a run's folder holds, in a process that ends; a store that does not answer in time is left."""
+    command = upload.command("--once", *options)
     try:
-        done = subprocess.run(
-            upload.command("--once"), capture_output=True, text=True, timeout=_SEND_S, env=upload.environ()
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=upload.environ())
     except subprocess.TimeoutExpired:
-        return f"no answer in {_SEND_S:.0f} s"
-    lines = done.stderr.strip().splitlines()
-    return (lines[-1] if lines else f"exit code {done.returncode}") if done.returncode else ""
+        return Sent(1, f"no answer in {timeout_s:.0f} s")
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return Sent(done.returncode, lines[-1][-300:]) if done.returncode else Sent(0)

@@ -22,7 +22,7 @@ from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.mlflow.images import ImageSeries
 from dist_deeplab.tracking.mlflow.state import UploadState
 from dist_deeplab.tracking.mlflow.store import StoreError, open_client, open_experiment
-from dist_deeplab.tracking.run_files import RUN_FILE, RunFile, inside, read_run_file
+from dist_deeplab.tracking.run_files import RUN_FILE, RunFile, inside, known_run_file, read_run_file
 
 log = logging.getLogger("mlflow_uploader")
 
@@ -31,6 +31,18 @@ _MAX_TEXT = 5000  # MLflow takes tags of 8000 characters and parameters of 6000
 _DESCRIPTION = "mlflow.note.content"
 _OWN_TAGS = (_DESCRIPTION, "mlflow.runColor")  # those of MLflow's that the journal may set
 _FOLDER_TAG = "folder"
+_COLORS = [
+    "#1f77b4",
+    "#ff7f0e",
+    "#2ca02c",
+    "#d62728",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#7f7f7f",
+    "#bcbd22",
+    "#17becf",
+]  # matplotlib's tab10
 
 
 class MlflowRun:
@@ -75,9 +87,15 @@ class MlflowRun:
             experiment_id,
             start_time=None if started is None else round(started * 1000),
             run_name=self.about.name or self.run_dir.name,
-            tags={"mlflow.parentRunId": parent} if parent else None,
+            tags={"mlflow.parentRunId": parent, "mlflow.runColor": self._color()} if parent else None,
         )
         self.state.save(run_id=run.info.run_id, experiment_id=experiment_id, sent_bytes=0, sent_system={}, described=-1)
+
+    def _color(self) -> str:
+        """The colour of a sweep's run in charts: MLflow's own choice may give two runs of a sweep the same."""
+        siblings = known_run_file(self.run_dir.absolute().parent / self.about.parent.removeprefix("../")).children or []
+        name = self.run_dir.name
+        return _COLORS[siblings.index(name) % len(_COLORS) if name in siblings else 0]
 
     def _describe(self, *, is_first: bool) -> None:
         """Send what is known once an attempt. Parameters are of the first: MLflow refuses to change them."""
@@ -89,7 +107,10 @@ class MlflowRun:
             self._unless_refused("MLflow keeps the first attempt's parameters", params=items)
             self._send_datasets()
         tags = {key: str(value)[:_MAX_TEXT] for key, value in self._tags(is_first=is_first).items()}
-        self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        self._unless_refused(
+            "MLflow refuses facts about the run; they stay in run.json",
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )
         config = inside(self.run_dir, "config.yaml")
         if config is not None:
             self.client.log_artifact(self.run_id, str(config))
@@ -140,12 +161,12 @@ class MlflowRun:
         for record in records:
             if "tags" in record:
                 tags = [RunTag(k, str(v)[:_MAX_TEXT]) for k, v in _without_mlflow_s(record["tags"]).items()]
-                self.client.log_batch(self.run_id, tags=tags)
+                self._unless_refused("MLflow refuses facts about the run; they stay in the journal", tags=tags)
             if "file" in record:
                 self._send_file(record)
 
     def finish(self, status: str, ended: float | None, *, note: str = "") -> None:
-        """Set the run's final status, and when it ended; `note`, e.g. `requeued, step 132 of 400`, is shown above it."""
+        """Set the run's final status, and when it ended; `note`, e.g. `requeued, step 132 of 400`, goes above it."""
         end_time = None if ended is None else round(ended * 1000)
         stopped = status == "KILLED" and note
         self._set_note(note if stopped else "")
@@ -225,8 +246,8 @@ def find_run(client: Any, state: UploadState, run_dir: Path) -> bool:
         if run is None and is_own:
             raise StoreError(
                 f"the run {values['run_id']} of {run_dir} was deleted in {state.uri}; `mlflow runs restore --run-id "
-                f"{values['run_id']}` may bring it back, `python tools/sync_mlflow.py --new-run {run_dir}` sends all to "
-                "a new one"
+                f"{values['run_id']}` may bring it back, `dist-deeplab sync-mlflow --new-run {run_dir}` sends all "
+                "to a new one"
             )
         if run is None:
             continue
@@ -265,9 +286,7 @@ def parent_run_id(run_dir: Path, about: RunFile, uri: str) -> str:
         return ""
     folder = run_dir.absolute().parent / about.parent.removeprefix("../")
     if not re.fullmatch(r"\.\./[A-Za-z0-9][A-Za-z0-9._-]*", about.parent) or folder.is_symlink():
-        log.warning(
-            "%r is not the name of a folder beside %s; it goes to MLflow without a parent", about.parent, run_dir
-        )
+        log.warning("%r is not a folder beside %s; that goes to MLflow without a parent", about.parent, run_dir)
         return ""
     try:
         parent = read_run_file(folder)

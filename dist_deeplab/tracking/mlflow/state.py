@@ -32,10 +32,10 @@ _NEW: dict[str, Any] = {
 class UploadState:
     """The state of a run's copy in one store; `uri` empty: in the store that was used last.
 
-    run_id and experiment_id; sent_bytes of the journal, and sent_system of each node's file of system metrics; status and
-    note: how the last attempt ended; described: the last attempt whose parameters and tags were sent; failed_sends and error: how often the store failed,
-    and the last failure while it does; model: the address of the logged model. A missing, empty or damaged file means
-    that nothing was sent.
+    run_id and experiment_id; sent_bytes of the journal, and sent_system of each node's file of system metrics; status
+    and note: how the last attempt ended; described: the last attempt whose parameters and tags were sent; failed_sends
+    and error: how often the store failed, and the last failure while it does; model: the address of the logged model.
+    A missing, empty or damaged file means that nothing was sent.
     """
 
     def __init__(self, run_dir: Path, uri: str = "") -> None:
@@ -51,7 +51,7 @@ class UploadState:
         if not self.uri and stores:
             self.uri = next(iter(stores))
         self.is_known = self.uri in stores
-        self.values = stores.pop(self.uri, None) or dict(_NEW)
+        self.values = stores.pop(self.uri, dict(_NEW))
         self.others = stores
 
     def __getitem__(self, name: str) -> Any:

@@ -3,8 +3,8 @@
     python -m dist_deeplab.tracking.mlflow.uploader RUN_DIR [--uri URI] [--follow PID | --once] [--new-run]
 
 Reads RUN_DIR/metrics.jsonl from where it stopped last time (kept in RUN_DIR/mlflow.json) and sends points with the
-journal's own times, so that sending one twice changes nothing. With --follow it continues until the journal ends the run
-or process PID is gone. When the server can't be reached it waits and tries again; the journal is the queue.
+journal's own times, so that sending one twice changes nothing. With --follow it continues until the journal ends the
+run or process PID is gone. When the server can't be reached it waits and tries again; the journal is the queue.
 
 Training starts one for each run; `dist-deeplab sync-mlflow` does the same for many runs that could not be sent. Exit
 codes: 0 all was sent, 1 some was not, 2 wrong arguments, 3 another process is sending.
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from dist_deeplab.errors import UserError
 from dist_deeplab.redaction import redact, shown_url
 from dist_deeplab.tracking.journal import JOURNAL, read_records
-from dist_deeplab.tracking.mlflow.process import GIVE_UP_S
+from dist_deeplab.tracking.mlflow.process import BUSY, GIVE_UP_S
 from dist_deeplab.tracking.mlflow.run import MlflowRun
 from dist_deeplab.tracking.mlflow.state import UploadState
 from dist_deeplab.tracking.mlflow.store import choose_store, explain
@@ -37,7 +37,6 @@ from dist_deeplab.tracking.system_metrics import FOLDER as SYSTEM_FOLDER
 log = logging.getLogger("mlflow_uploader")
 
 Record = dict[str, Any]
-BUSY = 3  # exit code: another process is sending
 _POLL_S = 1.0
 _RETRY_S = (2.0, 5.0, 15.0, 30.0)  # waits after one, two, three, and more failures in a row
 _HANDOVER_S = 45.0  # one that lingers after its run leaves the folder to others between two tries, of 20 s at most

@@ -9,7 +9,8 @@ import sys
 import torch
 from torch import nn
 
-from dist_deeplab.distributed.process_group import DistEnv, leave, process_group
+from dist_deeplab.distributed.launcher import hard_exit
+from dist_deeplab.distributed.process_group import DistEnv, process_group
 from dist_deeplab.model.batch_norm import SyncBatchNorm
 
 
@@ -41,4 +42,4 @@ if __name__ == "__main__":
     this = DistEnv.from_environ()
     with process_group(this):
         main(this, sys.argv[1])
-    leave(0)
+    hard_exit(0)

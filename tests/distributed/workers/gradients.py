@@ -16,8 +16,9 @@ from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards.manifest import load_manifest
 from dist_deeplab.data.transforms import Augmentation
+from dist_deeplab.distributed.launcher import hard_exit
 from dist_deeplab.distributed.parallel import prepare_model
-from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_to_all, leave, process_group
+from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_to_all, process_group
 from dist_deeplab.model.batch_norm import FrozenBatchNorm, norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
@@ -65,4 +66,4 @@ if __name__ == "__main__":
     with process_group(this):
         for job in sys.argv[3:]:
             train(this, sys.argv[1], Path(sys.argv[2]) / f"{job}.pt", *job.split(","))
-    leave(0)
+    hard_exit(0)

@@ -16,8 +16,9 @@ import torch
 
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.loader import Batch
+from dist_deeplab.distributed.launcher import hard_exit
 from dist_deeplab.distributed.parallel import prepare_model
-from dist_deeplab.distributed.process_group import DistEnv, leave, process_group
+from dist_deeplab.distributed.process_group import DistEnv, process_group
 from dist_deeplab.distributed.replicas import check_replicas
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.model.batch_norm import norm_factory
@@ -91,4 +92,4 @@ if __name__ == "__main__":
     this = DistEnv.from_environ()
     with process_group(this):
         main(this, Path(sys.argv[1]))
-    leave(0)
+    hard_exit(0)

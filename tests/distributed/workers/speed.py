@@ -4,8 +4,9 @@ import torch
 
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.batch import Batch
+from dist_deeplab.distributed.launcher import hard_exit
 from dist_deeplab.distributed.parallel import prepare_model, unwrap
-from dist_deeplab.distributed.process_group import DistEnv, leave, process_group
+from dist_deeplab.distributed.process_group import DistEnv, process_group
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
@@ -65,4 +66,4 @@ if __name__ == "__main__":
     this = DistEnv.from_environ()
     with process_group(this):
         main(this)
-    leave(0)
+    hard_exit(0)

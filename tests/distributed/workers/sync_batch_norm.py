@@ -9,7 +9,8 @@ import sys
 import torch
 from torch import nn
 
-from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, leave, process_group
+from dist_deeplab.distributed.launcher import hard_exit
+from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, process_group
 from dist_deeplab.model.batch_norm import SyncBatchNorm
 
 CHANNELS = 5
@@ -62,4 +63,4 @@ with process_group(env):
     for sizes in sys.argv[1:]:
         for layout in (torch.contiguous_format, torch.channels_last):
             check([int(size) for size in sizes.split(",")], layout)
-leave(0)
+hard_exit(0)

@@ -465,6 +465,7 @@ OTHER_VALUES: dict[str, Any] = {
     "tracking.log_model": True,
     "tracking.register_as": "x",
     "tracking.parent": "../sweep",
+    "tracking.on_event": "echo",
 }
 MAY_CHANGE = {
     *("name", "output_dir", "resume", "resume_anyway", "max_hours", "data.train", "data.val", "data.num_workers"),
@@ -477,7 +478,7 @@ MAY_CHANGE = {
     *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every"),
     *("distributed.startup_timeout_s", "distributed.hang_timeout_s"),
     *("tracking.uri", "tracking.experiment", "tracking.log_every"),
-    *("tracking.system_metrics", "tracking.log_model", "tracking.register_as", "tracking.parent"),
+    *("tracking.system_metrics", "tracking.log_model", "tracking.register_as", "tracking.parent", "tracking.on_event"),
     *("deterministic", "optim.implementation", "precision.max_nonfinite_steps"),
 }
 """What a resumed run may change: nothing here alters what an optimizer step computes from a given state and data."""
@@ -578,3 +579,19 @@ def test_changes_from_the_defaults_are_those_that_matter_to_the_result() -> None
     config = load_config(None, ["optim.power=1.0", "name=x", "tracking.uri=none", "multi_scale.scales=[1.0,0.5]"])
     assert changed_from_defaults(config) == {"optim.power": 1.0, "multi_scale.scales": [1.0, 0.5]}
     assert changed_from_defaults(RunConfig()) == {}
+
+
+@pytest.mark.parametrize(
+    "override", ["optim.power=0.5,0.9", "seed=0,1", "multi_scale.scales=[],[1.0,0.5]", "max_steps=1, 2"]
+)
+def test_several_values_of_a_key_name_the_sweep(override: str) -> None:
+    with pytest.raises(UserError, match=r"several values are a grid: .* to dist-deeplab sweep") as caught:
+        load_config(None, ["optim.lr=0.1", override])
+    assert repr(override) in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["optim.power=fast", "data.scale_range=[1,2,3]", "optim.pover=1"])
+def test_other_wrong_values_do_not(override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(None, ["model.init=a,b.pth", override])
+    assert "grid" not in str(caught.value)

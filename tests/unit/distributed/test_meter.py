@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_deeplab.distributed import meter as meter_module
-from dist_deeplab.distributed.meter import Cost, Meter, peak_memory_bytes
+from dist_deeplab.distributed.meter import Meter, peak_memory_bytes
 from dist_deeplab.model.peak import peak_flops
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_pauses_are_left_out(clock: Clock) -> None:
     assert meter.pop(images_per_step=1, device=CPU)["time/step_s"] == 2.0
 
 
-def test_each_window_starts_anew(clock: Clock) -> None:
+def test_each_window_starts_from_zero(clock: Clock) -> None:
     meter = Meter()
     source = meter.timed(slow_source(clock, [9.0, 0.25, 0.75]))
     next(source)
@@ -106,13 +106,3 @@ def test_mfu_is_the_share_of_what_the_devices_could_do_at_their_peak(clock: Cloc
 )
 def test_a_gpu_is_known_by_its_name_or_not_at_all(name: str, dtype: str, tflops: float | None) -> None:
     assert peak_flops(name, dtype) == (None if tflops is None else tflops * 1e12)
-
-
-def test_the_cost_goes_on_from_what_earlier_attempts_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second attempt of 30 s on 4 processes, after 100 s on 2."""
-    now = [1000.0]
-    monkeypatch.setattr(meter_module.time, "monotonic", lambda: now[0])
-    points = {("cost/total_s", 10): 60.0, ("cost/total_s", 20): 100.0, ("cost/device_hours", 20): 200 / 3600}
-    cost = Cost(points, world_size=4)
-    now[0] += 30.0
-    assert cost.now() == {"cost/total_s": 130.0, "cost/device_hours": pytest.approx((200 + 120) / 3600)}

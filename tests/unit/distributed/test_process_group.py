@@ -14,12 +14,11 @@ from dist_deeplab.distributed.process_group import (
     DistEnv,
     all_reduce_sum,
     broadcast_from_main,
-    exit_with_error,
     gather_to_all,
     get_world_size,
     process_group,
 )
-from dist_deeplab.errors import TrainingError, UserError
+from dist_deeplab.errors import UserError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1234"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "2", "SLURM_STEP_NUM_TASKS": "4"}
@@ -152,27 +151,6 @@ def test_a_single_process_needs_no_process_group() -> None:
         assert gather_to_all("mine") == ["mine"]
 
 
-def test_the_main_rank_reports_an_error_at_once(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(distributed.time, "sleep", waits.append)
-    assert exit_with_error(DistEnv(), UserError("no such thing")) == 2
-    assert exit_with_error(DistEnv(), TrainingError("loss is nan")) == 1
-    assert capsys.readouterr().err == "error: no such thing\nerror: loss is nan\n"
-    assert waits == []
-
-
-def test_another_rank_first_leaves_the_main_rank_time_and_then_names_itself(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(distributed.time, "sleep", lambda wait: print("waited", wait > 0))
-    assert exit_with_error(DistEnv(3, 1, 4, "slurm"), UserError("no such thing")) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "waited True\n"
-    assert printed.err == "error (rank 3): no such thing\n"
-
-
 # --- rendezvous under Slurm -------------------------------------------------------------------------------------------
 
 
@@ -224,13 +202,14 @@ def test_a_rendezvous_that_is_set_already_is_kept(
     assert (joined[0]["MASTER_ADDR"], joined[0]["MASTER_PORT"]) == ("elsewhere", "4711")
 
 
-def test_the_process_group_is_closed_after_an_error_too(
+def test_after_an_error_the_process_group_is_left_open(
     joined: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """NCCL's way to close it waits for the other ranks: the error would not be printed."""
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     with pytest.raises(RuntimeError, match="in the run"), process_group(DistEnv.from_environ(SLURM)):
         raise RuntimeError("in the run")
-    assert joined[-1] == {"destroyed": True}
+    assert {"destroyed": True} not in joined
 
 
 @pytest.mark.parametrize("problem", ["fails", "is missing", "names nothing"])
@@ -251,32 +230,3 @@ def test_a_scontrol_that_does_not_help_is_named_with_the_remedy(
     ):
         pass
     assert problem != "fails" or "Invalid hostlist" in str(caught.value)
-
-
-# --- launches ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_launch_is_as_old_as_torchrun_or_as_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    own = distributed.launched_s_ago()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert 0 < own <= distributed.launched_s_ago() + 0.1
-
-
-@pytest.mark.parametrize(
-    ("restarts", "count", "signals"), [("3", "0", 1), ("3", "3", 0), ("0", "0", 0), (None, None, 0)]
-)
-def test_torchrun_is_ended_only_if_it_would_start_again(
-    monkeypatch: pytest.MonkeyPatch, restarts: str | None, count: str | None, signals: int
-) -> None:
-    for name, value in (("TORCHELASTIC_MAX_RESTARTS", restarts), ("TORCHELASTIC_RESTART_COUNT", count)):
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(distributed.os, "kill", lambda pid, number: sent.append((pid, number)))
-    distributed.refuse_restart()
-    assert sent == [], "the parent of this process is no torchrun"
-    monkeypatch.setattr(distributed, "_is_torchrun", lambda pid: True)
-    distributed.refuse_restart()
-    assert sent == [(distributed.os.getppid(), distributed.signal.SIGTERM)] * signals

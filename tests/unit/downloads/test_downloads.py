@@ -1,11 +1,15 @@
 """A file arrives whole or not at all: over broken connections, kills, other bytes, many processes and full disks."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import ssl
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +20,17 @@ import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from dist_deeplab.downloads import DiskFullError, DownloadError, check_url, fetch, fetching, is_url, join_url, shown
+from dist_deeplab.downloads import (
+    DiskFullError,
+    DownloadError,
+    check_url,
+    fetch,
+    fetching,
+    is_url,
+    join_url,
+    remote,
+    shown,
+)
 from tests.file_server import FileServer, serve
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 3 * 2**20 + 77, dtype=np.uint8).tobytes()
@@ -116,14 +130,14 @@ def test_refresh_sees_a_change_under_the_same_name(url: str, server: FileServer,
 # --- broken connections, kills ----------------------------------------------------------------------------------------
 
 
-def test_a_broken_connection_goes_on_where_it_broke(url: str, server: FileServer, tmp_path: Path) -> None:
+def test_a_broken_connection_continues_where_it_broke(url: str, server: FileServer, tmp_path: Path) -> None:
     server.cuts = [10, 2**20, 0, 1_500_000]
     assert fetch(url, tmp_path).read_bytes() == CONTENT
     assert server.requests[1:] == [("/data.tar", f"bytes={n}-") for n in (10, 2**20 + 10, 2**20 + 10, 2_548_586)]
     assert server.sent == len(CONTENT)
 
 
-def test_a_server_without_ranges_begins_anew(url: str, server: FileServer, tmp_path: Path) -> None:
+def test_a_server_without_ranges_begins_again(url: str, server: FileServer, tmp_path: Path) -> None:
     server.ranges, server.cuts = False, [2**20]
     assert fetch(url, tmp_path).read_bytes() == CONTENT
 
@@ -162,7 +176,7 @@ def run_killed(url: str, folder: Path, done: int) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_kill_9_leaves_no_file_and_the_next_call_goes_on(url: str, server: FileServer, tmp_path: Path) -> None:
+def test_kill_9_leaves_no_file_and_the_next_call_continues(url: str, server: FileServer, tmp_path: Path) -> None:
     run_killed(url, tmp_path / "here", 2 * 2**20)
     assert visible(tmp_path / "here") == []
     assert fetch(url, tmp_path / "here").read_bytes() == CONTENT
@@ -189,7 +203,7 @@ def test_a_file_that_changed_on_the_server_is_not_mixed(
 
 
 @pytest.mark.parametrize(("digest", "whole"), [(None, 2), (DIGEST, 1)])
-def test_without_validators_only_a_known_digest_makes_going_on_safe(
+def test_without_validators_only_a_known_digest_makes_continuing_safe(
     digest: str | None, whole: int, url: str, server: FileServer, tmp_path: Path
 ) -> None:
     server.validators = False
@@ -198,7 +212,7 @@ def test_without_validators_only_a_known_digest_makes_going_on_safe(
     assert sum(wanted == "" for _, wanted in server.requests) == whole
 
 
-def test_a_first_part_that_is_damaged_is_noticed_and_the_whole_fetched_anew(
+def test_a_first_part_that_is_damaged_is_noticed_and_the_whole_fetched_again(
     url: str, server: FileServer, tmp_path: Path
 ) -> None:
     run_killed(url, tmp_path, 2 * 2**20)
@@ -207,12 +221,76 @@ def test_a_first_part_that_is_damaged_is_noticed_and_the_whole_fetched_anew(
     assert fetch(url, tmp_path, sha256=DIGEST).read_bytes() == CONTENT
 
 
+def test_a_server_that_always_breaks_off_ends_in_an_error(
+    url: str, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that the next attempt can't build on are no gain: without validators, without ranges, or a trickle."""
+    for validators, ranges, cuts in (
+        (False, True, [2**20, 2**20 + 1] * 50),
+        (True, False, [2**21, 2**20] * 50),
+        (True, True, [1000] * 100),
+    ):
+        server.requests.clear()
+        server.validators, server.ranges, server.cuts = validators, ranges, cuts
+        with pytest.raises(DownloadError, match="the connection ended after"):
+            fetch(url, tmp_path / f"{validators}{ranges}{len(cuts)}")
+        assert len(server.requests) <= 6
+
+
+def test_a_ranged_answer_that_begins_elsewhere_is_not_written_there(
+    url: str, server: FileServer, tmp_path: Path
+) -> None:
+    server.cuts, server.range_shift = [2**20], 7
+    assert fetch(url, tmp_path / "here").read_bytes() == CONTENT
+    assert [wanted for _, wanted in server.requests] == ["", f"bytes={2**20}-", ""], "then without ranges"
+
+
+def test_a_server_that_is_too_slow_ever_to_end_breaks_off(
+    url: str, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_SLOWEST_S", 0.2)
+    server.bytes_per_s = 10_000
+    with pytest.raises(DownloadError, match=r"only [\d,]+ bytes in 0 s"):
+        fetch(url, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate by openssl")
+def test_https_never_redirects_to_http(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-keyout", key, "-out", certificate, "-days", "1"]
+        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True,
+        capture_output=True,
+    )
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    with serve(server.root, tls=tls) as secure:
+        address = secure.url.replace("http:", "https:")
+        secure.redirects = {
+            "/down": f"{server.url}/data.tar?token=secret",
+            "/same": "/data.tar",
+            "/again": f"{address}/same",
+        }
+        server.redirects = {"/up": f"{address}/data.tar", "/up_and_down": f"{address}/down"}
+        assert fetch(f"{address}/data.tar", tmp_path / "1").read_bytes() == CONTENT
+        assert fetch(f"{address}/again", tmp_path / "2").read_bytes() == CONTENT
+        assert fetch(f"{server.url}/up", tmp_path / "3").read_bytes() == CONTENT
+        for source in (f"{address}/down", f"{server.url}/up_and_down"):
+            asked = len(server.requests)
+            with pytest.raises(DownloadError, match="redirects from https to http://127") as caught:
+                fetch(source, tmp_path / "4")
+            assert "secret" not in str(caught.value)
+            assert len(server.requests) - asked == source.startswith(server.url), "the http address was not asked"
+
+
 # --- other bytes ------------------------------------------------------------------------------------------------------
 
 
-def test_other_bytes_than_expected_are_thrown_away(url: str, server: FileServer, tmp_path: Path) -> None:
+def test_other_bytes_than_expected_are_deleted(url: str, server: FileServer, tmp_path: Path) -> None:
     server.corrupt = True
-    with pytest.raises(DownloadError, match=f"SHA-256 .* not {DIGEST}; it was thrown away"):
+    with pytest.raises(DownloadError, match=f"SHA-256 .* not {DIGEST}; it was deleted"):
         fetch(url, tmp_path / "here", sha256=DIGEST)
     server.corrupt = False
     server.cuts = [0]  # a wrong size is known before the first byte: none is sent
@@ -221,6 +299,50 @@ def test_other_bytes_than_expected_are_thrown_away(url: str, server: FileServer,
     assert visible(tmp_path / "here") == []
     assert not (tmp_path / "here" / ".data.tar.part").exists()
     assert fetch(url, tmp_path / "here", sha256=DIGEST).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("lengths", [True, False])
+def test_more_bytes_than_known_are_never_received(lengths: bool, url: str, server: FileServer, tmp_path: Path) -> None:
+    """64 MiB instead of 1,000 bytes: the first MiB that is too much ends it, whether the server names a size or not."""
+    (server.root / "data.tar").write_bytes(bytes(64 * 2**20))
+    server.lengths, told = lengths, []
+    with pytest.raises(DownloadError, match=r"has (67,108,864|more than 1,000) bytes, not 1,000"):
+        fetch(url, tmp_path / "here", size=1000, progress=lambda done, total: told.append(done))
+    assert told == []
+    assert not (tmp_path / "here" / ".data.tar.part").exists()
+
+
+def test_a_body_of_unknown_length_stops_before_the_disk_is_full(
+    url: str, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.lengths = False
+    usage, asked = shutil.disk_usage(tmp_path), iter(range(100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**24 + (3 - next(asked)) * 2**20))
+    with pytest.raises(DiskFullError, match=r"1,048,576 bytes are to come and 0 are free"):
+        fetch(url, tmp_path / "here")
+
+
+@pytest.mark.parametrize("digest", ["", "0", "x" * 64, DIGEST[:-1], DIGEST + "0", f"{DIGEST}\n"])
+def test_a_digest_that_is_not_one_never_switches_the_check_off(
+    digest: str, url: str, server: FileServer, tmp_path: Path
+) -> None:
+    for known in ({"sha256": digest}, {"md5": digest}):
+        with pytest.raises(DownloadError, match=r"is not the (SHA-256|MD5) of a file"):
+            fetch(url, tmp_path, **known)
+    assert server.requests == []
+
+
+def test_a_file_system_without_locks_is_a_sentence_not_a_marker_that_stays(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_implemented(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", not_implemented)
+    with pytest.raises(DownloadError, match=r"no file locks .*-o flock.* choose another folder"):
+        fetch(url, tmp_path)
+    monkeypatch.undo()
+    assert fetch(url, tmp_path).read_bytes() == CONTENT, "nothing was left behind that refuses it"
 
 
 @pytest.mark.parametrize("record", [b"", b"[]", b'{"url": 1}', b"\xff", b"null"])
@@ -280,18 +402,18 @@ def test_a_folder_that_can_not_be_is_named(url: str, tmp_path: Path) -> None:
     [
         ("pipe:cat /etc/passwd", "run a command"),
         ("PIPE:rm -rf x", "run a command"),
-        ("ftp://host/file", "no URL that can be fetched"),
-        ("file:///etc/passwd", "no URL that can be fetched"),
-        ("ssh://host/file", "no URL"),
-        ("github://org:repo@main/x", "no URL"),
-        ("simplecache::https://host/x", "no URL"),
-        ("https://host/x::file:///etc/passwd", "no URL"),
+        ("ftp://host/file", "not a URL that can be fetched"),
+        ("file:///etc/passwd", "not a URL that can be fetched"),
+        ("ssh://host/file", "not a URL"),
+        ("github://org:repo@main/x", "not a URL"),
+        ("simplecache::https://host/x", "not a URL"),
+        ("https://host/x::file:///etc/passwd", "not a URL"),
         ("https://", "no file"),
         ("https://host", "no file"),
         ("https://host/folder/", "no file"),
         ("https://host/folder/..", "no file"),
         ("https://me:word@host/file", "user name"),
-        ("data/voc/train.json", "no URL"),
+        ("data/voc/train.json", "not a URL"),
     ],
 )
 def test_other_kinds_of_urls_are_refused_without_being_opened(bad: str, reason: str, tmp_path: Path) -> None:
@@ -353,7 +475,7 @@ def test_an_object_store_is_read_through_fsspec_and_resumed(store: Path, tmp_pat
     told: list[int] = []
     path = fetch(url, tmp_path / "here", sha256=DIGEST, progress=lambda done, total: told.append(done))
     assert path.read_bytes() == CONTENT
-    assert told[0] > 2**20, "went on"
+    assert told[0] > 2**20, "continued"
     run_killed(url, tmp_path / "there", 2 * 2**20)
     (store / "data.tar").write_bytes(CONTENT[::-1])
     assert fetch(url, tmp_path / "there").read_bytes() == CONTENT[::-1]

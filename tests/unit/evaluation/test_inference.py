@@ -134,6 +134,20 @@ def test_a_checkpoint_gives_back_its_network(net: DeepLabV2, image: torch.Tensor
             inference_settings(saved, [override])
 
 
+def test_a_checkpoint_does_not_say_where_files_go_nor_how_much_of_the_machine_is_used() -> None:
+    config = config_to_dict(RunConfig.model_validate({"eval": {"scales": [0.5, 1.0]}, "data": {"num_classes": 5}}))
+    config["data"] |= {"cache_dir": "/home/you", "cache_gib": 1e-9, "num_workers": 256}
+    config["crf"]["num_workers"], config["eval"]["batch_size"] = 1000, 10**9
+    config["output_dir"], config["tracking"]["uri"] = "/home/you/runs", "https://host/store"
+    settings = inference_settings({"config": config}, [])
+    defaults = RunConfig()
+    assert (settings.data.cache_dir, settings.data.cache_gib) == ("", defaults.data.cache_gib)
+    assert (settings.data.num_workers, settings.crf.num_workers) == (defaults.data.num_workers, None)
+    assert (settings.eval.batch_size, settings.output_dir, settings.tracking.uri) == (4, "runs", "")
+    assert (settings.eval.scales, settings.data.num_classes) == ((0.5, 1.0), 5), "what a score depends on stays"
+    assert inference_settings({"config": config}, ["data.cache_dir=/scratch"]).data.cache_dir == "/scratch"
+
+
 @pytest.mark.parametrize(
     ("keys", "name"),
     [

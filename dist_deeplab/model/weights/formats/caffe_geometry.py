@@ -3,12 +3,12 @@
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import EPS
 from dist_deeplab.model.deeplabv2 import ASPP_RATES
 from dist_deeplab.model.weights.formats.caffe_names import Place, place_of
-from dist_deeplab.model.weights.formats.protobuf import Message
 from dist_deeplab.model.weights.variant import Damaged
 
 _DILATED, _CONTRACTED, _CLASSIFICATION = "dilated", "contracted", "classification"
@@ -30,27 +30,29 @@ class Convolution:
         return f"kernel {self.kernel}, stride {self.stride}, pad {self.pad}, dilation {self.dilation}{group}"
 
     @classmethod
-    def read(cls, parameter: Message, shape: tuple[int, ...]) -> "Convolution":
-        """Return what a ConvolutionParameter says; the kernel is checked against the weights' shape.
+    def read(cls, parameter: Any, shape: tuple[int, ...]) -> "Convolution":
+        """Geometry in a ConvolutionParameter; the kernel is checked against the weights' shape.
 
         Raises:
             Damaged: the two axes differ, or the parameter and the weights.
         """
 
-        def size(repeated: int, axes: tuple[int, int], default: int) -> int:
-            values = parameter.ints(repeated) or [parameter.integer(number, default) for number in axes]
-            if len(set(values)) != 1:
-                raise Damaged(f"a convolution with unlike axes ({values[:4]})")
-            return values[0]
+        def size(name: str, default: int) -> int:
+            axes = [axis for axis in (f"{name}_h", f"{name}_w") if parameter.HasField(axis)]
+            values = set(getattr(parameter, name)) or {getattr(parameter, axis) for axis in axes}
+            if len(values) > 1 or len(axes) == 1:
+                raise Damaged(f"a convolution with unlike axes ({name} {sorted(values)[:4]})")
+            return values.pop() if values else default
 
         stated = cls(
-            kernel=size(4, (11, 12), shape[-1]),
-            stride=size(6, (13, 14), 1),
-            pad=size(3, (9, 10), 0),
-            dilation=(parameter.ints(18) or [1])[-1],
-            group=parameter.integer(5, 1),
+            kernel=size("kernel", shape[-1]),
+            stride=size("stride", 1),
+            pad=size("pad", 0),
+            dilation=parameter.dilation[-1] if parameter.dilation else 1,
+            group=parameter.group,
         )
-        if shape[-2:] != (stated.kernel, stated.kernel) or parameter.integer(1, shape[0]) != shape[0]:
+        num_output = parameter.num_output if parameter.HasField("num_output") else shape[0]
+        if shape[-2:] != (stated.kernel, stated.kernel) or num_output != shape[0]:
             raise Damaged(f"weights of shape {list(shape)} for a convolution of kernel {stated.kernel}")
         return stated
 
@@ -91,32 +93,30 @@ def recognise_geometry(convolutions: dict[str, Convolution], path: Path) -> Geom
     return Geometry(family, on_1x1, form == _CONTRACTED)
 
 
-def check_batch_norm(name: str, parameter: Message | None, path: Path) -> None:
-    """Hold a BatchNorm's epsilon against ours.
+def check_batch_norm(layer: Any, path: Path) -> None:
+    """Compare a BatchNorm's epsilon with ours (V1 states none, and caffe.proto's default is ours).
 
     Raises:
         UserError: it is another.
     """
-    stated = parameter.floats(3).tolist() if parameter is not None else []
-    eps = float(stated[-1]) if stated else 1e-5  # caffe.proto's default
-    if abs(eps - EPS) > 1e-3 * EPS:
-        raise UserError(f"{path} is of another network: {name} has eps {eps:g}; ours has {EPS:g}")
+    eps = layer.batch_norm.eps if "batch_norm" in layer.DESCRIPTOR.fields_by_name else EPS
+    if not abs(eps - EPS) <= 1e-3 * EPS:
+        raise UserError(f"{path} is of another network: {layer.name} has eps {eps:g}; ours has {EPS:g}")
 
 
-def check_pooling(parameter: Message | None, path: Path) -> None:
-    """Hold pool1 against ours; an ImageNet network pads by 0, which moves its features by a pixel and is let pass.
+def check_pooling(layer: Any, path: Path) -> None:
+    """Compare pool1 with ours; an ImageNet network pads by 0, which moves its features by a pixel and is accepted.
 
     Raises:
         UserError: it is another.
     """
-    if parameter is None:
+    if not layer.HasField("pooling"):
         return
-    kind, kernel, stride = parameter.integer(1, 0), parameter.integer(2, 3), parameter.integer(3, 1)
-    pad = parameter.integer(4, 0)
-    if (kind, kernel, stride) != (0, 3, 2) or pad not in (0, 1):
+    pool = layer.pooling
+    if (pool.kind, pool.kernel, pool.stride) != (0, 3, 2) or pool.pad not in (0, 1):
         raise UserError(
-            f"{path} is of another network: pool1 has kind {kind}, kernel {kernel}, stride {stride}, pad {pad}; ours "
-            "has kind 0 (max), kernel 3, stride 2, pad 1"
+            f"{path} is of another network: pool1 has kind {pool.kind}, kernel {pool.kernel}, stride {pool.stride}, "
+            f"pad {pool.pad}; ours has kind 0 (max), kernel 3, stride 2, pad 1"
         )
 
 

@@ -19,7 +19,7 @@ from dist_deeplab.model.weights.variant import Variant, Weights
 
 _BLOCK = re.compile(r"(res|bn|scale)([2-5])([a-z])(\d*)_branch(1|2[abc])")
 _HEAD = re.compile(r"fc1(?:_(?!res0)[A-Za-z0-9]+)*_c([0-3])")
-_OTHER_SCALE = re.compile(r".*_res0(75|5)(_.*)?")
+_OTHER_SCALE = re.compile(r"_res0(75|5)(_|\Z)")
 _PLACES = {
     "1": ("downsample.0", "downsample.1"),
     "2a": ("conv1", "bn1"),
@@ -62,7 +62,7 @@ def place_of(layer: str) -> Place | None:
 
 def why_skipped(layer: str) -> str:
     """Return why a layer has no place."""
-    return "the same layer at another scale" if _OTHER_SCALE.fullmatch(layer) else "no part of our network"
+    return "the same layer at another scale" if _OTHER_SCALE.search(layer) else "no part of our network"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`.caffemodel` files without Caffe: caffe.proto's NetParameter, its layers in today's form (V2) or the old (V1)."""
 
-from dataclasses import dataclass
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,105 +17,124 @@ from dist_deeplab.model.weights.formats.caffe_geometry import (
     recognise_geometry,
 )
 from dist_deeplab.model.weights.formats.caffe_names import LayerTensors, place_of, to_tensor, why_skipped
-from dist_deeplab.model.weights.formats.protobuf import Message
+from dist_deeplab.model.weights.formats.protobuf import Field, message_types, numbers, parse, parse_all
 from dist_deeplab.model.weights.variant import Damaged, Variant
 
 FAMILY = "Caffe ResNet"
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """Field numbers of a layer's message."""
-
-    name: int
-    blobs: int
-    convolution: int
-    pooling: int
-    batch_norm: int
-    data: tuple[int, ...]
-    """Parameters of data layers whose field 1 is the list of images."""
-
-
-_V2 = _Numbers(name=1, blobs=7, convolution=106, pooling=121, batch_norm=139, data=(107, 112, 115))  # LayerParameter
-_V1 = _Numbers(name=4, blobs=6, convolution=10, pooling=19, batch_norm=0, data=(11, 13, 15))  # V1LayerParameter
-_LAYER, _LAYERS = 100, 2  # NetParameter: V2 and V1
 _MAX_LAYERS = 20_000
+_MAX_BLOBS = 16  # of a layer
+_MAX_NAME = 256  # characters
 
 
-@dataclass(frozen=True)
-class _Layer:
-    message: Message
-    numbers: _Numbers
+@functools.cache
+def _types() -> dict[str, Any]:
+    """The parts of caffe.proto that are read. V1 has no parameters of batch norms."""
 
-    @property
-    def name(self) -> str:
-        return self.message.text(self.numbers.name)
+    def size(number: int) -> Field:
+        return (number, "repeated uint32")
 
-    def parameter(self, number: int) -> Message | None:
-        return self.message.message(number) if number else None
+    def layer(name: int, blobs: int, convolution: int, pooling: int, lists: tuple[int, ...]) -> dict[str, Field]:
+        """Fields of a layer; `lists`: parameters of data layers, whose field 1 is the list of images."""
+        return {
+            "name": (name, "string"),
+            "blobs": (blobs, "repeated bytes"),
+            "convolution": (convolution, "Convolution"),
+            "pooling": (pooling, "Pooling"),
+            **{f"data_{number}": (number, "Data") for number in lists},
+        }
 
-    def blobs(self) -> "list[np.ndarray[Any, Any]]":
-        return [_blob(blob) for blob in self.message.messages(self.numbers.blobs)]
+    axes = ("pad_h", "pad_w", "kernel_h", "kernel_w", "stride_h", "stride_w")
+    return message_types(
+        {
+            "Net": {"layers": (2, "repeated bytes"), "layer": (100, "repeated bytes")},
+            "Layer": layer(1, 7, 106, 121, (107, 112, 115)) | {"batch_norm": (139, "BatchNorm")},
+            "LayerV1": layer(4, 6, 10, 19, (11, 13, 15)),
+            "Blob": {
+                **{name: (i, "int32") for i, name in enumerate(("num", "channels", "height", "width"), start=1)},
+                "floats": (5, "repeated bytes"),
+                "shape": (7, "Shape"),
+                "doubles": (8, "repeated bytes"),
+            },
+            "Shape": {"dim": (1, "repeated int64")},
+            "Convolution": {
+                "num_output": (1, "uint32"),
+                "group": (5, "uint32", 1),
+                **{"pad": size(3), "kernel": size(4), "stride": size(6), "dilation": size(18)},
+                **{name: (number, "uint32") for number, name in enumerate(axes, start=9)},
+            },
+            "Pooling": {
+                "kind": (1, "int32"),
+                "kernel": (2, "uint32"),
+                "stride": (3, "uint32", 1),
+                "pad": (4, "uint32"),
+            },
+            "BatchNorm": {"eps": (3, "float", "1e-5")},
+            "Data": {"source": (1, "string")},
+        }
+    )
 
 
 def read_caffemodel(path: Path) -> tuple[LayerTensors, str]:
-    """Return the layers of a `.caffemodel`, and the list of images it was trained on as far as it tells.
+    """The layers of a `.caffemodel`, and the list of images it was trained on as far as it names one.
 
     Raises:
         UserError: damaged, without weights, or of a network whose geometry is not ours (the first such layer is named).
     """
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    convolutions: dict[str, Convolution] = {}
+    skipped: dict[str, str] = {}
+    training_list = ""
     try:
-        layers = _layers(Message(memoryview(path.read_bytes())))
-        tensors: dict[str, np.ndarray[Any, Any]] = {}
-        convolutions: dict[str, Convolution] = {}
-        skipped: dict[str, str] = {}
-        training_list = ""
-        for layer in layers:
-            name = layer.name
-            for number in layer.numbers.data:
-                parameter = layer.parameter(number)
-                training_list = training_list or (parameter.text(1) if parameter else "")
-            if name == "pool1":
-                check_pooling(layer.parameter(layer.numbers.pooling), path)
+        for layer in _layers(path):
+            for field, value in layer.ListFields():
+                if field.name.startswith("data_"):
+                    training_list = training_list or value.source
+            if layer.name == "pool1":
+                check_pooling(layer, path)
             try:
                 found = _parameters(layer, path)
             except Damaged as error:
-                raise Damaged(f"layer {name}: {error}") from None
-            place = place_of(name)
+                raise Damaged(f"layer {layer.name}: {error}") from None
+            place = place_of(layer.name)
             if place is None:
-                skipped |= {f"{name}/{key}": why_skipped(name) for key in found}
+                skipped |= {f"{layer.name}/{key}": why_skipped(layer.name) for key in found}
                 continue
-            tensors |= {f"{name}/{key}": value for key, value in found.items()}
-            parameter = layer.parameter(layer.numbers.convolution)
-            if place.kind != "norm" and found and parameter is not None:
-                convolutions[name] = Convolution.read(parameter, found["weight"].shape)
+            tensors |= {f"{layer.name}/{key}": value for key, value in found.items()}
+            if place.kind != "norm" and found and layer.HasField("convolution"):
+                convolutions[layer.name] = Convolution.read(layer.convolution, found["weight"].shape)
         geometry = recognise_geometry(convolutions, path)
     except Damaged as error:
         raise UserError(f"{path} can't be read as a .caffemodel: {error}; is it whole?") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} can't be read as a .caffemodel: a name is not text; is it whole?") from None
     variant = Variant(geometry.family, geometry.stride_on_1x1, CAFFE, geometry.contract_dilation)
     content = {name: to_tensor(value) for name, value in tensors.items()}
     return LayerTensors(FAMILY, content, EPS, variant, skipped=skipped), training_list
 
 
 def looks_like_caffemodel(head: bytes) -> bool:
-    """Return whether a file begins as a NetParameter does: with its name, an input, or a layer."""
+    """Whether a file begins as a NetParameter does: with its name, an input, or a layer."""
     return head[:1] in (b"\x0a", b"\x12", b"\x1a") or head[:2] == b"\xa2\x06"
 
 
-def _layers(net: Message) -> list[_Layer]:
-    layers = [_Layer(message, _V2) for message in net.messages(_LAYER)]
-    layers += [_Layer(message, _V1) for message in net.messages(_LAYERS)]
-    if not layers or len(layers) > _MAX_LAYERS:
-        raise Damaged("it has no layers" if not layers else f"it has over {_MAX_LAYERS:,} layers")
+def _layers(path: Path) -> list[Any]:
+    types = _types()
+    net = parse(types["Net"], path.read_bytes())
+    layers = parse_all(types["Layer"], net.layer, at_most=_MAX_LAYERS)
+    layers += parse_all(types["LayerV1"], net.layers, at_most=_MAX_LAYERS)
+    if not layers:
+        raise Damaged("it has no layers")
+    if any(len(layer.name) > _MAX_NAME for layer in layers):
+        raise Damaged(f"a layer's name has over {_MAX_NAME} characters")
     return layers
 
 
-def _parameters(layer: _Layer, path: Path) -> "dict[str, np.ndarray[Any, Any]]":
-    """Return a layer's numbers by our names; a BatchNorm's are divided by their scale.
+def _parameters(layer: Any, path: Path) -> "dict[str, np.ndarray[Any, Any]]":
+    """A layer's numbers by our names; a BatchNorm's are divided by their scale.
 
-    By its place a layer says what it is: V1 has no type for batch norms, and forks have their own.
+    What a layer is follows from its place: V1 has no type for batch norms, and forks have their own.
     """
-    blobs, name = layer.blobs(), layer.name
+    blobs, name = [_array(blob) for blob in parse_all(_types()["Blob"], layer.blobs, at_most=_MAX_BLOBS)], layer.name
     if not blobs:
         return {}
     place = place_of(name)
@@ -128,21 +148,18 @@ def _parameters(layer: _Layer, path: Path) -> "dict[str, np.ndarray[Any, Any]]":
         return {key: blob.ravel() for key, blob in zip(("gamma", "beta"), blobs, strict=False)}
     if len(blobs) != 3 or blobs[2].size != 1:
         raise Damaged(f"a BatchNorm with {len(blobs)} blobs, not mean, variance and their scale")
-    check_batch_norm(name, layer.parameter(layer.numbers.batch_norm), path)
+    check_batch_norm(layer, path)
     scale = float(blobs[2].ravel()[0])
     if not 0 < scale < float("inf"):
         raise Damaged(f"the scale of its statistics is {scale:g}: they were never collected")
     return {"mean": blobs[0].ravel() / np.float32(scale), "variance": blobs[1].ravel() / np.float32(scale)}
 
 
-def _blob(blob: Message) -> "np.ndarray[Any, Any]":
-    """Return a BlobProto's array; old files give four sizes in place of a shape."""
-    described = blob.message(7)
-    shape = described.ints(1) if described else [blob.integer(number) for number in (1, 2, 3, 4)]
-    values = blob.floats(5) if 5 in blob else blob.floats(8, "<f8")
-    num = 1
-    for length in shape:
-        num *= length
-    if len(shape) > 8 or num != len(values):
+def _array(blob: Any) -> "np.ndarray[Any, Any]":
+    """A BlobProto's array; old files give four sizes in place of a shape."""
+    shape = list(blob.shape.dim) if blob.HasField("shape") else [blob.num, blob.channels, blob.height, blob.width]
+    values = numbers(blob.floats, "<f4") if blob.floats else numbers(blob.doubles, "<f8")
+    # The number of axes comes first: a product of a million of them takes quadratic time.
+    if len(shape) > 8 or min(shape, default=0) < 0 or math.prod(shape) != len(values):
         raise Damaged(f"a blob of shape {shape[:8]} has {len(values):,} values")
     return values.reshape(shape)

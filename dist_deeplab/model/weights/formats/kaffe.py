@@ -7,7 +7,7 @@ from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import EPS
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights.formats.caffe_names import LayerTensors, to_tensor
-from dist_deeplab.model.weights.formats.plain_pickle import Array, read_pickle
+from dist_deeplab.model.weights.formats.numpy_pickle import Array, read_pickle
 from dist_deeplab.model.weights.variant import Damaged, Variant
 
 MAGIC = b"\x93NUMPY"
@@ -45,6 +45,7 @@ def read_kaffe(path: Path) -> LayerTensors:
     except Damaged as error:
         raise UserError(f"{path} can't be read as a .npy of kaffe: {error}; is it whole?") from None
     tensors, skipped, is_slim = {}, {}, False
+    num_bytes_left = path.stat().st_size
     for layer, parameters in layers.items():
         if not isinstance(layer, str) or not isinstance(parameters, dict):
             raise UserError(f"{path} is a .npy file, but not of kaffe: it does not map layers to parameters")
@@ -58,6 +59,9 @@ def read_kaffe(path: Path) -> LayerTensors:
                 values = array.to_numpy()
             except Damaged as error:
                 raise UserError(f"{name} in {path} can't be read: {error}") from None
+            num_bytes_left -= values.nbytes
+            if num_bytes_left < 0:
+                raise UserError(f"the arrays in {path} share their bytes, which kaffe does not do; use another file")
             tensors[f"{layer}/{PARAMETERS[parameter]}"] = to_tensor(values, is_hwio=parameter == "weights")
     sources = {f"{k.rpartition('/')[0]}/{PARAMETERS[p]}": k for k, p in _names(layers)}
     variant = Variant(f"{FAMILY} (.npy)", True, CAFFE)

@@ -104,9 +104,8 @@ def recognise(content: NamedTensors, path: Path) -> Weights:
     for layout in (KAZUTO_LAYOUT, TORCHVISION_LAYOUT):
         prefixes = layout.prefixes(names)
         if len(prefixes) > 1:
-            raise UserError(
-                f"{path} holds {len(prefixes)} networks, under {', '.join(repr(p) for p in prefixes)}; keep one of them"
-            )
+            under = ", ".join(repr(prefix) for prefix in prefixes[:5])
+            raise UserError(f"{path} holds {len(prefixes)} networks, under {under}; keep one of them")
         if prefixes:
             variant = content.variant or _family(layout, prefixes[0], content.tensors, path)
             return _translated(content.tensors, layout, prefixes[0], variant, path)

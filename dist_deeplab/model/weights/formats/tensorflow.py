@@ -5,6 +5,8 @@ table with everything in it (SavedTensorSlices). Written from the comments in te
 saved_tensor_slice.proto. Checksums of blocks and tensors are verified.
 """
 
+import functools
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,16 +18,48 @@ from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import EPS
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights.formats.caffe_names import LayerTensors, to_tensor
-from dist_deeplab.model.weights.formats.crc32c import masked_crc32c
 from dist_deeplab.model.weights.formats.kaffe import FAMILY, PARAMETERS, SLIM_EPS
-from dist_deeplab.model.weights.formats.protobuf import Message
-from dist_deeplab.model.weights.formats.sstable import MAGIC, read_table
+from dist_deeplab.model.weights.formats.protobuf import message_types, numbers, parse, parse_all
+from dist_deeplab.model.weights.formats.sstable import MAGIC, masked_crc32c, read_table
 from dist_deeplab.model.weights.variant import Damaged, Variant
 
 _TYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # types.proto: DT_FLOAT, DOUBLE, INT32, INT64, HALF
 _OPTIMIZER = ("Momentum", "Adam", "RMSProp", "ExponentialMovingAverage")
 
+_MAX_TENSORS = 20_000
+
 _Array = np.ndarray[Any, Any]
+
+
+@functools.cache
+def _messages() -> dict[str, Any]:
+    """The parts of tensor_bundle.proto, saved_tensor_slice.proto, tensor_shape.proto and tensor.proto that are read."""
+    return message_types(
+        {
+            "BundleHeader": {"num_shards": (1, "int32"), "endianness": (2, "int32")},
+            "BundleEntry": {
+                "dtype": (1, "int32"),
+                "shape": (2, "Shape"),
+                "shard_id": (3, "int32"),
+                "offset": (4, "int64"),
+                "size": (5, "int64"),
+                "crc32c": (6, "fixed32"),
+                "slices": (7, "repeated bytes"),
+            },
+            "Shape": {"dim": (2, "repeated bytes")},
+            "Dim": {"size": (1, "int64")},
+            "SavedTensorSlices": {"meta": (1, "Meta"), "data": (2, "Slice")},
+            "Meta": {"tensor": (1, "repeated bytes")},
+            "SliceMeta": {
+                "name": (1, "string"),
+                "shape": (2, "Shape"),
+                "type": (3, "int32"),
+                "slice": (4, "repeated bytes"),
+            },
+            "Slice": {"name": (1, "string"), "data": (3, "Tensor")},
+            "Tensor": {"floats": (5, "repeated bytes"), "doubles": (6, "repeated bytes")},
+        }
+    )
 
 
 def bundle_index(path: Path) -> Path | None:
@@ -61,6 +95,8 @@ def read_tensorflow(path: Path) -> LayerTensors:
         return _read(path)
     except Damaged as error:
         raise UserError(f"{path} can't be read as a TensorFlow checkpoint: {error}; is it whole?") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} can't be read as a TensorFlow checkpoint: a name is not text; is it whole?") from None
     except OSError as error:
         raise UserError(f"{error.filename or path} can't be read: {error.strerror}") from None
 
@@ -68,11 +104,11 @@ def read_tensorflow(path: Path) -> LayerTensors:
 def _read(path: Path) -> LayerTensors:
     entries = read_table(memoryview(path.read_bytes()))
     key, value = next(entries, (b"-", memoryview(b"")))
-    header = Message(value)
     if key != b"":
-        raise Damaged("its first entry is no header")
-    readers = _v1_tensors(header, entries) if _is_v1(header) else _v2_tensors(header, entries, path)
-    names = dict(readers)
+        raise Damaged("its first entry is not a header")
+    saved = parse(_messages()["SavedTensorSlices"], value)
+    is_v1 = saved.HasField("meta")  # in a BundleHeader field 1 is a number
+    names = dict(_v1_tensors(saved.meta, entries) if is_v1 else _v2_tensors(value, entries, path))
     prefixes = sorted({name.removesuffix("conv1/weights") for name in names if re.search(r"(^|/)conv1/weights$", name)})
     if len(prefixes) > 1:
         raise UserError(
@@ -101,89 +137,81 @@ def _read(path: Path) -> LayerTensors:
     return LayerTensors(FAMILY, tensors, SLIM_EPS if is_slim else EPS, variant, sources, skipped)
 
 
-def _is_v1(header: Message) -> bool:
-    """Return whether field 1 is a message, as in V1's SavedTensorSlices, and no number, as in BundleHeaderProto."""
-    try:
-        return bool(header.views(1))
-    except Damaged:
-        return False
-
-
 def _v2_tensors(
-    header: Message, entries: Iterator[tuple[bytes, memoryview]], index: Path
+    header_bytes: memoryview, entries: Iterator[tuple[bytes, memoryview]], index: Path
 ) -> Iterator[tuple[str, Callable[[], _Array]]]:
-    """Yield name and reader of each tensor of a bundle."""
-    num_shards = header.integer(1)
-    if header.integer(2) != 0:
+    """Name and reader of each tensor of a bundle.
+
+    Raises:
+        Damaged: also where entries share the bytes of their data file, and so would take more memory than its size.
+    """
+    header = parse(_messages()["BundleHeader"], header_bytes)
+    if header.endianness != 0:
         raise Damaged("it was written on a big-endian machine")
-    if not 1 <= num_shards < 100_000:
-        raise Damaged(f"it claims to have {num_shards:,} data files")
+    if not 1 <= header.num_shards < 100_000:
+        raise Damaged(f"it claims to have {header.num_shards:,} data files")
     stem = index.name.removesuffix(".index")
+    num_bytes: dict[Path, int] = {}
     for key, value in entries:
-        entry = Message(value)
-        shard = entry.integer(3)
-        if shard >= num_shards:
+        entry = parse(_messages()["BundleEntry"], value)
+        if not 0 <= entry.shard_id < header.num_shards:
             raise Damaged("a tensor is in a data file that does not exist")
-        data = index.with_name(f"{stem}.data-{shard:05d}-of-{num_shards:05d}")
-        yield _name(key), lambda entry=entry, data=data: _read_v2(entry, data)  # type: ignore[misc]
+        data = index.with_name(f"{stem}.data-{entry.shard_id:05d}-of-{header.num_shards:05d}")
+        num_bytes[data] = num_bytes.get(data, 0) + max(0, entry.size)
+        if data.is_file() and num_bytes[data] > data.stat().st_size:
+            raise Damaged(f"its tensors are larger than {data.name}")
+        yield _text(key), functools.partial(_read_v2, entry, data)
 
 
-def _read_v2(entry: Message, data: Path) -> _Array:
-    if 7 in entry:
+def _read_v2(entry: Any, data: Path) -> _Array:
+    if entry.slices:
         raise Damaged("it is stored in slices, which is not supported")
-    dtype, shape = _dtype(entry.integer(1)), _shape(entry.message(2))
-    offset, size = entry.integer(4), entry.integer(5)
-    if size != _num_values(shape) * dtype.itemsize:
-        raise Damaged(f"it is of shape {list(shape)} but has {size:,} bytes")
+    dtype, shape = _dtype(entry.dtype), _shape(entry)
+    if entry.size != math.prod(shape) * dtype.itemsize:
+        raise Damaged(f"it is of shape {list(shape)} but has {entry.size:,} bytes")
     if not data.is_file():
         raise Damaged(f"its data file {data.name} is not beside the index")
-    if offset + size > data.stat().st_size:
-        raise Damaged(f"it ends behind the end of {data.name}")
+    if entry.offset < 0 or entry.offset + entry.size > data.stat().st_size:
+        raise Damaged(f"it lies outside of {data.name}")
     with data.open("rb") as file:
-        file.seek(offset)
-        content = file.read(size)
-    if len(content) != size or entry.fixed32(6) != masked_crc32c(content):
+        file.seek(entry.offset)
+        content = file.read(entry.size)
+    if len(content) != entry.size or entry.crc32c != masked_crc32c(content):
         raise Damaged(f"its checksum in {data.name} is wrong")
     return np.frombuffer(content, dtype=dtype).reshape(shape)
 
 
-def _v1_tensors(
-    header: Message, entries: Iterator[tuple[bytes, memoryview]]
-) -> Iterator[tuple[str, Callable[[], _Array]]]:
-    """Yield name and reader of each tensor of a V1 checkpoint, whose header states the shapes."""
-    meta = header.message(1)
-    shapes = {}
-    for tensor in meta.messages(1) if meta else []:
-        shapes[tensor.text(1)] = (tensor, len(tensor.views(4)))
+def _v1_tensors(meta: Any, entries: Iterator[tuple[bytes, memoryview]]) -> Iterator[tuple[str, Callable[[], _Array]]]:
+    """Name and reader of each tensor of a V1 checkpoint, whose header states the shapes."""
+    listed = parse_all(_messages()["SliceMeta"], meta.tensor, at_most=_MAX_TENSORS)
+    shapes = {tensor.name: tensor for tensor in listed}
     for _, value in entries:
-        content = Message(value).message(2)
-        if content is None:
+        entry = parse(_messages()["SavedTensorSlices"], value)
+        if not entry.HasField("data"):
             raise Damaged("an entry holds no data")
-        name = content.text(1)
+        name = entry.data.name
         if name not in shapes:
             raise Damaged(f"{name[:80]!r} is not in its list of tensors")
-        about, num_slices = shapes[name]
-        yield name, lambda content=content, about=about, n=num_slices: _read_v1(content, about, n)  # type: ignore[misc]
+        yield name, functools.partial(_read_v1, entry.data.data, shapes[name])
 
 
-def _read_v1(content: Message, about: Message, num_slices: int) -> _Array:
-    if num_slices > 1:
+def _read_v1(content: Any, about: Any) -> _Array:
+    if len(about.slice) > 1:
         raise Damaged("it is stored in slices, which is not supported")
-    dtype, shape = _dtype(about.integer(3)), _shape(about.message(2))
-    data = content.message(3)
-    if data is None or dtype.kind != "f" or dtype.itemsize == 2:
+    dtype, shape = _dtype(about.type), _shape(about)
+    if dtype.kind != "f" or dtype.itemsize == 2:
         raise Damaged("it holds no float values")
-    values = data.floats(5, "<f4") if dtype.itemsize == 4 else data.floats(6, "<f8")
-    if len(values) != _num_values(shape):
+    values = numbers(content.floats, "<f4") if dtype.itemsize == 4 else numbers(content.doubles, "<f8")
+    if len(values) != math.prod(shape):
         raise Damaged(f"it is of shape {list(shape)} but has {len(values):,} values")
     return values.reshape(shape)
 
 
-def _name(key: bytes) -> str:
+def _text(key: bytes) -> str:
     try:
         return key.decode()
     except UnicodeDecodeError:
-        raise Damaged("a name is no text") from None
+        raise Damaged("a name is not text") from None
 
 
 def _dtype(number: int) -> "np.dtype[Any]":
@@ -192,16 +220,9 @@ def _dtype(number: int) -> "np.dtype[Any]":
     return np.dtype(_TYPES[number])
 
 
-def _shape(message: Message | None) -> tuple[int, ...]:
-    dimensions = message.messages(2) if message else []
-    shape = tuple(dimension.integer(1) for dimension in dimensions)
-    if len(shape) > 8 or any(length >= 2**31 for length in shape):
-        raise Damaged("its shape is no shape")
+def _shape(message: Any) -> tuple[int, ...]:
+    """Shape in a message's field `shape`: at most 8 axes."""
+    shape = tuple(dim.size for dim in parse_all(_messages()["Dim"], message.shape.dim, at_most=8))
+    if any(not 0 <= length < 2**31 for length in shape):
+        raise Damaged(f"it has the impossible shape {list(shape)}")
     return shape
-
-
-def _num_values(shape: tuple[int, ...]) -> int:
-    num = 1
-    for length in shape:
-        num *= length
-    return num

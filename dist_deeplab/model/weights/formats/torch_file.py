@@ -1,8 +1,6 @@
 """Files of torch.save and of safetensors: named tensors, read without running code that a file may hold."""
 
 import json
-import pickle
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +10,8 @@ from typing import Any
 import torch
 
 from dist_deeplab.errors import UserError, first_line
+from dist_deeplab.model.weights.formats.plain_pickle import Foreign
+from dist_deeplab.model.weights.formats.torch_pickle import check_archive, check_legacy
 from dist_deeplab.model.weights.variant import Variant
 
 METADATA_KEY = "dist_deeplab"
@@ -23,6 +23,8 @@ _INNER = ("state_dict", "model_state_dict", "model_state", "model", "module", "n
 _MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")
 """The number 0x1950a86a20f9469cfc6c as a pickle of its own, with which torch.save began before it wrote archives."""
 _MAGIC_WITHIN = 24  # before it only the pickle's protocol, and a frame's length
+
+_MAX_NAME = 512  # characters: names are compared with patterns, in time that may grow with the square of their length
 
 _TEXT = frozenset({*range(0x20, 0x7F), *b"\t\n\r\f", *range(0x80, 0x100)})
 
@@ -43,24 +45,36 @@ def load_file(path: str | Path) -> Any:
     """
     path = Path(path).expanduser()
     try:
-        if zipfile.is_zipfile(path):
-            _require_stored(path)
-        else:
-            _require_magic(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_plain(path)
     except FileNotFoundError:
         raise UserError(f"there is no weights file at {path}") from None
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    except Foreign as error:
         raise UserError(
-            f"{path} holds more than tensors and plain values{f' ({found[1]})' if found else ''}, which might run "
-            "code; where you trust it, save its state dict alone and give that"
+            f"{path} holds more than tensors and plain values ({error.name}), which might run code; where you trust "
+            "it, save its state dict alone and give that"
         ) from None
     except UserError:
         raise
     except Exception as error:  # an unpickler that meets arbitrary bytes may raise anything
         reason = "it ends too early" if isinstance(error, EOFError | IndexError) else first_line(error)
         raise UserError(f"{path} can't be read as a torch file ({reason}); is it whole?") from None
+
+
+def load_plain(path: Path) -> Any:
+    """Content of a file of `torch.save`, on the CPU, without running code and in memory that its size suggests.
+
+    Raises:
+        UserError: compressed, TorchScript, or another kind of file.
+        Foreign: it names functions or classes.
+        Exception: damaged: torch meets arbitrary bytes.
+    """
+    if zipfile.is_zipfile(path):
+        _require_stored(path)
+        check_archive(path)
+    else:
+        _require_magic(path)
+        check_legacy(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _require_magic(path: Path) -> None:
@@ -122,6 +136,8 @@ def named_tensors(content: Any, path: Path) -> NamedTensors:
     tensors = {}
     for name, value in content.items() if isinstance(content, Mapping) else ():
         if isinstance(name, str) and isinstance(value, torch.Tensor):
+            if len(name) > _MAX_NAME:
+                raise UserError(f"a tensor's name has over {_MAX_NAME} characters in {path}; use another file")
             _require_plain(name, value, path)
             tensors[name] = value
     if not tensors:
@@ -146,6 +162,8 @@ def load_safetensors(path: Path) -> NamedTensors:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, MemoryError) as error:
         raise UserError(f"{path} can't be read as safetensors ({first_line(error)}); is it whole?") from None
+    if any(len(name) > _MAX_NAME for name in tensors):
+        raise UserError(f"a tensor's name has over {_MAX_NAME} characters in {path}; use another file")
     if not tensors:
         raise UserError(f"{path} holds no tensors, so the weights in it are of no known family; {KNOWN}")
     try:

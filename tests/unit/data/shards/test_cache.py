@@ -1,5 +1,6 @@
 """Shards from URLs: one download per node, whole and verified, under a limit, never taken from one who reads them."""
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -9,14 +10,18 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dist_deeplab.data.shards import cache as shard_cache
-from dist_deeplab.data.shards.cache import CacheError, ShardCache
+from dist_deeplab.data.shards import room
+from dist_deeplab.data.shards.cache import FOLDER, ShardCache, build_cache
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
 from dist_deeplab.data.shards.reader import ShardReader, open_shard
+from dist_deeplab.data.shards.room import CacheError
 from dist_deeplab.downloads import DiskFullError, DownloadError, fetching
+from dist_deeplab.errors import UserError
 from tests.file_server import FileServer, serve
 
 GIB = 2**30
@@ -77,19 +82,20 @@ def test_a_download_that_gets_its_final_name_while_room_is_counted_is_no_error(
     server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "cache"
-    folder.mkdir()
+    ShardReader(cached(server, folder)).read(7)
+    another = "0123456789abcdef_another.tar"
     listed = os.scandir
 
     def rename_after_listing(path: Path) -> list[os.DirEntry[str]]:
         entries = list(listed(path))
-        for part in folder.glob(".another.tar.part"):
-            part.rename(folder / "another.tar")
+        for part in folder.glob(f".{another}.part"):
+            part.rename(folder / another)
         return entries
 
-    (folder / ".another.tar.part").write_bytes(b"half")
-    monkeypatch.setattr(shard_cache.os, "scandir", rename_after_listing)
+    (folder / f".{another}.part").write_bytes(b"half")
+    monkeypatch.setattr(room.os, "scandir", rename_after_listing)
     assert ShardReader(cached(server, folder)).read(0).key
-    assert (folder / "another.tar").exists()
+    assert (folder / another).exists()
 
 
 def test_a_shard_with_other_bytes_than_the_manifest_says_is_refused(server: FileServer, tmp_path: Path) -> None:
@@ -100,7 +106,7 @@ def test_a_shard_with_other_bytes_than_the_manifest_says_is_refused(server: File
     assert tars_in(tmp_path / "cache") == []
 
 
-def test_a_damaged_shard_in_the_cache_is_fetched_anew(server: FileServer, tmp_path: Path) -> None:
+def test_a_damaged_shard_in_the_cache_is_fetched_again(server: FileServer, tmp_path: Path) -> None:
     manifest = cached(server, tmp_path / "cache")
     ShardReader(manifest).read(0)
     (path,) = (tmp_path / "cache").glob("*_train-000000.tar")
@@ -170,7 +176,7 @@ def test_two_shards_that_come_at_once_do_not_exceed_the_limit(server: FileServer
     """What one process has reserved, another one sees; what a dead one had reserved is free."""
     manifest = cached(server, tmp_path / "cache", limit=0)
     cache = ShardCache(tmp_path / "cache", manifest.size_bytes)
-    holder = tmp_path / "cache" / ".other_x.tar.4711.room"
+    holder = tmp_path / "cache" / ".0123456789abcdef_x.tar.4711.room"
     holder.write_text(str(manifest.size_bytes))
     with holder.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -180,7 +186,7 @@ def test_two_shards_that_come_at_once_do_not_exceed_the_limit(server: FileServer
     assert not holder.exists()
 
 
-def _open_for_ever(manifest: Manifest) -> None:
+def _open_and_sleep(manifest: Manifest) -> None:
     open_shard(manifest, 0)
     time.sleep(600)
 
@@ -188,7 +194,7 @@ def _open_for_ever(manifest: Manifest) -> None:
 def test_the_shards_of_a_killed_process_can_go(server: FileServer, tmp_path: Path) -> None:
     manifest = cached(server, tmp_path / "cache", limit=0)
     manifest = cached(server, tmp_path / "cache", limit=max(shard.size_bytes for shard in manifest.shards))
-    process = multiprocessing.get_context("fork").Process(target=_open_for_ever, args=(manifest,))
+    process = multiprocessing.get_context("fork").Process(target=_open_and_sleep, args=(manifest,))
     process.start()
     while tars_in(tmp_path / "cache") != ["train-000000.tar"]:
         time.sleep(0.01)
@@ -219,3 +225,89 @@ def test_a_full_disk_lets_unused_shards_go_and_else_is_a_sentence(
     with pytest.raises(CacheError, match="no room for it; nothing in the cache can go"):
         open_shard(manifest, 2)
     os.close(file)
+
+
+# --- the user's own files ---------------------------------------------------------------------------------------------
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_cache_never_touches_what_the_user_has_in_the_same_folder(server: FileServer, tmp_path: Path) -> None:
+    """data.cache_dir=$HOME with a limit of one shard: the cache works beside the user's files."""
+    home = tmp_path / "home"
+    (home / "folder").mkdir(parents=True)
+    for name in ("thesis.tex", "folder/data.bin", ".bashrc", ".thesis.tex.part", "x.room", f"{'a' * 16}_mine.tar"):
+        (home / name).write_bytes(b"dear" * 1000)
+    before = files_in(home)
+    cache = build_cache(str(home), 1)
+    assert cache is not None
+    manifest = load_manifest(f"{server.url}/train.json", cache=cache)
+    largest = max(shard.size_bytes for shard in manifest.shards)
+    small = ShardCache(cache.folder, largest)
+    for number in range(3):
+        os.close(small.open_shard(f"{server.url}/train-00000{number}.tar", **known(manifest, number)))
+    assert len(tars_in(cache.folder)) == 1, "evicted its own"
+    assert {name: content for name, content in files_in(home).items() if not name.startswith(FOLDER)} == before
+
+
+def known(manifest: Manifest, number: int) -> dict[str, Any]:
+    shard = manifest.shards[number]
+    return {"sha256": shard.sha256, "size": shard.size_bytes}
+
+
+def test_of_what_somebody_put_into_the_caches_folder_nothing_is_counted_or_deleted(
+    server: FileServer, tmp_path: Path
+) -> None:
+    manifest = cached(server, tmp_path / "cache")
+    (tmp_path / "outside.tar").write_bytes(bytes(10**6))
+    (tmp_path / "cache" / f"{'b' * 16}_link.tar").symlink_to(tmp_path / "outside.tar")
+    (tmp_path / "cache" / "notes.txt").write_text("mine")
+    (tmp_path / "cache" / f"{'c' * 16}_folder.tar").mkdir()
+    small = ShardCache(tmp_path / "cache", max(shard.size_bytes for shard in manifest.shards) + 2**16)
+    for number in range(3):
+        os.close(small.open_shard(f"{server.url}/train-00000{number}.tar", **known(manifest, number)))
+    assert (tmp_path / "outside.tar").stat().st_size == 10**6
+    assert (tmp_path / "cache" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["file", "folder", "not a folder"])
+def test_a_folder_without_the_caches_mark_is_refused_and_left_alone(
+    content: str, server: FileServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / FOLDER
+    if content == "not a folder":
+        folder.write_text("mine")
+    else:
+        (folder / "sub").mkdir(parents=True)
+        if content == "file":
+            (folder / f"{'a' * 16}_mine.tar").write_text("mine")
+    before = files_in(tmp_path)
+    with pytest.raises(CacheError, match=r"without the mark of the shard cache .* choose another data\.cache_dir"):
+        load_manifest(f"{server.url}/train.json", cache=build_cache(str(tmp_path), 1))
+    assert files_in(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def _mark(folder: Path, url: str) -> bool:
+    return ShardCache(folder, GIB).fetch_manifest(url).is_file()
+
+
+def test_processes_that_make_the_cache_at_once_have_one(server: FileServer, tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(8) as pool:
+        assert all(pool.starmap(_mark, [(tmp_path / "cache", f"{server.url}/train.json")] * 8))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "server"]
+
+
+def test_a_file_system_without_locks_is_a_sentence(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = cached(server, tmp_path / "cache")
+
+    def not_implemented(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", not_implemented)
+    with pytest.raises(UserError, match=r"no file locks .*flock.* choose another"):
+        open_shard(manifest, 0)

@@ -7,10 +7,9 @@ import io
 import json
 import os
 import pickle
-import resource
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,12 @@ from safetensors.torch import save_file
 
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.weights import SCRATCH, Weights, load_weights
+from dist_deeplab.model.weights.formats.numpy_pickle import read_pickle
 from tests.unit.model.weights import writers
 from tests.unit.model.weights.networks import CaffeNetBuilder, Kazuto, TorchvisionResNet, drsleep_variables
 
 BLOCKS, WIDTH = (1, 1, 2, 1), 2
 FUZZ = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture
-def limited_memory() -> Iterator[None]:
-    """No more than 1 GiB above what is in use."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _torch_file(folder: Path) -> Path:
@@ -334,8 +324,6 @@ def test_arrays_of_any_protocol_and_order_are_read(tmp_path: Path, protocol: int
 
 def test_a_pickle_of_python_2_is_read() -> None:
     """Written by hand as numpy 1.x wrote under Python 2: byte strings for bytes, and module names of that time."""
-    from dist_deeplab.model.weights.formats.plain_pickle import read_pickle
-
     values = np.array([1.5, -2.0], dtype="<f4")
     data = (
         b"\x80\x02}q\x00U\x05conv1q\x01}q\x02U\x06biasesq\x03cnumpy.core.multiarray\n_reconstruct\nq\x04cnumpy\nndarray\n"
