@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 import dist_deeplab
+from dist_deeplab.command_line import command_name
 from dist_deeplab.config import config_from_dict
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import serving
@@ -47,7 +48,7 @@ _NAME = "best"
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dist_deeplab.log_model",
+        prog=command_name("log-model"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -89,7 +90,8 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
     run_id = state["run_id"]
     if not run_id:
         raise UserError(
-            f"{run_dir} is not in the MLflow store {shown_url(uri)} yet; send it: `dist-deeplab sync-mlflow {run_dir}`"
+            f"{run_dir} is not in the MLflow store {shown_url(uri)} yet; send it: "
+            f"{command_name('sync-mlflow')} {run_dir}"
         )
     saved = read_checkpoint(find_best(run_dir))
     no_telemetry()

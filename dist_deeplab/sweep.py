@@ -26,6 +26,7 @@ from typing import Any
 from rich.console import Console
 
 from dist_deeplab import config as configuration
+from dist_deeplab.command_line import command_name
 from dist_deeplab.comparison import report
 from dist_deeplab.comparison.record import read_folder
 from dist_deeplab.config import RunConfig
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dist_deeplab.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("sweep"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of keys that differ from the defaults")
     parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="processes of each training")
@@ -284,7 +285,7 @@ def where_to_look(sweep: Sweep, folders: Sequence[Path]) -> str:
     uri = reporting(sweep).uri
     copies = [state for state in (UploadState(folder, uri) for folder in folders) if state["run_id"]]
     if uri == "none" or len(copies) < 2:
-        return "in MLflow: nothing yet (tracking.uri=none, or the store is away: sync-mlflow sends it later)"
+        return f"in MLflow: nothing yet (tracking.uri=none, or no store: {command_name('sync-mlflow')} sends it later)"
     ids, own = [state["run_id"] for state in copies], UploadState(sweep.folder, uri)["run_id"]
     pages = sweep_pages(server_of(uri), copies[0]["experiment_id"], own, ids)
     head = "in MLflow:" if uri.startswith("http") else "in MLflow: ./launch/mlflow_ui.sh, then"

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.journal import JOURNAL
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="dist-deeplab sync-mlflow", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("sync-mlflow"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs")
     parser.add_argument("--uri", default="", help="MLflow store to send them to")

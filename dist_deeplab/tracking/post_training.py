@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.journal import JOURNAL, Journal
@@ -76,7 +77,10 @@ def _send(run_dir: Path, uri: str) -> None:
     if sent.code:
         reason = sent.reason if sent.code == BUSY else UploadState(run_dir, uri)["error"] or sent.reason
         log.warning(
-            "MLflow did not take the scores (%s); `dist-deeplab sync-mlflow %s` sends them later", reason, run_dir
+            "MLflow did not take the scores (%s); `%s %s` sends them later",
+            reason,
+            command_name("sync-mlflow"),
+            run_dir,
         )
     else:
         log.info("scores sent to the run's page in MLflow, %s", shown_url(uri))

@@ -32,4 +32,4 @@ def test_a_run_that_is_not_in_mlflow_yet_says_how_to_send_it(
 ) -> None:
     (tmp_path / "run.json").write_text("{}")
     assert main([str(tmp_path)]) == 2
-    assert f"dist-deeplab sync-mlflow {tmp_path}" in capsys.readouterr().err
+    assert f"sync-mlflow {tmp_path}" in capsys.readouterr().err

@@ -64,13 +64,10 @@ def tables_of(database: str, server: str) -> list[str]:
         "WHERE e.lifecycle_stage = 'active' AND r.lifecycle_stage = 'active' GROUP BY e.experiment_id "
         "ORDER BY MAX(r.start_time) DESC"
     )
-    with (
-        contextlib.suppress(sqlite3.Error),
-        contextlib.closing(sqlite3.connect(f"file:{quote(database)}?mode=ro", uri=True)) as store,
-    ):
-        return [
-            f"{name} ({count} runs): {runs_table(server, str(number))}" for name, number, count in store.execute(query)
-        ]
+    with contextlib.suppress(sqlite3.Error):
+        with contextlib.closing(sqlite3.connect(f"file:{quote(database)}?mode=ro", uri=True)) as store:
+            rows = store.execute(query).fetchall()
+        return [f"{name} ({count} runs): {runs_table(server, str(number))}" for name, number, count in rows]
     return []
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.files import NonEssentialWrites
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.journal import JOURNAL
@@ -128,12 +129,13 @@ class UploaderProcess:
         if self.process.poll() is None:
             log.warning(
                 "MLflow has not taken everything yet%s%s; process %d on this host tries until %s (`kill %d` ends it), "
-                "and `dist-deeplab sync-mlflow %s` sends the rest at any time",
+                "and `%s %s` sends the rest at any time",
                 ", the model not either" if wants_model and not state["model"] else "",
                 f" ({state['error']})" if state["error"] else "",
                 self.process.pid,
                 time.strftime("%H:%M", time.localtime(time.time() + GIVE_UP_S)),
                 self.process.pid,
+                command_name("sync-mlflow"),
                 self.run_dir,
             )
             return

@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.mlflow.images import ImageSeries
@@ -31,18 +32,7 @@ _MAX_TEXT = 5000  # MLflow takes tags of 8000 characters and parameters of 6000
 _DESCRIPTION = "mlflow.note.content"
 _OWN_TAGS = (_DESCRIPTION, "mlflow.runColor")  # those of MLflow's that the journal may set
 _FOLDER_TAG = "folder"
-_COLORS = [
-    "#1f77b4",
-    "#ff7f0e",
-    "#2ca02c",
-    "#d62728",
-    "#9467bd",
-    "#8c564b",
-    "#e377c2",
-    "#7f7f7f",
-    "#bcbd22",
-    "#17becf",
-]  # matplotlib's tab10
+_TAB10 = "1f77b4 ff7f0e 2ca02c d62728 9467bd 8c564b e377c2 7f7f7f bcbd22 17becf"  # matplotlib's ten colours
 
 
 class MlflowRun:
@@ -94,8 +84,8 @@ class MlflowRun:
     def _color(self) -> str:
         """The colour of a sweep's run in charts: MLflow's own choice may give two runs of a sweep the same."""
         siblings = known_run_file(self.run_dir.absolute().parent / self.about.parent.removeprefix("../")).children or []
-        name = self.run_dir.name
-        return _COLORS[siblings.index(name) % len(_COLORS) if name in siblings else 0]
+        name, colors = self.run_dir.name, _TAB10.split()
+        return f"#{colors[siblings.index(name) % len(colors) if name in siblings else 0]}"
 
     def _describe(self, *, is_first: bool) -> None:
         """Send what is known once an attempt. Parameters are of the first: MLflow refuses to change them."""
@@ -246,7 +236,7 @@ def find_run(client: Any, state: UploadState, run_dir: Path) -> bool:
         if run is None and is_own:
             raise StoreError(
                 f"the run {values['run_id']} of {run_dir} was deleted in {state.uri}; `mlflow runs restore --run-id "
-                f"{values['run_id']}` may bring it back, `dist-deeplab sync-mlflow --new-run {run_dir}` sends all "
+                f"{values['run_id']}` may bring it back, `{command_name('sync-mlflow')} --new-run {run_dir}` sends all "
                 "to a new one"
             )
         if run is None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError
 from dist_deeplab.redaction import redact, shown_url
 from dist_deeplab.tracking.journal import JOURNAL, read_records
@@ -166,7 +167,7 @@ def upload_until_done(
             if not alive:
                 ended_at = ended_at or time.monotonic()
                 if time.monotonic() - ended_at >= give_up_s:
-                    log.warning("giving up; `dist-deeplab sync-mlflow %s` sends the rest", uploader.run_dir)
+                    log.warning("giving up; `%s %s` sends the rest", command_name("sync-mlflow"), uploader.run_dir)
                     return False
         pause(_RETRY_S[min(failures, len(_RETRY_S)) - 1] if failures else _POLL_S, alive)
 

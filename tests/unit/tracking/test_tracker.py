@@ -243,7 +243,7 @@ def test_a_model_is_waited_for_longer_unless_mlflow_is_away(
     uploader = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     UploaderProcess(upload, process=uploader).wait("FINISHED")  # would take ten minutes
     assert "not taken everything yet, the model not either (connection refused)" in caplog.text
-    assert f"dist-deeplab sync-mlflow {tmp_path}" in caplog.text
+    assert f"sync-mlflow {tmp_path}" in caplog.text
     uploader.communicate(b"\n")
 
 
