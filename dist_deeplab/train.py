@@ -76,7 +76,7 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
 
 def start(config: RunConfig, env: DistEnv, *, profile: bool = False) -> int:
     """Check all that can be checked before any heavy work, then train; return the exit code. Every rank calls it."""
-    train_set, val_set = open_data(config)
+    train_set, val_set = open_data(config, env)
     require_crf(config.eval.crf)
     require_known_store(resolve_uri(config.tracking.uri.real, config.output_dir))
     split = split_batch(config, env)

@@ -23,6 +23,7 @@ from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
 from dist_deeplab.files import NonEssentialWrites, replace_text
 from dist_deeplab.redaction import redact, shown_url
+from dist_deeplab.tracking.background_files import BackgroundFiles
 from dist_deeplab.tracking.cost import Cost, CostAtStep
 from dist_deeplab.tracking.divergence import Divergence
 from dist_deeplab.tracking.journal import JOURNAL, Journal
@@ -64,10 +65,13 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record metric values of a step; NaN and what is recorded already for `(key, step)` are left out."""
 
-    def log_files(self, step: int, write: Callable[[], Iterable[Path]]) -> None:
-        """Call `write`, which makes files under the run's folder and returns them, and hand these to MLflow."""
+    def log_files(self, step: int, write: Callable[[], Iterable[Path]], *, in_background: bool = False) -> None:
+        """Call `write`, which makes files under the run's folder and returns them, and hand these to MLflow.
 
-    def log_images(self, step: int, write: Callable[[], Images]) -> None:
+        in_background: call it in a thread, so that the other ranks need not wait; done at the latest at `close`.
+        """
+
+    def log_images(self, step: int, write: Callable[[], Images], *, in_background: bool = False) -> None:
         """As `log_files`, for {name of the series: image file}: MLflow shows each series with a slider of steps."""
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
@@ -91,6 +95,7 @@ class JournalTracker(Tracker):
         self.journal = Journal(run_dir / JOURNAL)
         self.uploader: UploaderProcess | None = None
         self.status = RunStatus(run_dir, attempt=self.journal.attempt)
+        self._files = BackgroundFiles()
         self._divergence = Divergence()
         self._cost: CostAtStep | None = CostAtStep(Cost(self.journal.points, world_size, running_s=running_s))
         self._describe: Callable[[], None] | None = None
@@ -116,6 +121,7 @@ class JournalTracker(Tracker):
         """See Tracker. After a resume the steps since the checkpoint come again; MLflow must see each point once."""
         self.status.at(step)
         self._log_cost(step, values)
+        self._record_files(wait=False)
         if not values:
             return
         for key, value in values.items():
@@ -130,13 +136,15 @@ class JournalTracker(Tracker):
         if self._describe:
             self.describe(self._describe)
 
-    def log_files(self, step: int, write: Callable[[], Iterable[Path]]) -> None:
+    def log_files(self, step: int, write: Callable[[], Iterable[Path]], *, in_background: bool = False) -> None:
         """See Tracker."""
-        self._log_written(step, lambda: [(path, {}) for path in write()])
+        self._files.submit(step, lambda: [(path, {}) for path in write()])
+        self._record_files(wait=not in_background)
 
-    def log_images(self, step: int, write: Callable[[], Images]) -> None:
+    def log_images(self, step: int, write: Callable[[], Images], *, in_background: bool = False) -> None:
         """See Tracker."""
-        self._log_written(step, lambda: [(path, {"image": name}) for name, path in write().items()])
+        self._files.submit(step, lambda: [(path, {"image": name}) for name, path in write().items()])
+        self._record_files(wait=not in_background)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """See Tracker."""
@@ -144,6 +152,7 @@ class JournalTracker(Tracker):
 
     def close(self, status: str) -> None:
         """See Tracker."""
+        self._record_files(wait=True)
         cost = self._cost.pop(is_end=True) if self._cost else None
         if cost:
             self._append_points(*cost)
@@ -172,12 +181,10 @@ class JournalTracker(Tracker):
         if records:
             self.journal.append(*records)
 
-    def _log_written(self, step: int, write: Callable[[], Iterable[tuple[Path, dict[str, str]]]]) -> None:
-        try:
-            for path, facts in write():
+    def _record_files(self, *, wait: bool) -> None:
+        for step, files in self._files.finished(wait=wait):
+            for path, facts in files:
                 self._append({"step": step, "file": str(path.relative_to(self.run_dir)), **facts})
-        except (OSError, UserError) as error:  # a figure is not worth a run
-            log.warning("no files of step %d for MLflow: %s", step, error)
 
 
 def open_tracker(
