@@ -27,7 +27,7 @@ from dist_deeplab.model.flops import training_flops
 from dist_deeplab.model.numerics import set_determinism
 from dist_deeplab.model.peak import peak_flops
 from dist_deeplab.model.weights import Variant, Weights, fit_weights, load_weights
-from dist_deeplab.tracking.tracker import Tracker, open_tracker, resolve_uri
+from dist_deeplab.tracking.tracker import Reporting, Tracker, open_tracker, resolve_uri
 from dist_deeplab.training.apex import INSTEAD_OF_AMP, INSTEAD_OF_SGD, require_apex
 from dist_deeplab.training.apex_precision import ApexPrecision
 from dist_deeplab.training.loss_window import LossWindow
@@ -70,6 +70,7 @@ def build_checkpoints(config: RunConfig, env: DistEnv) -> CheckpointFolder:
     )
 
 
+<<<<<<< HEAD
 def build_tracker(run: Run) -> Tracker:
     """The tracker, which knows everything about the run that MLflow should show; every rank must call it."""
     config = run.config
@@ -81,7 +82,20 @@ def build_tracker(run: Run) -> Tracker:
         config_yaml=config_to_yaml(config),
         run_info=run_info(run),
         system_metrics=config.tracking.system_metrics,
+=======
+def build_tracker(config: RunConfig, env: DistEnv, info: dict[str, object]) -> Tracker:
+    """Return the tracker, which knows everything about the run that MLflow should show."""
+    tracking = config.tracking
+    reporting = Reporting(
+        uri=resolve_uri(tracking.uri.real, config.output_dir),
+        experiment=tracking.experiment,
+        system_metrics=tracking.system_metrics,
+        log_model=tracking.log_model,
+        register_as=tracking.register_as,
+        on_event=tracking.on_event,
+>>>>>>> main
     )
+    return open_tracker(config.run_dir, env=env, reporting=reporting, config_yaml=config_to_yaml(config), run_info=info)
 
 
 def open_data(config: RunConfig, env: DistEnv) -> tuple[Manifest, Manifest | None]:
