@@ -31,12 +31,6 @@ from dist_deeplab.command_line import command_name
 from dist_deeplab.config import config_from_dict
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import serving
-<<<<<<< HEAD
-from dist_deeplab.redaction import redact
-from dist_deeplab.tracking.mlflow.run import UploadState
-from dist_deeplab.tracking.mlflow.store import explain, full_uri, no_telemetry, require_known_store, take_credentials
-from dist_deeplab.tracking.run_files import RUN_FILE, mlflow_run_id, read_mlflow_file
-=======
 from dist_deeplab.redaction import redact, shown_url
 from dist_deeplab.tracking.mlflow.state import UploadState
 from dist_deeplab.tracking.mlflow.store import (
@@ -47,8 +41,6 @@ from dist_deeplab.tracking.mlflow.store import (
     take_credentials,
 )
 from dist_deeplab.tracking.run_files import read_run_file
-from dist_deeplab.training.resume import read_checkpoint
->>>>>>> main
 
 _LIBRARIES = ("torch", "numpy", "opencv-python-headless", "Pillow", "pydantic", "pyyaml", "pandas", "filelock", "rich")
 _NAME = "best"
@@ -97,16 +89,11 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
     state = UploadState(run_dir, uri)
     run_id = state["run_id"]
     if not run_id:
-<<<<<<< HEAD
-        raise UserError(f"{run_dir} is not in MLflow yet; send it with {command_name('sync-mlflow')} {run_dir}")
-    checkpoint = read_checkpoint(find_best(run_dir))
-=======
         raise UserError(
             f"{run_dir} is not in the MLflow store {shown_url(uri)} yet; send it: "
             f"{command_name('sync-mlflow')} {run_dir}"
         )
-    saved = read_checkpoint(find_best(run_dir))
->>>>>>> main
+    checkpoint = read_checkpoint(find_best(run_dir))
     no_telemetry()
     import mlflow
 

@@ -70,21 +70,9 @@ def build_checkpoints(config: RunConfig, env: DistEnv) -> CheckpointFolder:
     )
 
 
-<<<<<<< HEAD
 def build_tracker(run: Run) -> Tracker:
     """The tracker, which knows everything about the run that MLflow should show; every rank must call it."""
     config = run.config
-    return open_tracker(
-        config.run_dir,
-        env=run.env,
-        uri=resolve_uri(config.tracking.uri.real, config.output_dir),
-        experiment=config.tracking.experiment,
-        config_yaml=config_to_yaml(config),
-        run_info=run_info(run),
-        system_metrics=config.tracking.system_metrics,
-=======
-def build_tracker(config: RunConfig, env: DistEnv, info: dict[str, object]) -> Tracker:
-    """Return the tracker, which knows everything about the run that MLflow should show."""
     tracking = config.tracking
     reporting = Reporting(
         uri=resolve_uri(tracking.uri.real, config.output_dir),
@@ -93,9 +81,10 @@ def build_tracker(config: RunConfig, env: DistEnv, info: dict[str, object]) -> T
         log_model=tracking.log_model,
         register_as=tracking.register_as,
         on_event=tracking.on_event,
->>>>>>> main
     )
-    return open_tracker(config.run_dir, env=env, reporting=reporting, config_yaml=config_to_yaml(config), run_info=info)
+    return open_tracker(
+        config.run_dir, env=run.env, reporting=reporting, config_yaml=config_to_yaml(config), run_info=run_info(run)
+    )
 
 
 def open_data(config: RunConfig, env: DistEnv) -> tuple[Manifest, Manifest | None]:

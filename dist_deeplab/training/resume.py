@@ -13,16 +13,9 @@ from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.parallel import share_buffers
 from dist_deeplab.distributed.replicas import check_replicas
 from dist_deeplab.errors import UserError, first_line
-<<<<<<< HEAD
-from dist_deeplab.tracking.provenance import installed_versions
-from dist_deeplab.tracking.run_files import mlflow_run_id
-from dist_deeplab.training.run import Run
-=======
-from dist_deeplab.model.weights import Variant
-from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.mlflow.state import mlflow_run_id
 from dist_deeplab.tracking.provenance import installed_versions
->>>>>>> main
+from dist_deeplab.training.run import Run
 from dist_deeplab.training.state import TrainState
 
 _LIBRARIES = ("torch", "numpy", "opencv-python-headless")  # those that a run's numbers depend on
