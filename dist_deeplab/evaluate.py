@@ -35,10 +35,10 @@ from dist_deeplab.evaluation.evaluator import Evaluation, Panel, draw_panels, ev
 from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings, load_network
 from dist_deeplab.files import prepare_file, prepare_folder
 from dist_deeplab.logs import setup_logging
+from dist_deeplab.model.numerics import allow_tf32
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.post_training import add_to_run
-from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint
 
 log = logging.getLogger("dist_deeplab.evaluate")

@@ -37,8 +37,8 @@ from dist_deeplab.evaluation.prediction import Prediction, Windows, predict_imag
 from dist_deeplab.evaluation.result_files import EXTRAS, ResultFiles
 from dist_deeplab.files import prepare_folder
 from dist_deeplab.logs import setup_logging
+from dist_deeplab.model.numerics import allow_tf32
 from dist_deeplab.model.weights import Variant
-from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint
 
 _SHOWN = 50  # unreadable files listed in the terminal; unreadable.txt has all

@@ -36,8 +36,8 @@ from dist_deeplab.evaluation.evaluator import content_of
 from dist_deeplab.evaluation.inference import Predictor, inference_settings, load_network
 from dist_deeplab.evaluation.prediction import probabilities
 from dist_deeplab.files import prepare_file
+from dist_deeplab.model.numerics import allow_tf32
 from dist_deeplab.model.weights import Variant
-from dist_deeplab.training.precision import allow_tf32
 from dist_deeplab.training.resume import read_checkpoint
 
 DEFAULT_GRID = ("crf.bi_w=3,4,5", "crf.bi_xy_std=50,67,80", "crf.bi_rgb_std=3,5")

@@ -72,6 +72,11 @@ class ModelConfig(Section):
     restore_last: Annotated[bool, ORIGIN] = True
     """Take the last layer from `init` too; false for a data set with other classes (not_restore_last)."""
 
+    @property
+    def effective_batch_norm(self) -> Literal["sync", "frozen", "local"]:
+        """`batch_norm`, except that a frozen backbone keeps its statistics (as DrSleep's fine_tune.py by default)."""
+        return "frozen" if self.train_only == "head" else self.batch_norm
+
 
 class BatchConfig(Section):
     global_size: Annotated[Positive, RECIPE] = 10

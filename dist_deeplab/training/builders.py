@@ -22,9 +22,8 @@ from dist_deeplab.distributed.session import TrainingSession, training_session
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
-from dist_deeplab.model.flops import training_flops
+from dist_deeplab.model.flops import peak_flops, training_flops
 from dist_deeplab.model.numerics import set_determinism
-from dist_deeplab.model.peak import peak_flops
 from dist_deeplab.model.weights import Variant, Weights, fit_weights, load_weights
 from dist_deeplab.tracking.tracker import Tracker, open_tracker, resolve_uri
 from dist_deeplab.training.apex import INSTEAD_OF_AMP, INSTEAD_OF_SGD, require_apex
@@ -132,8 +131,7 @@ def build_network(config: RunConfig, split: BatchSplit, variant: Variant, weight
     """
     torch.manual_seed(config.seed)
     model = config.model
-    # A backbone that stands still does so with its statistics, as DrSleep's fine_tune.py has it by default.
-    batch_norm = "frozen" if model.train_only == "head" else model.batch_norm
+    batch_norm = model.effective_batch_norm
     if split.has_empty_parts and batch_norm == "sync" and (config.speed.compile or model.sync_bn == "torch"):
         what, instead = ("speed.compile", "false") if config.speed.compile else ("model.sync_bn", "own")
         raise UserError(

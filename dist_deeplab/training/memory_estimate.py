@@ -74,11 +74,10 @@ def count_footprint(config: RunConfig, variant: Variant) -> Footprint:
 
 def throwaway_network(config: RunConfig, variant: Variant) -> DeepLabV2:
     """Return a network of the run's size whose batch norm talks to nobody."""
-    stands_still = config.model.train_only == "head" or config.model.batch_norm == "frozen"
     net = DeepLabV2(
         config.model.backbone,
         config.data.num_classes,
-        norm=norm_factory("frozen" if stands_still else "local"),
+        norm=norm_factory("frozen" if config.model.effective_batch_norm == "frozen" else "local"),
         recompute=config.speed.recompute,
         **variant.geometry,
     )

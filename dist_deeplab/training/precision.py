@@ -7,6 +7,7 @@ import torch
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
+from dist_deeplab.model.numerics import allow_tf32
 from dist_deeplab.training.optim import update_unless
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,14 +67,6 @@ class Precision:
         """Take back what `state_dict` returned; another precision's state is left alone."""
         if state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state)
-
-
-def allow_tf32(dtype: str) -> None:
-    """Set torch's global matmul and convolution precision for a `precision.dtype`; its own defaults differ for the two.
-
-    Whoever scores a finished network calls this too, so that it is the arithmetic of the run's own evaluations.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
 
 
 def poisoned(loss: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ def describe(
     log.info(
         "network %s, %s batch norm, %s, %s",
         config.model.backbone,
-        "frozen" if config.model.train_only == "head" else config.model.batch_norm,
+        config.model.effective_batch_norm,
         config.precision.dtype,
         variant.family,
     )
