@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab.checkpointing.file import FORMAT, write_sidecar, write_tensors
+from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data import voc
 from dist_deeplab.errors import UserError
@@ -37,7 +38,9 @@ _DESCRIPTION = ("step", "config", "class_names", "train_keys_sha256", "train_key
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=command_name("convert-weights"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", metavar="IN", help="weights of any known family")
     parser.add_argument("target", type=Path, metavar="OUT", help="the file to write")
     parser.add_argument("--to", choices=(*FORMATS, CHECKPOINT), default="state_dict", help="default: state_dict")
@@ -50,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def network_of(weights: Weights) -> tuple[DeepLabV2, Report]:
-    """Return the network that the weights fill, and what was loaded.
+    """The network that the weights fill, and a report of what was loaded.
 
     Raises:
         UserError: none of our backbones, or incomplete.
@@ -65,7 +68,7 @@ def network_of(weights: Weights) -> tuple[DeepLabV2, Report]:
 
 
 def own_description(path: str) -> dict[str, Any]:
-    """Return what a checkpoint of ours says of its weights, the images that they were trained on included."""
+    """Description of the weights in a checkpoint of ours, including the images that they were trained on."""
     if not zipfile.is_zipfile(path):  # as torch.save writes it
         return {}
     content = load_file(path)

@@ -27,6 +27,7 @@ import cv2
 import numpy as np
 import torch
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data.transforms import next_grid_size, pad_to
 from dist_deeplab.errors import TrainingError, UserError
 from dist_deeplab.evaluation.exportable import Exportable
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="dist-deeplab export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("export"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file with its .json beside it")
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write, .onnx or .pt2")
@@ -115,10 +116,10 @@ def describe(saved: dict[str, Any], variant: Variant, checkpoint: Path) -> dict[
 
 def write_program(model: Exportable, out: Path, metadata: dict[str, str]) -> Model:
     """Write a torch.export program, load it again and return it as a function."""
-    with out.open("wb") as file:
-        torch.export.save(_export(model), file, extra_files={"metadata.json": json.dumps(metadata, indent=1)})
-    with out.open("rb") as file:
-        program = torch.export.load(file).module()
+    with out.open("wb") as target:  # given a path, torch warns of any suffix but .pt2
+        torch.export.save(_export(model), target, extra_files={"metadata.json": json.dumps(metadata, indent=1)})
+    with out.open("rb") as source:
+        program = torch.export.load(source).module()
 
     def run(image: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

@@ -13,13 +13,6 @@ _SHOWN_WIDTH = 1600  # pixels of a screen that a wider image is scaled down to: 
 _LINE, _FONT = 24, 16  # pixels of the legend at that width
 
 
-def palette_image(pred: np.ndarray) -> Image.Image:
-    """Class indices, uint8 [H, W], as a palette image: VOC's colours, the indices kept."""
-    image = Image.fromarray(pred)
-    image.putpalette(PALETTE.tobytes())
-    return image
-
-
 def overlay(image: np.ndarray, pred: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3]: the image with the classes' colours over it; background stays as it is."""
     mixed = (1 - _OPACITY) * image + _OPACITY * PALETTE[pred]

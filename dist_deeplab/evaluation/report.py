@@ -40,10 +40,11 @@ def metric_values(result: Scores, class_names: Sequence[str], *, group: str = "v
 
 
 def describe(result: Scores, class_names: Sequence[str], *, per_class: bool = True, notes: Sequence[str] = ()) -> str:
-    """The scores as text for the terminal and log files: a table, or with `per_class=False` the mean alone."""
+    """The scores as text for the terminal and log files: the mean, and with `per_class` a table below it."""
+    mean = f"mIoU {_score(result.miou)}"
     if per_class:
-        return render(iou_table(result, class_names, notes=notes))
-    return "\n".join([f"mIoU {_score(result.miou)}", *_remarks(result, class_names, short=True), *notes])
+        return f"{mean}\n{render(iou_table(result, class_names, notes=notes))}"
+    return "\n".join([mean, *_remarks(result, class_names, short=True), *notes])
 
 
 def iou_table(result: Scores, class_names: Sequence[str], *, notes: Sequence[str] = ()) -> Table:

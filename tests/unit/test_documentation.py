@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "dist_deeplab"
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "tests" / "README.md"]
+    for path in [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("**/*.md")),
+        *sorted((ROOT / "tests").glob("**/*.md")),
+    ]
 }
 SHARDS_SUBCOMMANDS = ("index", "verify", "info")
 MAX_README_LINES = 200
@@ -97,6 +102,9 @@ def missing_paths(text: str) -> Iterator[str]:
         is_attribute = "/" not in name and path.parent.with_suffix(".py").exists()
         if not (path.exists() or path.with_suffix(".py").exists() or is_attribute):
             yield name
+    for name in re.findall(r"--config (\w+)(?=\s)", text):  # a recipe of the package, by its name
+        if name != "FILE" and not (ROOT / "configs" / f"{name}.yaml").exists():
+            yield f"--config {name}"
     folders = {folder.name for folder in PACKAGE.iterdir() if folder.is_dir()}
     for name in inline_code(text):  # written from the package on: `training/step.py`, `model/weights/`
         in_package = re.fullmatch(r"([\w]+)/(?:[\w/]*/)?(?:[\w]+\.py)?", name)
@@ -136,8 +144,9 @@ def missing_options(text: str) -> Iterator[str]:
     """Options that a page gives to a command and that its help does not name."""
     lines = re.sub(r" *\\\n *", " ", text).splitlines()
     for line in lines:
-        for call in re.findall(r"(?:dist-deeplab |-m dist_deeplab\.)(\w[\w-]*[^`#|;]*)", line):
+        for call in re.findall(r"(?:dist-deeplab |-m dist_deeplab\.)(\w[\w-]*(?:(?!-m dist_deeplab)[^`#|;])*)", line):
             command, *words = call.split()
+            words = list(itertools.takewhile(lambda word: not word.endswith(".py"), words))  # the rest is a script's
             command = command.replace("_", "-")
             if command not in COMMANDS:
                 continue
@@ -189,9 +198,17 @@ def test_readme_is_short() -> None:
     assert len(PAGES["README.md"].splitlines()) <= MAX_README_LINES
 
 
-def test_readme_links_every_page() -> None:
-    linked = {target.partition("#")[0] for target in LINK.findall(PAGES["README.md"])}
-    assert set(PAGES) - {"README.md"} <= linked
+def test_every_page_is_linked() -> None:
+    linked = set()
+    for page, text in PAGES.items():
+        linked |= {((ROOT / page).parent / target.partition("#")[0]).resolve() for target in LINK.findall(text)}
+    assert [page for page in PAGES if page != "README.md" and ROOT / page not in linked] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/development.md"])
+def test_the_maps_name_every_package(page: str) -> None:
+    packages = {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()}
+    assert {name for name in packages if f"{name}/" not in PAGES[page]} == set()
 
 
 def test_images_are_used_and_small() -> None:
@@ -212,6 +229,7 @@ def test_images_are_used_and_small() -> None:
         (missing_paths, "`training/nothing.py`", "`training/step.py` and `runs/x/nothing.py`"),
         (missing_paths, "run `./launch/nothing.sh x`", "run `./launch/test.sh x`"),
         (missing_paths, "```\npython tools/nothing.py\n```", "```\npython tools/benchmark.py step\n```"),
+        (missing_paths, "train --config nothing x", "train --config quickstart x"),
         (missing_commands, "torchrun -m dist_deeplab.nothing", "torchrun -m dist_deeplab.train"),
         (missing_commands, "`dist-deeplab nothing`", "`dist-deeplab shards verify X`"),
         (missing_options, "dist-deeplab predict X --nothing", "dist-deeplab predict X --out DIR --overlay"),

@@ -153,7 +153,7 @@ def test_the_report_tells_what_was_loaded_renamed_skipped_and_missing(save: Call
     assert "backbone.layer3.1.bn2.bias" in report.missing
     assert "head.branches.0.weight" in report.missing
     assert report.loaded["backbone.conv1.weight"] == "backbone.conv1.weight"
-    assert report.skipped == {f"decode_head.{p}": "no part of our network" for p in ("weight", "bias")}
+    assert report.skipped == {f"decode_head.{p}": "not part of our network" for p in ("weight", "bias")}
     sentence = str(report)
     num = report.num_backbone
     assert f"(mmsegmentation ResNet): {num - 1} of {num} backbone tensors, 0 of 8 of the last layer" in sentence
