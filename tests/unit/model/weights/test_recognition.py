@@ -79,10 +79,10 @@ def test_tensors_without_a_place_are_refused(save: Callable[..., Path]) -> None:
 
 
 def test_the_nearest_family_is_named(save: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"no known family; the nearest is torchvision ResNet, of which .* remind"):
+    with pytest.raises(UserError, match=r"no known family; the nearest is torchvision ResNet, which .* resemble"):
         load_weights(save(_state(bn1__running_mean=None)))
     kazuto = {k: v for k, v in Kazuto(*TINY, 3).state_dict().items() if not k.startswith("layer1")}
-    with pytest.raises(UserError, match=r"the nearest is kazuto1011 DeepLab-v2, of which .* remind"):
+    with pytest.raises(UserError, match=r"the nearest is kazuto1011 DeepLab-v2, which .* resemble"):
         load_weights(save(kazuto))
     with pytest.raises(UserError, match=r"of no known family; its names begin with features\.0\.weight"):
         load_weights(save({"features.0.weight": torch.zeros(3)}))
