@@ -27,7 +27,7 @@ from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.flops import peak_flops, training_flops
 from dist_deeplab.model.numerics import set_determinism
 from dist_deeplab.model.weights import Variant, Weights, fit_weights, load_weights
-from dist_deeplab.tracking.tracker import Tracker, open_tracker, resolve_uri
+from dist_deeplab.tracking.tracker import Reporting, Tracker, open_tracker, resolve_uri
 from dist_deeplab.training.apex import INSTEAD_OF_AMP, INSTEAD_OF_SGD, require_apex
 from dist_deeplab.training.apex_precision import ApexPrecision
 from dist_deeplab.training.loss_window import LossWindow
@@ -69,15 +69,16 @@ def build_checkpoints(config: RunConfig, env: DistEnv) -> CheckpointFolder:
 
 def build_tracker(config: RunConfig, env: DistEnv, info: dict[str, object]) -> Tracker:
     """Return the tracker, which knows everything about the run that MLflow should show."""
-    return open_tracker(
-        config.run_dir,
-        env=env,
-        uri=resolve_uri(config.tracking.uri.real, config.output_dir),
-        experiment=config.tracking.experiment,
-        config_yaml=config_to_yaml(config),
-        run_info=info,
-        system_metrics=config.tracking.system_metrics,
+    tracking = config.tracking
+    reporting = Reporting(
+        uri=resolve_uri(tracking.uri.real, config.output_dir),
+        experiment=tracking.experiment,
+        system_metrics=tracking.system_metrics,
+        log_model=tracking.log_model,
+        register_as=tracking.register_as,
+        on_event=tracking.on_event,
     )
+    return open_tracker(config.run_dir, env=env, reporting=reporting, config_yaml=config_to_yaml(config), run_info=info)
 
 
 def open_data(config: RunConfig, env: DistEnv) -> tuple[Manifest, Manifest | None]:

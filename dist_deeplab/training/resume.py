@@ -16,8 +16,8 @@ from dist_deeplab.distributed.replicas import check_replicas
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.redaction import shown_url
+from dist_deeplab.tracking.mlflow.state import mlflow_run_id
 from dist_deeplab.tracking.provenance import installed_versions
-from dist_deeplab.tracking.run_files import mlflow_run_id
 from dist_deeplab.training.state import TrainState
 
 _NEEDED = ("model", "optimizer", "step", "variant", "config", "class_names", "train_keys_sha256")

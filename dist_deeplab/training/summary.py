@@ -121,17 +121,9 @@ def run_info(
         "description": _description(changed),
         "datasets": [_dataset(context, manifest) for context, manifest in sets.items()],
         "parent": config.tracking.parent,
-        "model_command": _model_command(config),
+        "log_model": config.tracking.log_model or bool(config.tracking.register_as),
+        "register_as": config.tracking.register_as,
     }
-
-
-def _model_command(config: RunConfig) -> list[str]:
-    """Return the arguments of Python that log the best checkpoint as a model, or nothing where that is not wanted."""
-    tracking = config.tracking
-    if not (tracking.log_model or tracking.register_as):
-        return []
-    register = ["--register-as", tracking.register_as] if tracking.register_as else []
-    return ["-m", "dist_deeplab.log_model", *register]
 
 
 def _description(changed: Mapping[str, Any]) -> str:
