@@ -27,14 +27,29 @@ def read_version() -> str:
     return found.group(1)
 
 
+# Folders of the repository that a wheel holds inside the package (dist_deeplab/packaged.py finds them in both places).
+INSIDE = ("configs", "launch", "slurm")
+
 setup(
     name="dist_deeplab",
     version=read_version(),
     description="Distributed training of DeepLab-v2 for semantic segmentation with torchrun and Slurm",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     author="The dist_deeplab authors",
     license="MIT",
-    packages=find_packages(include=["dist_deeplab", "dist_deeplab.*"]),
-    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["dist_deeplab", "dist_deeplab.*"]),
+        *(f"dist_deeplab.{name}" for name in INSIDE),
+    ],
+    package_dir={f"dist_deeplab.{name}": name for name in INSIDE},
+    package_data={
+        "dist_deeplab": ["py.typed"],
+        "dist_deeplab.configs": ["*.yaml"],
+        "dist_deeplab.launch": ["*.sh", "Containerfile"],
+        "dist_deeplab.slurm": ["*.sh"],
+    },
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",  # older ones load hostile checkpoints: CVE-2025-32434, CVE-2026-24747
         "webdataset>=1.0",
@@ -69,7 +84,6 @@ setup(
     },
     classifiers=[
         "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",

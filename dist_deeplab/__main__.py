@@ -2,7 +2,7 @@
 
     dist-deeplab train --config voc_resnet101 data.train=data/voc/train.json
     dist-deeplab COMMAND --help
-    torchrun --nproc_per_node 8 -m dist_deeplab train ...       several processes; the same as -m dist_deeplab.train
+    dist-deeplab torchrun --nproc_per_node 8 -m dist_deeplab.train ...         several processes; so does plain torchrun
 
 `python -m dist_deeplab COMMAND` is the same. Exit codes: those of the command; 2 for an unknown command.
 """
@@ -21,10 +21,11 @@ class Command(NamedTuple):
     module: str
     summary: str
     hard_exit: bool = False
-    """It uses process groups, whose threads can abort the interpreter's own ending (see `leave`)."""
+    """It uses process groups, whose threads can abort the interpreter's own ending (see `hard_exit`)."""
 
 
 COMMANDS = {
+    "quickstart": Command("commands.quickstart", "draw data, train and evaluate: the whole system in one command"),
     "train": Command("train", "train a network, or resume an interrupted run", hard_exit=True),
     "evaluate": Command("evaluate", "score a checkpoint on a set of shards", hard_exit=True),
     "predict": Command("predict", "write the masks of images", hard_exit=True),
@@ -38,6 +39,8 @@ COMMANDS = {
     "sweep": Command("sweep", "train with each of several settings and compare the runs"),
     "compare": Command("compare", "compare finished runs"),
     "doctor": Command("doctor", "check this machine: devices, communication, data", hard_exit=True),
+    "torchrun": Command("commands.torchrun", "start a command on several processes, as torchrun does"),
+    "scripts": Command("commands.scripts", "write launchers and Slurm scripts for use with an installed package"),
     "log-model": Command("log_model", "log a run's best checkpoint to MLflow as a model that serves"),
     "sync-mlflow": Command("commands.sync_mlflow", "send runs to MLflow that could not be sent while they ran"),
 }

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from dist_deeplab import config as configuration
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.manifest import load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.distributed import diagnostics as checks
@@ -22,6 +23,7 @@ from dist_deeplab.distributed.diagnostics import Finding
 from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.session import session
+from dist_deeplab.logs import format_count
 
 _SAMPLES = 8  # read by each rank, spread over the set
 
@@ -49,7 +51,7 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dist_deeplab.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("doctor"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", help="the YAML file that training will get")
     parser.add_argument(
@@ -75,7 +77,8 @@ def read_some(path: str) -> str:
     reader = ShardReader(manifest)
     for index in range(0, manifest.num_samples, max(1, manifest.num_samples // _SAMPLES)):
         reader.read(index)
-    return f"{manifest.num_samples} samples in {len(manifest.shards)} shards, keys {manifest.keys_sha256[:12]}"
+    samples, shards = format_count(manifest.num_samples, "sample"), format_count(len(manifest.shards), "shard")
+    return f"{samples} in {shards}, keys {manifest.keys_sha256[:12]}"
 
 
 if __name__ == "__main__":

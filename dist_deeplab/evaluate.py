@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab import config as configuration
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.cache import build_cache
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.distributed.launcher import hard_exit, run_command
@@ -34,7 +35,7 @@ from dist_deeplab.evaluation.crf import open_crf, require_crf
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel, draw_panels, evaluate
 from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings, load_network
 from dist_deeplab.files import prepare_file, prepare_folder
-from dist_deeplab.logs import setup_logging
+from dist_deeplab.logs import format_count, setup_logging
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.post_training import add_to_run
@@ -92,9 +93,11 @@ def score(
             draw_panels(predictor, manifest, env, indices, crf=crf) for indices in extremes(evaluation, num_panels)
         )
     names = manifest.class_names
-    table = report.render(report.iou_table(scores(evaluation.confusion), names, notes=notes))
+    per_class = settings.eval.table == "classes"
+    text = report.describe(scores(evaluation.confusion), names, per_class=per_class, notes=notes)
     source = f"{arguments.checkpoint}, step {saved['step']}"
-    log.info("%s, on %d images of %s\n%s", source, evaluation.num_images, manifest.path, table)
+    images = format_count(evaluation.num_images, "image")
+    log.info("%s, on %s of %s: %s", source, images, manifest.path, text)
     about = {
         "checkpoint": str(arguments.checkpoint),
         "step": saved["step"],
@@ -114,7 +117,7 @@ def score(
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dist_deeplab.evaluate",
+        prog=command_name("evaluate"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

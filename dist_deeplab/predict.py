@@ -23,7 +23,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig
+from dist_deeplab.data.windows import Windows
 from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks_on_host
@@ -33,7 +35,7 @@ from dist_deeplab.evaluation import submission
 from dist_deeplab.evaluation.crf import CrfPool, open_crf, require_crf
 from dist_deeplab.evaluation.images import Source, find_images
 from dist_deeplab.evaluation.inference import Predictor, inference_settings, load_network
-from dist_deeplab.evaluation.prediction import Prediction, Windows, predict_images
+from dist_deeplab.evaluation.prediction import Prediction, predict_images
 from dist_deeplab.evaluation.result_files import EXTRAS, ResultFiles
 from dist_deeplab.files import prepare_folder
 from dist_deeplab.logs import setup_logging
@@ -188,7 +190,7 @@ def report(problems: Sequence[str], total: int, arguments: argparse.Namespace) -
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dist_deeplab.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("predict"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file with its .json beside it")

@@ -1,9 +1,14 @@
-"""Worker processes that end with the process that they work for, however it ends."""
+"""Processor cores, and worker processes that end with the process that they work for, however it ends."""
 
 import multiprocessing
 import os
 import threading
 from multiprocessing.process import BaseProcess
+
+
+def num_cores() -> int:
+    """Number of cores that this process may use; where the system does not say (macOS), of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with_parent() -> None:

@@ -11,6 +11,7 @@
 
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+answer_help "$@"
 setup_environment "${EXTRAS:-test}"
 cd "$REPO"
 exec python -m pytest "$@"

@@ -4,7 +4,7 @@
 #
 # What slurm/train.sh and slurm/evaluate.sh share; sourced inside a job, from the repository's folder.
 #
-#     meeting_point                       # NNODES, RDZV_ENDPOINT and RDZV_ID of this job, for launch/multi_node.sh
+#     set_rendezvous                      # NNODES, RDZV_ENDPOINT and RDZV_ID of this job, for launch/multi_node.sh
 #     run_on_nodes MODULE ARGUMENTS...    # python -m MODULE on all processes of the job, in the background: STEP is srun
 #
 # Variables that users may set:
@@ -14,29 +14,27 @@
 #     PET_RDZV_CONF     torchrun's --rdzv_conf; join_timeout=300 unless set: how many seconds nodes wait for each other
 #     SRUN_OPTIONS      more options for srun; for pyxis: SRUN_OPTIONS="--container-image=image.sqsh --container-mounts=..."
 
-fail() {
-    printf '%s: %s\n' "slurm/${SCRIPT:-common.sh}" "$*" >&2
-    exit 2
-}
+# shellcheck source=launch/common.sh
+source launch/common.sh
 
-meeting_point() {
+set_rendezvous() {
     local first_node host port
-    # The nodes meet at the first one of the job. Not SLURM_LAUNCH_NODE_IPADDR: that may be the login node.
+    # The rendezvous is on the first node of the job. Not SLURM_LAUNCH_NODE_IPADDR: that may be the login node.
     read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST") ||
-        fail "scontrol does not know $SLURM_JOB_NODELIST."
+        fail 1 "scontrol does not know $SLURM_JOB_NODELIST."
     host=$first_node
     if ! getent hosts "$host" >/dev/null; then
         # A name that the resolver does not know: the address at which Slurm itself reaches the node.
         host=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-        [[ -n $host ]] || fail "no address found for the first node, $first_node."
+        [[ -n $host ]] || fail 1 "no address found for the first node, $first_node."
     fi
-    # Below the ephemeral ports (32768 and up), so that no client's connection holds it; jobs sharing a node differ.
+    # Below the ephemeral ports (32768 and up), so that no client's connection holds it; jobs that share a node differ.
     port=$((20000 + SLURM_JOB_ID % 10000))
     export NNODES=$SLURM_JOB_NUM_NODES
     export RDZV_ENDPOINT=$host:$port
-    # A requeued job keeps its id: with the count, nodes never meet at what is left of an earlier attempt.
+    # A requeued job keeps its id: with the count, nodes never join what is left of an earlier attempt.
     export RDZV_ID=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
-    # Nobody comes in a lost node's place, so the others must not wait torchrun's ten minutes for it.
+    # A lost node is not replaced, so the others must not wait torchrun's ten minutes for it.
     export PET_RDZV_CONF=${PET_RDZV_CONF:-join_timeout=300}
 }
 
@@ -58,22 +56,27 @@ run_on_nodes() {
     else
         export MODULE=$module
     fi
-    # One node's failure ends the others: at once after a bad exit, after a minute where a node has just gone quiet.
+    # One node's failure ends the others: at once after a bad exit, after a minute where a node no longer answers.
     srun --nodes "$NNODES" --ntasks "$((NNODES * tasks_per_node))" --ntasks-per-node "$tasks_per_node" \
         --kill-on-bad-exit=1 --wait=60 --label ${options[@]+"${options[@]}"} \
         ${container[@]+"${container[@]}"} "${command[@]}" "$@" &
     STEP=$!
 }
 
-# Wait for the step, however many signals come meanwhile, and put its exit code into STEP_EXIT.
+# Wait for the step, however many signals arrive meanwhile, and put its exit code into STEP_EXIT.
 wait_for_step() {
     STEP_EXIT=0
     # Slurm's --signal=B:USR1@... and scancel --batch reach only this shell: srun passes the signal on.
-    trap 'kill -USR1 "$STEP" 2>/dev/null || true' USR1
-    trap 'kill -TERM "$STEP" 2>/dev/null || true' TERM
+    trap 'pass_on USR1' USR1
+    trap 'pass_on TERM' TERM
     while :; do
         if wait "$STEP"; then STEP_EXIT=0; else STEP_EXIT=$?; fi
         kill -0 "$STEP" 2>/dev/null || break
     done
     trap - USR1 TERM
+}
+
+pass_on() {
+    say "SIG$1: asking the step to stop"
+    kill -"$1" "$STEP" 2>/dev/null || true
 }

@@ -20,21 +20,19 @@ set -euo pipefail
     exit 2
 }
 repo=${REPO:-$SLURM_SUBMIT_DIR}
-[[ -x $repo/launch/multi_node.sh && -d $repo/dist_deeplab ]] || {
-    echo "slurm/evaluate.sh: $repo is not the repository (no launch/multi_node.sh, dist_deeplab/): call sbatch there or" \
-        "set REPO." >&2
+[[ -x $repo/launch/multi_node.sh && -e $repo/slurm/common.sh ]] || {
+    echo "slurm/evaluate.sh: $repo does not hold launch/multi_node.sh and slurm/common.sh: call sbatch in the folder that" \
+        "does, or set REPO to it." >&2
     exit 2
 }
 cd "$repo"
-SCRIPT=evaluate.sh
+SCRIPT=slurm/evaluate.sh
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
-# shellcheck source=launch/common.sh
-source launch/common.sh
 use_environment
 
 export PET_MAX_RESTARTS=${PET_MAX_RESTARTS:-0} # a score that failed is best looked at
-meeting_point
+set_rendezvous
 run_on_nodes dist_deeplab.evaluate "$@"
 wait_for_step
 exit "$STEP_EXIT"

@@ -6,10 +6,11 @@
 #     ./slurm/sweep.sh --gpus-per-node 8 --cpus-per-task 64 -- --config FILE name=poly optim.power=0.8,0.9,1.0
 #     ./slurm/sweep.sh --nodes 2 --gpus-per-node 8 --array-limit 2 -- --config FILE optim.lr=1e-3,2e-3 optim.power=0.9,1
 #
-# Before the -- are options of sbatch, as for slurm/train.sh; --array-limit N lets N runs go on at a time. After it are
+# Before the -- are options of sbatch, as for slurm/train.sh; --array-limit N lets N runs train at a time. After it are
 # the settings and the grid, see launch/sweep.sh. Each run is one job of slurm/train.sh. A last job, which starts when
-# all have ended, compares what there is, with the account, partition and QOS of the others; its output is in dist_deeplab-report-JOBID.out, its figure in runs/<name>-sweep.
-# Submit the same again to go on: finished runs end at once.
+# all have ended, compares what there is, with the account, partition and QOS of the others; its output is in
+# dist_deeplab-report-JOBID.out, its figure in runs/<name>-sweep. Submit the same again to resume: finished runs end at
+# once.
 #
 #     REPO=DIR          the repository, if it is not the current folder
 
@@ -21,18 +22,18 @@
 
 set -euo pipefail
 
-fail() {
-    printf 'slurm/sweep.sh: %s\n' "${*:2}" >&2
-    exit "$1"
-}
-
 # The repository: Slurm runs a copy of this file from its own folder, so its path tells nothing.
 repo=${REPO:-${SLURM_SUBMIT_DIR:-$PWD}}
-[[ -x $repo/slurm/train.sh && -d $repo/dist_deeplab ]] ||
-    fail 2 "$repo is not the repository (no slurm/train.sh, dist_deeplab/): call this there or set REPO."
+[[ -x $repo/slurm/train.sh && -e $repo/launch/common.sh ]] || {
+    echo "slurm/sweep.sh: $repo does not hold slurm/train.sh and launch/common.sh: call this in the folder that does, or" \
+        "set REPO to it." >&2
+    exit 2
+}
 cd "$repo"
+SCRIPT=slurm/sweep.sh
 # shellcheck source=launch/common.sh
 source launch/common.sh
+answer_help "$@"
 use_environment
 
 # --- inside the jobs --------------------------------------------------------------------------------------------------

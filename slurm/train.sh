@@ -16,8 +16,8 @@
 #     NPROC_PER_NODE, CONTAINER_EXEC, SRUN_OPTIONS: see slurm/common.sh
 #
 # Two minutes before its time limit, when it is preempted, and when a process or node has failed, the run saves or has
-# saved and the job goes back into the queue, under the same number, to go on from there: as long as it gets further
-# each time. scancel ends it for good; so do errors in arguments or data.
+# saved and the job goes back into the queue, under the same number, to resume from there, as long as it gets further
+# each time (Slurm holds a requeued job for two minutes). scancel ends it for good; so do errors in arguments or data.
 #
 # Set the environment up once before, on a node with the same Python: pip install -e . -c constraints.txt, or any
 # launcher. Used is the environment that was active at sbatch, else .venv in the repository.
@@ -39,22 +39,20 @@ set -euo pipefail
 }
 # Slurm runs a copy of this file from its own folder, so its path tells nothing about the repository's.
 repo=${REPO:-$SLURM_SUBMIT_DIR}
-[[ -x $repo/launch/multi_node.sh && -d $repo/dist_deeplab ]] || {
-    echo "slurm/train.sh: $repo is not the repository (no launch/multi_node.sh, dist_deeplab/): call sbatch there or" \
-        "set REPO." >&2
+[[ -x $repo/launch/multi_node.sh && -e $repo/slurm/common.sh ]] || {
+    echo "slurm/train.sh: $repo does not hold launch/multi_node.sh and slurm/common.sh: call sbatch in the folder that" \
+        "does, or set REPO to it." >&2
     exit 2
 }
 cd "$repo"
-SCRIPT=train.sh
+SCRIPT=slurm/train.sh
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
-# shellcheck source=launch/common.sh
-source launch/common.sh
 use_environment
 
 # --- requeueing -------------------------------------------------------------------------------------------------------
 
-# "STATUS FIRST_STEP LAST_STEP", written by the run: running, stopped (saved, and wants to go on), done or refused (would
+# "STATUS FIRST_STEP LAST_STEP", written by the run: running, stopped (saved, to be resumed), done or refused (would
 # fail again). torchrun's exit code tells none of that.
 export DIST_DEEPLAB_OUTCOME=$PWD/.dist_deeplab-$SLURM_JOB_ID.outcome
 before=$DIST_DEEPLAB_OUTCOME.before # the first step of the attempt before this one
@@ -82,20 +80,20 @@ requeue() {
         read -r _ first _ <"$DIST_DEEPLAB_OUTCOME"
         printf '%s\n' "$first" >"$before"
         echo "job $SLURM_JOB_ID: $why; back into the queue (restart $((restarts + 1)))"
-        scontrol requeue "$SLURM_JOB_ID" || fail "scontrol requeue failed: submit the same command again to go on."
+        scontrol requeue "$SLURM_JOB_ID" || fail 1 "scontrol requeue failed: submit the same command again to resume."
         exit 0 # Slurm ends this script
     fi
 }
 
 if ((restarts > ${MAX_REQUEUES:-20})); then
-    fail "this is restart $restarts, MAX_REQUEUES is ${MAX_REQUEUES:-20}: submit the same command again to go on."
+    fail 1 "this is restart $restarts, MAX_REQUEUES is ${MAX_REQUEUES:-20}: submit the same command again to resume."
 fi
 rm -f "$DIST_DEEPLAB_OUTCOME"
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
-meeting_point
-echo "job $SLURM_JOB_ID: $NNODES nodes ($SLURM_JOB_NODELIST) meet at $RDZV_ENDPOINT, in $repo; restart $restarts"
+set_rendezvous
+echo "job $SLURM_JOB_ID: $NNODES nodes ($SLURM_JOB_NODELIST), rendezvous at $RDZV_ENDPOINT, in $repo; restart $restarts"
 run_on_nodes dist_deeplab.train "$@"
 wait_for_step
 

@@ -28,13 +28,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as ProgressBar
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.commands.packing.arguments import add_workers, check_workers
 from dist_deeplab.commands.packing.printing import print_manifest, show_progress
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing import voc_download
 from dist_deeplab.data.packing.labels import LabelSpace
+from dist_deeplab.data.packing.lists import read_voc_list
 from dist_deeplab.data.packing.ordered_map import useful_workers
-from dist_deeplab.data.packing.sources import read_voc_list
 from dist_deeplab.data.packing.voc_download import Archive
 from dist_deeplab.data.packing.writer import write_shards
 from dist_deeplab.data.shards.manifest import ShardError, load_manifest
@@ -45,7 +46,7 @@ from dist_deeplab.files import prepare_folder
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="dist-deeplab prepare-voc", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("prepare-voc"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for everything")
     for name, archive in (("voc", voc_download.VOC2012), ("sbd", voc_download.SBD)):

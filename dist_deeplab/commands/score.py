@@ -19,9 +19,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data import voc
 from dist_deeplab.data.decode import DecodeError, decode_label
-from dist_deeplab.data.packing.labels import read_lines
+from dist_deeplab.data.packing.text_files import read_lines
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.accumulator import NUM_BANDS, band_map
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="dist-deeplab score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("score"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("predictions", type=Path, metavar="PRED_DIR", help="folder of predicted masks, <key>.png")
     parser.add_argument("labels", type=Path, metavar="GT_DIR", help="folder of labels, <key>.png")

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.config import CrfConfig, RunConfig, load_config
 from dist_deeplab.data.loader import EvalDataset
 from dist_deeplab.data.shards.cache import build_cache
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="dist-deeplab tune-crf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("tune-crf"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file with its .json beside it")
     parser.add_argument("--data", required=True, metavar="MANIFEST", help="shards to tune on, or a URL of them")
@@ -178,11 +179,9 @@ def show(rows: Sequence[tuple[Point, float]], without: float) -> None:
     """Print the best points as a table."""
     table = Table(*(key for key in rows[0][0]), "mIoU", "gain")
     for point, miou in rows[:SHOWN]:
-        table.add_row(
-            *(f"{value:g}" for value in point.values()), f"{100 * miou:.2f}", f"{100 * (miou - without):+.2f}"
-        )
+        table.add_row(*(f"{value:g}" for value in point.values()), f"{miou:.4f}", f"{miou - without:+.4f}")
     Console().print(table)
-    print(f"without a CRF: {100 * without:.2f}" + (f"; {len(rows) - SHOWN} more points" if len(rows) > SHOWN else ""))
+    print(f"without a CRF: {without:.4f}" + (f"; {len(rows) - SHOWN} more points" if len(rows) > SHOWN else ""))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dist_deeplab.config.problems import sentence
 from dist_deeplab.config.schema import RunConfig
 from dist_deeplab.config.section import Location, Section
 from dist_deeplab.errors import UserError
+from dist_deeplab.packaged import find_recipe, recipe_names
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +29,16 @@ _YAML_END = "...\n"  # what PyYAML closes a bare scalar with
 def load_config(path: str | Path | None, overrides: Iterable[str] = (), *, base: RunConfig | None = None) -> RunConfig:
     """The defaults, changed by the YAML file `path` (None: no file), changed by `section.key=value` strings.
 
-    `base` stands in for a file. Values of overrides are YAML: `data.scale_range=[0.5,1.5]`, `data.flip=false`,
-    `model.init=`. A key under its old name is taken, with one line of notice.
+    `path` may also be the name of a packaged recipe, such as voc_resnet101. `base` stands in for a file. Values of
+    overrides are YAML: `data.scale_range=[0.5,1.5]`, `data.flip=false`, `model.init=`. A key under its old name is
+    taken, with one line of notice.
 
     Raises:
         UserError: file missing or not YAML; unknown key (the nearest one is named); value of a wrong type or range.
     """
     values = config_to_dict(base) if base else {}
     if path is not None:
-        values = _read_yaml(Path(path))
+        values = _read_yaml(find_recipe(Path(path)))
         _check_keys(values, where=str(path))
         values = _with_new_names(values, where=str(path), notice=True)
     overrides = list(overrides)
@@ -119,10 +121,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has the key {error} twice; keep one of them") from None
     except OSError as error:
         raise UserError(
-            f"cannot read the configuration file {path}: {error.strerror}; the project's own are in configs/"
+            f"cannot read the configuration file {path}: {error.strerror}; recipes of the package: "
+            f"{', '.join(recipe_names())}"
         ) from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; give a YAML file, e.g. one of configs/") from None
+        raise UserError(f"{path} is not UTF-8 text; give a YAML file") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -135,6 +138,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
+    if not equals and Path(override).suffix in (".yaml", ".yml"):
+        raise UserError(f"a configuration file is named by --config: write --config {override}")
     if not equals or not key:
         raise UserError(f"cannot read the argument {override!r}: write section.key=value, e.g. optim.lr=1e-3")
     if key in RENAMED:

@@ -10,6 +10,7 @@ from dist_deeplab.config.section import (
     EXECUTION_EVERYWHERE,
     NOTHING,
     SCORE,
+    Affects,
     Location,
     NonNegative,
     Positive,
@@ -36,6 +37,8 @@ class EvalConfig(Section):
     """Refine by a dense CRF (section crf); about a second of a core per image, in processes beside the GPU."""
     num_panels: Annotated[NonNegative, EXECUTION_EVERYWHERE] = 4
     """Validation images shown as image | label | prediction | errors."""
+    table: Annotated[Literal["classes", "mean"], Affects("nothing", inference=True)] = "classes"
+    """What an evaluation prints: a table of every class in the set, or mean: the mIoU alone. Files hold all."""
 
     @field_validator("scales")
     @classmethod
@@ -87,7 +90,7 @@ class TrackingConfig(Section):
     register_as: Annotated[Text, NOTHING] = ""
     """Name in MLflow's model registry under which that model becomes a new version (implies log_model); no / or :."""
     parent: Annotated[Text, NOTHING] = ""
-    """Folder of the sweep that this run is of, seen from its own; launch/sweep.sh sets it."""
+    """Folder of the sweep that this run is of, seen from its own; a sweep sets it."""
 
     @field_validator("uri")
     @classmethod

@@ -19,7 +19,7 @@ from dist_deeplab.config.section import (
 
 class DataConfig(Section):
     train: Annotated[Location, ORIGIN] = Location()
-    """Manifest of the training shards, e.g. data/voc/train.json (tools/make_shards.py writes it)."""
+    """Manifest of the training shards, e.g. data/voc/train.json (`dist-deeplab shards` writes it)."""
     val: Annotated[Location, ORIGIN] = Location()
     """Manifest of the validation shards; empty: train without evaluation."""
     num_classes: Annotated[int, Field(ge=2, le=255), RECIPE] = 21

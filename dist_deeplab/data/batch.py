@@ -22,7 +22,8 @@ class Batch:
 
     image: uint8 [B, 3, H, W] RGB in channels-last memory; label: uint8 [B, H, W]; content: int64 [B, 2], height and
     width of the part at the top left that shows the sample, the rest is padding; keys: names for error messages; bad:
-    samples in whose place others are.
+    samples in whose place others are; bands: uint8 [B, H, W], for evaluation, how near to a border each pixel is
+    (`evaluation/accumulator.py`; computed in the loader's workers, 0 in the padding).
     """
 
     image: torch.Tensor
@@ -30,10 +31,14 @@ class Batch:
     content: torch.Tensor
     keys: list[str]
     bad: list[BadSample] = field(default_factory=list)
+    bands: torch.Tensor | None = None
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader where a GPU will take the batch."""
-        return Batch(self.image.pin_memory(), self.label.pin_memory(), self.content.pin_memory(), self.keys, self.bad)
+        bands = None if self.bands is None else self.bands.pin_memory()
+        return Batch(
+            self.image.pin_memory(), self.label.pin_memory(), self.content.pin_memory(), self.keys, self.bad, bands
+        )
 
 
 def to_batch(key: str, image: np.ndarray, label: np.ndarray, content: tuple[int, int]) -> Batch:
@@ -69,4 +74,5 @@ def collate(items: "list[Batch | UserError]") -> "Batch | UserError":
         content=torch.cat([s.content for s in samples]),
         keys=[key for s in samples for key in s.keys],
         bad=[bad for s in samples for bad in s.bad],
+        bands=torch.cat([s.bands for s in samples if s.bands is not None]) if samples[0].bands is not None else None,
     )

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dist_deeplab.data import order
 from dist_deeplab.data.batch import BadSample, Batch, blank_batch, collate, to_batch
-from dist_deeplab.data.decode import DecodeError, decode_image, decode_label
+from dist_deeplab.data.decode import DecodeError, decode_label, decode_packed
 from dist_deeplab.data.shards.manifest import Manifest, ShardError
 from dist_deeplab.data.shards.prefetch import Plan, start_prefetch
 from dist_deeplab.data.shards.reader import Sample, ShardReader
@@ -64,7 +65,7 @@ class DecodingDataset(Dataset["Batch | UserError"]):
 
         name = f"sample {sample.key!r} in {where}"
         try:
-            image, label = decode_image(sample.image), decode_label(sample.label)
+            image, label = decode_packed(sample.image), decode_label(sample.label)
         except DecodeError as error:
             raise ShardError(f"{name}: {error}") from None
         if label.shape != image.shape[:2]:
@@ -117,14 +118,31 @@ class TrainDataset(DecodingDataset):
 
 
 class EvalDataset(DecodingDataset):
-    """Sample index -> whole image at its own size, padded to the next 8k+1, as a batch of one."""
+    """Sample index -> whole image at its own size, padded to the next 8k+1, as a batch of one.
+
+    bands: for scoring, label uint8 [H, W] -> uint8 [H, W], computed here in a worker; None: batches have no bands.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        num_classes: int,
+        ignore_label: int,
+        bands: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        super().__init__(manifest, num_classes=num_classes, ignore_label=ignore_label)
+        self.bands = bands
 
     def fetch(self, number: int) -> Batch:
         """See the class."""
         key, image, label = self.load(number)
         height, width = label.shape
         size = next_grid_size(height), next_grid_size(width)
-        return to_batch(key, pad_to(image, size, 0), pad_to(label, size, self.ignore_label), (height, width))
+        batch = to_batch(key, pad_to(image, size, 0), pad_to(label, size, self.ignore_label), (height, width))
+        if self.bands is not None:
+            batch.bands = torch.from_numpy(pad_to(self.bands(label), size, 0))[None]
+        return batch
 
 
 class StepSampler(Sampler[list[int]]):

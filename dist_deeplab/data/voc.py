@@ -5,6 +5,7 @@ Sources: the VOC2012 development kit documentation (class order, void label 255,
 """
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -59,8 +60,8 @@ PALETTE: np.ndarray = build_palette()
 PALETTE.setflags(write=False)
 
 
-def save_palette_png(label: np.ndarray, path: str | Path) -> None:
-    """Write label indices, uint8 [H, W], as the palette PNG that VOC's own masks are."""
+def save_palette_png(label: np.ndarray, file: str | Path | IO[bytes]) -> None:
+    """Write class indices, uint8 [H, W], as VOC's own masks are: viewers show colours, Pillow reads the indices."""
     image = Image.fromarray(label)
     image.putpalette(PALETTE.tobytes())
-    image.save(path, format="PNG")
+    image.save(file, format="PNG")

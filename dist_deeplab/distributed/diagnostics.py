@@ -20,6 +20,7 @@ import torch.distributed as dist
 from dist_deeplab.distributed.process_group import DistEnv, broadcast_from_main, gather_to_all
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.files import fsync
+from dist_deeplab.logs import format_count
 
 _LIBRARIES = ("torch", "numpy", "opencv-python-headless", "Pillow", "mlflow")
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -69,7 +70,9 @@ def check_software(env: DistEnv) -> list[Finding]:
             found.append(f"{name} -")
     hosts = gather_to_all(socket.gethostname())
     per_host = sorted({(host, hosts.count(host)) for host in hosts})
-    ranks = f"{env.world_size} ranks by {env.launcher}: " + ", ".join(f"{n} on {host}" for host, n in per_host)
+    ranks = f"{format_count(env.world_size, 'rank')} by {env.launcher}: " + ", ".join(
+        f"{n} on {host}" for host, n in per_host
+    )
     uneven = len({n for _, n in per_host}) > 1
     return [
         Finding("ranks", "warning" if uneven else "ok", ranks),

@@ -63,8 +63,8 @@ class ConfusionAccumulator:
 
     def add(self, batch: Batch, pred: torch.Tensor) -> None:
         """Count a batch and its prediction, uint8 [B, H, W] on the device; H and W without the grid's padding."""
-        label = batch.label[:, : pred.shape[1], : pred.shape[2]]
-        bands = _band_maps(label, batch.content, self._ignore_label)
+        assert batch.bands is not None, "the loader computes them"
+        label, bands = (mask[:, : pred.shape[1], : pred.shape[2]] for mask in (batch.label, batch.bands))
         own = count_pixels(
             label.to(self._device, non_blocking=True),
             pred,
@@ -87,11 +87,3 @@ class ConfusionAccumulator:
         if time.monotonic() > self._report_at:
             log.info("evaluated %d of this rank's %d images", len(self._keys), out_of)
             self._report_at = time.monotonic() + _REPORT_EVERY_S
-
-
-def _band_maps(label: torch.Tensor, content: torch.Tensor, ignore_label: int) -> torch.Tensor:
-    """Border bands of a batch, uint8 [B, H, W]. The padding's edge is not a border: padding is left out."""
-    bands = torch.zeros_like(label)
-    for own, one, (height, width) in zip(bands, label, content.tolist(), strict=True):
-        own[:height, :width] = torch.from_numpy(band_map(one[:height, :width].numpy(), ignore_label))
-    return bands

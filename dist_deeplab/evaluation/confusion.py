@@ -15,7 +15,7 @@ def count_pixels(
     band: torch.Tensor | None = None,
     num_bands: int = 1,
 ) -> torch.Tensor:
-    """Return how many pixels of each class got each prediction: int64 [B, num_bands, num_classes, num_classes].
+    """Number of pixels of each class with each prediction: int64 [B, num_bands, num_classes, num_classes].
 
     The last two axes are label and prediction. Void pixels are left out. The host never waits for the device here.
 
@@ -41,13 +41,15 @@ def count_pixels(
 
 
 def image_mious(counts: torch.Tensor) -> torch.Tensor:
-    """Return each image's own mean IoU from its matrix [B, C, C], float64 [B]; NaN where all is void.
+    """Mean IoU of each image from its matrix [B, C, C], float64 [B]; NaN where all is void.
 
-    The mean is over the classes in the image's label or prediction. No host waits.
+    The mean is over the classes in the image's label or prediction. The host does not wait for the device.
     """
     hits = counts.diagonal(dim1=1, dim2=2).double()
     union = counts.sum(1) + counts.sum(2) - hits
-    return (hits / union).nansum(1) / (union > 0).sum(1)  # 0/0 is NaN: of a class, skipped; of all, the result
+    return (hits / union).nansum(1) / (union > 0).sum(
+        1
+    )  # 0/0 is NaN: skipped for a class; the result where all classes have it
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Scores:
 
 
 def scores(confusion: np.ndarray) -> Scores:
-    """Return the scores of an int64 [num_classes, num_classes] matrix (rows: label, columns: prediction).
+    """Scores of an int64 [num_classes, num_classes] matrix (rows: label, columns: prediction).
 
     Raises:
         ValueError: not a single valid pixel.

@@ -6,7 +6,6 @@ else, so it does without torch.
 
 import contextlib
 import importlib.util
-import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ import numpy as np
 
 from dist_deeplab.config import CrfConfig
 from dist_deeplab.errors import TrainingError, UserError
-from dist_deeplab.workers import end_with_parent
+from dist_deeplab.workers import end_with_parent, num_cores
 
 T = TypeVar("T")
 
@@ -141,7 +140,7 @@ def open_crf(enabled: bool, config: CrfConfig, *, ranks_on_host: int) -> Abstrac
     """
     if not enabled:
         return contextlib.nullcontext()
-    cores = max(1, len(os.sched_getaffinity(0)) // ranks_on_host)
+    cores = max(1, num_cores() // ranks_on_host)
     return CrfPool(config.model_dump(exclude={"num_workers"}), config.num_workers or cores)
 
 

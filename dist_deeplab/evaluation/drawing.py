@@ -8,14 +8,9 @@ from PIL import Image, ImageDraw, ImageFont
 from dist_deeplab.data.voc import PALETTE
 
 _OPACITY = 0.55
-_GAP, _LINE, _FONT = 6, 22, 14  # pixels
-
-
-def palette_image(pred: np.ndarray) -> Image.Image:
-    """Class indices, uint8 [H, W], as a palette image: VOC's colours, the indices kept."""
-    image = Image.fromarray(pred)
-    image.putpalette(PALETTE.tobytes())
-    return image
+_GAP = 6  # pixels between images
+_SHOWN_WIDTH = 1600  # pixels of a screen that a wider image is scaled down to: its legend is drawn larger by as much
+_LINE, _FONT = 24, 16  # pixels of the legend at that width
 
 
 def overlay(image: np.ndarray, pred: np.ndarray) -> np.ndarray:
@@ -27,28 +22,31 @@ def overlay(image: np.ndarray, pred: np.ndarray) -> np.ndarray:
 def side_by_side(image: np.ndarray, pred: np.ndarray, class_names: Sequence[str]) -> Image.Image:
     """Image, prediction and overlay in a row, above a legend of the classes found."""
     height, width = pred.shape
-    shots = [image, PALETTE[pred], overlay(image, pred)]
+    images = [image, PALETTE[pred], overlay(image, pred)]
     total = 3 * width + 2 * _GAP
     legend = _legend([(class_names[c], PALETTE[c]) for c in np.unique(pred).tolist()], total)
     canvas = Image.new("RGB", (total, height + legend.height), "white")
-    for number, shot in enumerate(shots):
-        canvas.paste(Image.fromarray(shot), (number * (width + _GAP), 0))
+    for number, shown in enumerate(images):
+        canvas.paste(Image.fromarray(shown), (number * (width + _GAP), 0))
     canvas.paste(legend, (0, height))
     return canvas
 
 
 def _legend(entries: Sequence[tuple[str, np.ndarray]], width: int) -> Image.Image:
-    font = ImageFont.load_default(_FONT)
-    places, x, y = [], _GAP, 0
+    """Squares of the classes' colours with their names, in lines of `width` pixels."""
+    scale = max(1.0, width / _SHOWN_WIDTH)
+    line, pad, font = round(scale * _LINE), round(scale * _GAP), ImageFont.load_default(round(scale * _FONT))
+    places, x, y = [], pad, 0
     for name, color in entries:
-        length = _LINE + int(font.getlength(name)) + 2 * _GAP
-        if x > _GAP and x + length > width:
-            x, y = _GAP, y + _LINE
+        length = line + int(font.getlength(name)) + 2 * pad
+        if x > pad and x + length > width:
+            x, y = pad, y + line
         places.append((x, y, name, color))
         x += length
-    legend = Image.new("RGB", (width, y + _LINE), "white")
+    legend = Image.new("RGB", (width, y + line), "white")
     draw = ImageDraw.Draw(legend)
     for x, y, name, color in places:
-        draw.rectangle((x, y + 4, x + 14, y + _LINE - 4), fill=tuple(color.tolist()), outline="black")
-        draw.text((x + _LINE, y + 2), name, fill="black", font=font)
+        square = (x, y + line // 5, x + 3 * line // 5, y + 4 * line // 5)
+        draw.rectangle(square, fill=tuple(color.tolist()), outline="black", width=max(1, round(scale)))
+        draw.text((x + line, y + line // 2), name, fill="black", font=font, anchor="lm")
     return legend

@@ -1,5 +1,6 @@
 """Score a network on a validation set: each image once at its own size, whatever the number of ranks."""
 
+import functools
 import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_bytes, gather_to_all
 from dist_deeplab.distributed.session import Session
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.evaluation.accumulator import ConfusionAccumulator, ImageScore
+from dist_deeplab.evaluation.accumulator import ConfusionAccumulator, ImageScore, band_map
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious
 from dist_deeplab.evaluation.crf import CrfPool
 from dist_deeplab.evaluation.inference import Predictor
@@ -82,7 +83,8 @@ def evaluate(
         ShardError: a sample can't be read.
     """
     env = session.env
-    dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)
+    bands = functools.partial(band_map, ignore_label=manifest.ignore_label)
+    dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label, bands=bands)
     batches = eval_batches(dataset, batch_size=batch_size, padded=predictor.align_corners)[env.rank :: env.world_size]
     accumulator = ConfusionAccumulator(manifest, env.device)
     stopped = False
@@ -206,5 +208,8 @@ def _split_for_crf(
                 label=torch.from_numpy(label)[None],
                 content=batch.content[number : number + 1],
                 keys=[key],
+                bands=None
+                if batch.bands is None
+                else batch.bands[number : number + 1, : label.shape[0], : label.shape[1]],
             )
             yield one, image, np.ascontiguousarray(prob[number, :, : label.shape[0], : label.shape[1]])

@@ -1,7 +1,7 @@
-"""An evaluation as pictures: confusion matrix, IoU bars, and panels image | label | prediction | errors.
+"""An evaluation as figures: confusion matrix, IoU bars, and panels image | label | prediction | errors.
 
-All are matplotlib figures, drawn without a display; `picture` makes an array of one. Imported where they are drawn:
-training need not have loaded matplotlib before its first evaluation.
+All are matplotlib figures, drawn without a display; `render` makes an array of one. Imported where they are drawn:
+training need not have loaded matplotlib before its first evaluation. Scores are in 0..1.
 """
 
 import math
@@ -18,24 +18,24 @@ from dist_deeplab.evaluation.evaluator import Evaluation, Panel
 
 DPI = 100
 _WRONG, _RIGHT, _VOID = (214, 40, 40), (225, 225, 225), (255, 255, 255)
-_WIDTH_IN = 12.0  # of a row of four pictures
+_WIDTH_IN = 12.0  # of a row of four images
 _LEGEND_COLUMNS, _LEGEND_ROWS = 8, 3
 _TITLE_IN, _GAP_IN, _LEGEND_ROW_IN = 0.35, 0.03, 0.28
 
 
-def panel_pictures(evaluation: Evaluation, class_names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return {sample key: uint8 [h, w, 3]}, each panel as a picture of its own with title and legend, 1200 px wide.
+def panel_images(evaluation: Evaluation, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """{sample key: uint8 [h, w, 3]}, each panel as an image of its own with title and legend, 1200 px wide.
 
     The same samples at each evaluation of a set, each of the same size: a slider over steps shows them evolving.
     """
     return {
-        panel.key: picture(panels_figure([panel], class_names, ignore_label=evaluation.ignore_label))
+        panel.key: render(panels_figure([panel], class_names, ignore_label=evaluation.ignore_label))
         for panel in evaluation.panels
     }
 
 
-def picture(figure: Figure) -> np.ndarray:
-    """Return what a figure looks like, uint8 [h, w, 3] at 100 pixels an inch."""
+def render(figure: Figure) -> np.ndarray:
+    """A figure as an image, uint8 [h, w, 3] at 100 pixels per inch."""
     figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -64,21 +64,21 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
 
 
 def iou_figure(result: Scores, class_names: Sequence[str]) -> Figure:
-    """Draw a bar for each class, in VOC's colours, and the mean as a line."""
-    num = len(class_names)
-    figure = _figure(8, 0.3 * num + 1.5)
+    """Draw a bar for each class in the set, in VOC's colours, and the mean as a line."""
+    shown = [c for c, iou in enumerate(result.iou.tolist()) if not math.isnan(iou)]
+    values = result.iou[shown].tolist()
+    figure = _figure(8, 0.3 * len(shown) + 1.5)
     axes = figure.add_subplot()
-    values = np.nan_to_num(100 * result.iou)
-    axes.barh(range(num), values, color=PALETTE[:num] / 255.0, edgecolor="black", linewidth=0.5)
-    for row, iou in enumerate(result.iou.tolist()):
-        text = "not in this set" if math.isnan(iou) else f"{100 * iou:.1f}"
+    axes.barh(range(len(shown)), values, color=PALETTE[shown] / 255.0, edgecolor="black", linewidth=0.5)
+    for row, iou in enumerate(values):
         background = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # the dashed line must not cross it
-        axes.text(values[row] + 0.8, row, text, va="center", fontsize=8, bbox=background)
-    axes.axvline(100 * result.miou, color="black", linestyle="--", linewidth=1, zorder=0)
-    axes.set_yticks(range(num), [_literal(name) for name in class_names])
+        axes.text(iou + 0.008, row, f"{iou:.3f}", va="center", fontsize=8, bbox=background)
+    axes.axvline(result.miou, color="black", linestyle="--", linewidth=1, zorder=0)
+    axes.set_yticks(range(len(shown)), [_literal(class_names[c]) for c in shown])
     axes.invert_yaxis()
     axes.margins(y=0.01)
-    axes.set(xlim=(0, 108), xlabel="IoU (%)", title=f"mIoU {100 * result.miou:.2f} (dashed)")
+    absent = f"; {result.num_absent} of {len(class_names)} classes not in this set" if result.num_absent else ""
+    axes.set(xlim=(0, 1.08), xlabel="IoU", title=f"mIoU {result.miou:.4f} (dashed){absent}")
     return figure
 
 
@@ -91,12 +91,12 @@ def trimap_figure(bands: Mapping[int, Scores], result: Scores) -> Figure:
         ("mIoU", "tab:blue", [band.miou for band in bands.values()], result.miou),
         ("pixel accuracy", "tab:orange", [band.pixel_accuracy for band in bands.values()], result.pixel_accuracy),
     ):
-        axes.plot(widths, [100 * value for value in values], "o-", color=color, label=name)
-        axes.axhline(100 * level, color=color, linestyle="--", linewidth=1, label=f"{name} of all pixels")
+        axes.plot(widths, values, "o-", color=color, label=name)
+        axes.axhline(level, color=color, linestyle="--", linewidth=1, label=f"{name} of all pixels")
     axes.set_xscale("log")
     axes.set_xticks(widths, [str(width) for width in widths])
     axes.minorticks_off()
-    axes.set(xlabel="distance from a border, at most (pixels)", ylabel="%", title="Scores near borders (trimap)")
+    axes.set(xlabel="distance from a border, at most (pixels)", ylabel="score", title="Scores near borders (trimap)")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -110,17 +110,17 @@ def panels_figure(panels: Sequence[Panel], class_names: Sequence[str], *, ignore
     heights = [(width - 2 * _GAP_IN) * panel.label.shape[0] / panel.label.shape[1] + _TITLE_IN for panel in panels]
     height = sum(heights) + _LEGEND_ROW_IN * num_rows + 4 * _GAP_IN
     figure = Figure(figsize=(_WIDTH_IN, height))
-    # All in one Axes whose units are inches: one for each picture, laid out by matplotlib, takes ten times as long.
+    # All in one Axes whose units are inches: one per image, laid out by matplotlib, takes ten times as long.
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     top = 0.0
     for panel, own_height in zip(panels, heights, strict=True):
-        pictures = (panel.image, PALETTE[panel.label], PALETTE[panel.pred], _error_map(panel, ignore_label))
+        images = (panel.image, PALETTE[panel.label], PALETTE[panel.pred], _error_map(panel, ignore_label))
         name = panel.key if len(panel.key) <= 28 else f"...{panel.key[-25:]}"
-        score = "" if math.isnan(panel.iou) else f" (IoU {100 * panel.iou:.1f})"
-        for column, (shot, title) in enumerate(zip(pictures, (name, "label", f"prediction{score}", "errors"))):
+        score = "" if math.isnan(panel.iou) else f" (IoU {panel.iou:.3f})"
+        for column, (image, title) in enumerate(zip(images, (name, "label", f"prediction{score}", "errors"))):
             left = column * width + _GAP_IN
             extent = (left, left + width - 2 * _GAP_IN, top + own_height, top + _TITLE_IN)
-            axes.imshow(shot, extent=extent, interpolation="nearest", aspect="auto")
+            axes.imshow(image, extent=extent, interpolation="nearest", aspect="auto")
             axes.text(
                 (column + 0.5) * width, top + 0.6 * _TITLE_IN, _literal(title), ha="center", va="center", fontsize=12
             )
@@ -136,7 +136,7 @@ def panels_figure(panels: Sequence[Panel], class_names: Sequence[str], *, ignore
 
 
 def _literal(name: str) -> str:
-    """Return a name as matplotlib shows it as it is: between two dollars it would read a formula, or fail to."""
+    """A name that matplotlib shows unchanged: between two dollars it would read a formula, or fail to."""
     return name.replace("$", r"\$")
 
 
@@ -147,8 +147,8 @@ def _figure(width: float, height: float) -> Figure:
 def _legend_entries(
     panels: Sequence[Panel], class_names: Sequence[str], ignore_label: int, limit: int
 ) -> list[tuple[str, tuple[int, int, int]]]:
-    """Return names and colours of the classes with most pixels, in the order of their labels, then void and errors."""
-    pixels = sum(np.bincount(shot.ravel(), minlength=256) for panel in panels for shot in (panel.label, panel.pred))
+    """Names and colours of the classes with most pixels, in the order of their labels, then void and errors."""
+    pixels = sum(np.bincount(mask.ravel(), minlength=256) for panel in panels for mask in (panel.label, panel.pred))
     assert isinstance(pixels, np.ndarray)
     pixels[ignore_label] = 0
     shown = sorted(c for c in np.argsort(-pixels, kind="stable")[: limit - 3].tolist() if pixels[c])
@@ -157,7 +157,7 @@ def _legend_entries(
 
 
 def _error_map(panel: Panel, ignore_label: int) -> np.ndarray:
-    """Return uint8 [H, W, 3]: wrong pixels red, right ones grey, void white."""
-    shot = np.where((panel.label == panel.pred)[..., None], _RIGHT, _WRONG).astype(np.uint8)
-    shot[panel.label == ignore_label] = _VOID
-    return shot
+    """uint8 [H, W, 3]: wrong pixels red, right ones grey, void white."""
+    errors = np.where((panel.label == panel.pred)[..., None], _RIGHT, _WRONG).astype(np.uint8)
+    errors[panel.label == ignore_label] = _VOID
+    return errors

@@ -1,26 +1,23 @@
-"""People's images: finding them, and reading whatever kind they are as 8-bit RGB."""
+"""Images to predict: finding them, and reading their files with errors that name them."""
 
-import contextlib
 import glob
-import io
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dist_deeplab.errors import UserError, first_line
+from dist_deeplab.data import decode
+from dist_deeplab.data.folders import describe_left_out, list_folder
+from dist_deeplab.data.image_file import DEFAULT, DecodeError, DecodeOptions
+from dist_deeplab.errors import UserError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
-"""What counts as an image inside a folder; a file that is named itself may have any."""
-
-_ORIENTATION_TAG = 0x0112  # EXIF 2.3; 5 to 8 swap height and width
-_SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+log = logging.getLogger(__name__)
 
 
 class ImageError(UserError):
-    """A file is not an image, damaged, or of a kind that has no obvious 8-bit RGB."""
+    """A file is not an image, damaged, too large, or of a kind that has no obvious 8-bit RGB."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +32,20 @@ def find_images(inputs: Sequence[str], *, outside: Path) -> list[Source]:
     """The images that files, folders (searched to any depth) and glob patterns name, sorted by name.
 
     A folder's images keep their place below it in their names. What lies in the folder `outside`, that of the
-    results, is left out.
+    results, is left out; other files of a folder that are not images are counted and named in the log.
 
     Raises:
         UserError: an input that names nothing; two images whose results would have one name.
     """
     found: dict[str, Path] = {}
+    left_out: list[Path] = []
     for text in inputs:
-        paths, root = _expand(text)
-        paths = [path for path in paths if not path.resolve().is_relative_to(outside.resolve())]
+        paths, others, root = _expand(text)
+        paths, others = (
+            [path for path in files if not path.resolve().is_relative_to(outside.resolve())]
+            for files in (paths, others)
+        )
+        left_out += others
         if not paths:
             raise UserError(f"{text} names no image; give image files, folders of them or a quoted pattern")
         for path in paths:
@@ -51,73 +53,48 @@ def find_images(inputs: Sequence[str], *, outside: Path) -> list[Source]:
             other = found.setdefault(name, path)
             if other.resolve() != path.resolve():
                 raise UserError(f"{other} and {path} would both become {name}.png; predict them into two folders")
+    if left_out:
+        log.warning("%s", describe_left_out(left_out, why="not an image by its name"))
     return [Source(path, name) for name, path in sorted(found.items())]
 
 
-def _expand(text: str) -> tuple[list[Path], Path | None]:
-    """The files that an argument names, and the folder that their names are relative to, if there is one."""
+def _expand(text: str) -> tuple[list[Path], list[Path], Path | None]:
+    """The images that an argument names, a folder's other files, and the folder that names are relative to."""
     path = Path(text).expanduser()
     if path.is_dir():
-        return [file for file in sorted(path.rglob("*")) if file.suffix.lower() in EXTENSIONS and file.is_file()], path
+        content = list_folder(path)
+        return content.images, content.others, path
     if path.exists() or not glob.has_magic(text):
-        return ([path] if path.is_file() else []), None
-    return [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()], None
+        return ([path] if path.is_file() else []), [], None
+    return [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()], [], None
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of the upright image, from the file's first bytes.
-
-    Raises:
-        ImageError: no image.
-    """
-    with _reading(str(path)), Image.open(path) as image:
-        width, height = image.size
-        return (width, height) if image.getexif().get(_ORIENTATION_TAG, 1) >= 5 else (height, width)
-
-
-def read_image(path: Path) -> np.ndarray:
-    """An image as uint8 [H, W, 3] RGB, upright: an EXIF orientation is applied.
-
-    Greyscale is repeated on the channels, 16 bits become their upper 8, transparent parts lie on white, CMYK and
-    palettes become RGB, of an animation the first frame is taken.
+def image_size(path: Path, options: DecodeOptions = DEFAULT) -> tuple[int, int]:
+    """Height and width of the upright image, from the file's header.
 
     Raises:
-        ImageError: unreadable, damaged, or of floating-point values.
+        ImageError: not an image.
     """
-    return _upright_rgb(path, name=str(path))
-
-
-def decode_image_bytes(data: bytes) -> np.ndarray:
-    """The image in a file's bytes as `read_image` does.
-
-    Raises:
-        ImageError: as there.
-    """
-    return _upright_rgb(io.BytesIO(data), name=f"the image ({len(data)} bytes)")
-
-
-def _upright_rgb(where: Path | io.BytesIO, *, name: str) -> np.ndarray:
-    with _reading(name), Image.open(where) as file:
-        image: Image.Image = ImageOps.exif_transpose(file)
-        if image.mode == "F":
-            raise ImageError(f"{name} holds floating-point values; save it with 8 or 16 bits")
-        if image.mode in _SIXTEEN_BIT:
-            values = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
-            return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            upper = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", upper.size, "white"), upper)
-        return np.array(image.convert("RGB"))
-
-
-@contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turn what Pillow may raise into one sentence about the image of this name."""
     try:
-        yield
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise ImageError(f"{name} is not an image of a known kind") from None
-    except Exception as error:  # decoders of damaged files raise nearly anything
-        raise ImageError(f"{name} can't be read ({first_line(error)})") from None
+        return decode.image_size(_content(path), options)
+    except DecodeError as error:
+        raise ImageError(f"{path}: {error}") from None
+
+
+def read_image(path: Path, options: DecodeOptions = DEFAULT) -> np.ndarray:
+    """An image as uint8 [H, W, 3] RGB, upright, as `decode_image` gives it.
+
+    Raises:
+        ImageError: unreadable, damaged, too large, or of floating-point values.
+    """
+    try:
+        return decode.decode_image(_content(path), options)
+    except DecodeError as error:
+        raise ImageError(f"{path}: {error}") from None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path} can't be read ({error.strerror})") from None

@@ -3,13 +3,13 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from dist_deeplab.data.transforms import next_grid_size, pad_to
+from dist_deeplab.data.windows import Windows
 from dist_deeplab.evaluation.images import ImageError, Source, image_size, read_image
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.evaluation.sliding import sliding_probabilities
@@ -24,14 +24,6 @@ class Prediction(NamedTuple):
     image: np.ndarray
     prob: np.ndarray
     problem: str = ""
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Images with a longer side than `side` pixels go in windows of it that overlap by `overlap` or more."""
-
-    side: int
-    overlap: int
 
 
 def predict_images(
@@ -76,8 +68,7 @@ def _predict_batch(
             strips = sliding_probabilities(
                 lambda part: probabilities(predictor, [part], device)[0],
                 image,
-                window=windows.side,
-                overlap=windows.overlap,
+                windows,
             )
             yield Prediction(source, image, np.concatenate(list(strips), axis=1))
 

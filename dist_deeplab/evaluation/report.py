@@ -1,4 +1,4 @@
-"""An evaluation as things to read and look at: metric points, terminal table, and the files of a report."""
+"""An evaluation to read: metric points, terminal table, and the files of a report. All scores are in 0..1."""
 
 import csv
 import io
@@ -17,13 +17,14 @@ from dist_deeplab.evaluation.confusion import Scores, scores
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel
 
 _NOT_IN_A_METRIC = r"[^\w.\- :/]"
+_MAX_NAMES = 12  # of absent classes
 
 
 def metric_values(result: Scores, class_names: Sequence[str], *, group: str = "val") -> dict[str, float]:
-    """Return the scores as metric points: `val/mIoU`, `val/pixel_accuracy`, `val/iou/<class>` ...
+    """The scores as metric points: `val/mIoU`, `val/pixel_accuracy`, `val/iou/<class>` ...
 
-    Classes without ground truth have no point. What MLflow takes in no metric's name (ADE20K has `door;double door`) is
-    an underscore there; where two classes would then have one name, the label follows.
+    Classes without ground truth have no point. A character that MLflow does not allow in a metric's name (ADE20K has
+    `door;double door`) becomes an underscore; where two classes would then have the same name, the label follows.
     """
     values = {
         f"{group}/mIoU": result.miou,
@@ -38,26 +39,56 @@ def metric_values(result: Scores, class_names: Sequence[str], *, group: str = "v
     return values
 
 
+def describe(result: Scores, class_names: Sequence[str], *, per_class: bool = True, notes: Sequence[str] = ()) -> str:
+    """The scores as text for the terminal and log files: the mean, and with `per_class` a table below it."""
+    mean = f"mIoU {_score(result.miou)}"
+    if per_class:
+        return f"{mean}\n{render(iou_table(result, class_names, notes=notes))}"
+    return "\n".join([mean, *_remarks(result, class_names, short=True), *notes])
+
+
 def iou_table(result: Scores, class_names: Sequence[str], *, notes: Sequence[str] = ()) -> Table:
-    """Return the per-class IoU as a terminal table with bars, the means last, and notes below it."""
+    """Terminal table: IoU of the classes in the set, with bars, then the means; below it absent classes and notes."""
     table = Table("class", "IoU", "", caption_justify="left")
     for name, iou in zip(class_names, result.iou.tolist(), strict=True):
-        if math.isnan(iou):
-            table.add_row(name, "-", "not in this set", style="dim")
-        else:
-            table.add_row(name, f"{100 * iou:.2f}", "█" * round(30 * iou))
+        if not math.isnan(iou):
+            table.add_row(name, _score(iou), _bar(iou))
     table.add_section()
-    table.add_row("mIoU", f"{100 * result.miou:.2f}", "█" * round(30 * result.miou), style="bold")
-    table.add_row("pixel accuracy", f"{100 * result.pixel_accuracy:.2f}", "")
-    table.add_row("mean accuracy", f"{100 * result.mean_accuracy:.2f}", "")
-    table.add_row("frequency-weighted IoU", f"{100 * result.fwiou:.2f}", "")
-    absent = f"{result.num_absent} of {len(class_names)} classes have no pixel in this set: left out of the means"
-    table.caption = "\n".join([*([absent] if result.num_absent else []), *notes]) or None
+    table.add_row("mIoU", _score(result.miou), _bar(result.miou), style="bold")
+    table.add_row("pixel accuracy", _score(result.pixel_accuracy), "")
+    table.add_row("mean accuracy", _score(result.mean_accuracy), "")
+    table.add_row("frequency-weighted IoU", _score(result.fwiou), "")
+    table.caption = "\n".join([*_remarks(result, class_names), *notes]) or None
     return table
 
 
+def _remarks(result: Scores, class_names: Sequence[str], *, short: bool = False) -> list[str]:
+    """Sentences about classes without any pixel in the set; `short`: only one that questions the score."""
+    absent = [name for name, iou in zip(class_names, result.iou.tolist(), strict=True) if math.isnan(iou)]
+    remarks = []
+    if absent and not short:
+        names = ", ".join(absent[:_MAX_NAMES]) + (", ..." if len(absent) > _MAX_NAMES else "")
+        have = "has" if len(absent) == 1 else "have"
+        remarks.append(f"{len(absent)} of {len(class_names)} classes {have} no pixel in this set, left out: {names}")
+    if len(absent) == len(class_names) - 1 > 0:
+        only = next(name for name, iou in zip(class_names, result.iou.tolist(), strict=True) if not math.isnan(iou))
+        remarks.append(
+            f"WARNING: every labelled pixel of this set is {only!r}, so a score says nothing: are pixels of another "
+            "class marked with the void label (masks of 0 and 255)?"
+        )
+    return remarks
+
+
+def _score(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _bar(value: float) -> str:
+    return "█" * round(30 * value)
+
+
 def render(table: Table) -> str:
-    """Return a table as plain text, for terminals and log files alike."""
+    """A table as plain text, for terminals and log files alike."""
     console = Console(file=io.StringIO(), width=100, force_terminal=False, markup=False)
     with console.capture() as captured:
         console.print(table)
@@ -65,7 +96,7 @@ def render(table: Table) -> str:
 
 
 def trimap_scores(evaluation: Evaluation) -> dict[int, Scores]:
-    """Return {w: scores of the pixels up to w pixels from a border}, without widths that have no valid pixel."""
+    """{w: scores of the pixels up to w pixels from a border}, without widths that have no valid pixel."""
     if evaluation.trimap is None:
         return {}
     bands = zip(TRIMAP_WIDTHS, evaluation.trimap, strict=True)
@@ -73,7 +104,7 @@ def trimap_scores(evaluation: Evaluation) -> dict[int, Scores]:
 
 
 def to_json(evaluation: Evaluation, class_names: Sequence[str]) -> dict[str, Any]:
-    """Return scores and confusion matrix as plain values; a class without ground truth has null."""
+    """Scores and confusion matrix as plain values; a class without ground truth has null."""
     result = scores(evaluation.confusion)
     iou = {name: None if math.isnan(x) else x for name, x in zip(class_names, result.iou.tolist(), strict=True)}
     return {
@@ -128,17 +159,17 @@ def write_report(
 
 
 def write_series(evaluation: Evaluation, class_names: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Return {series: picture} of what is worth watching over the steps, after `write_report`; writes the panels."""
+    """{series: image file} of what is worth watching over the steps, after `write_report`; writes the panels."""
     from PIL import Image
 
     from dist_deeplab.evaluation import figures
 
     (folder / "panels").mkdir(parents=True, exist_ok=True)
     series = {"iou": folder / "iou.png", "confusion": folder / "confusion.png"}
-    for key, picture in figures.panel_pictures(evaluation, class_names).items():
+    for key, image in figures.panel_images(evaluation, class_names).items():
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", key)
         series[f"panels/{name}"] = folder / "panels" / f"{name}.png"
-        Image.fromarray(picture).save(series[f"panels/{name}"])
+        Image.fromarray(image).save(series[f"panels/{name}"])
     return series
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dist_deeplab.data import voc
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import drawing
 from dist_deeplab.evaluation.images import Source
@@ -59,7 +60,7 @@ class ResultFiles:
 
     def _fill(self, target: Path, *, kind: str, done: Prediction, pred: np.ndarray) -> None:
         if kind == "mask":
-            drawing.palette_image(pred).save(target, format="PNG")
+            voc.save_palette_png(pred, target)
         elif kind == "overlay":
             shot = Image.fromarray(drawing.overlay(done.image, pred))
             shot.save(target, format="JPEG", quality=_JPEG_QUALITY)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from dist_deeplab.config import config_from_dict
-from dist_deeplab.data.voc import PALETTE
-from dist_deeplab.evaluation.images import decode_image_bytes
+from dist_deeplab.data import voc
+from dist_deeplab.data.decode import decode_image
+from dist_deeplab.data.image_file import DecodeOptions
 from dist_deeplab.evaluation.inference import Predictor, load_network
 from dist_deeplab.model.weights import Variant
 
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     import pandas
 
 WEIGHTS = "network.pt"
+SERVED = DecodeOptions(
+    formats=("JPEG", "PNG", "WEBP"), max_pixels=50_000_000, if_too_large="send it in parts, or use dist-deeplab predict"
+)
+"""What strangers may send: 50 megapixels decode in some 0.6 GB."""
 NEEDED = ("model", "variant", "config", "class_names")  # of a checkpoint; no optimizer state
 
 
@@ -45,7 +49,7 @@ class SegmentationModel:
         """
         import pandas
 
-        masks = [encode_mask(self.segment(decode_image_bytes(bytes(data)))) for data in model_input["image"]]
+        masks = [encode_mask(self.segment(decode_image(bytes(data), SERVED))) for data in model_input["image"]]
         return pandas.DataFrame({"mask": masks})
 
     def segment(self, image: np.ndarray) -> np.ndarray:
@@ -60,10 +64,8 @@ class SegmentationModel:
 
 def encode_mask(mask: np.ndarray) -> bytes:
     """Class indices, uint8 [H, W], as a PNG that viewers show in VOC's colours and PIL reads as indices."""
-    image = Image.fromarray(mask)
-    image.putpalette(PALETTE.astype(np.uint8).tobytes())
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    voc.save_palette_png(mask, buffer)
     return buffer.getvalue()
 
 

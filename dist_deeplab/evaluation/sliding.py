@@ -4,17 +4,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-
-def window_starts(length: int, window: int, overlap: int) -> list[int]:
-    """Where windows begin along an axis: evenly spaced, all inside, overlapping by `overlap` or more."""
-    if length <= window:
-        return [0]
-    count = -(-(length - window) // (window - overlap)) + 1
-    return [round(number * (length - window) / (count - 1)) for number in range(count)]
+from dist_deeplab.data.windows import Windows
 
 
 def sliding_probabilities(
-    predict: Callable[[np.ndarray], np.ndarray], image: np.ndarray, *, window: int, overlap: int
+    predict: Callable[[np.ndarray], np.ndarray], image: np.ndarray, windows: Windows
 ) -> Iterator[np.ndarray]:
     """Yield the probabilities of an image from top to bottom, in strips float32 [C, h, W] that add up to [C, H, W].
 
@@ -24,13 +18,12 @@ def sliding_probabilities(
     Args:
         predict: uint8 [h, w, 3] -> probabilities float32 [C, h, w].
         image: uint8 [H, W, 3].
-        window: side of the windows in pixels; smaller where the image is.
-        overlap: pixels, below `window`.
+        windows: their size, smaller where the image is, and overlap.
     """
     height, width = image.shape[:2]
-    rows, columns = window_starts(height, window, overlap), window_starts(width, window, overlap)
-    tall, wide = min(window, height), min(window, width)
-    weight = np.minimum.outer(_ramp(tall, overlap), _ramp(wide, overlap)).astype(np.float32)
+    rows, columns = windows.starts(height), windows.starts(width)
+    tall, wide = min(windows.side, height), min(windows.side, width)
+    weight = np.minimum.outer(_ramp(tall, windows.overlap), _ramp(wide, windows.overlap)).astype(np.float32)
     total: np.ndarray | None = None
     weights = np.zeros((tall, width), dtype=np.float32)
     for number, top in enumerate(rows):

@@ -13,7 +13,7 @@ from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.crf import open_crf
 from dist_deeplab.evaluation.evaluator import EvaluationStopped, evaluate
 from dist_deeplab.evaluation.inference import Predictor
-from dist_deeplab.logs import format_duration
+from dist_deeplab.logs import format_count, format_duration
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import Preprocessing
 from dist_deeplab.tracking.tracker import Tracker
@@ -58,6 +58,7 @@ def score(
     folder = config.run_dir / "eval" / f"step_{step:08d}"
     tracker.log_files(step, lambda: report.write_report(evaluation, names, folder))
     tracker.log_images(step, lambda: report.write_series(evaluation, names, folder))
-    table = report.render(report.iou_table(result, names))
-    log.info("evaluation at step %d: %d images in %s\n%s", step, evaluation.num_images, format_duration(seconds), table)
+    text = report.describe(result, names, per_class=config.eval.table == "classes")
+    images = format_count(evaluation.num_images, "image")
+    log.info("evaluation at step %d: %s in %s, %s", step, images, format_duration(seconds), text)
     return result.miou

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_deeplab.checkpointing.folder import CheckpointFolder
+from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig, config_to_dict, config_to_yaml
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
@@ -84,8 +85,9 @@ def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
     """Return the manifests of training and (where configured) validation, checked against the configuration."""
     if not config.data.train:
         raise UserError(
-            "no training data: make shards by `python tools/make_shards.py --voc-root VOCdevkit/VOC2012 --split train "
-            "--out data/voc` and add data.train=data/voc/train.json, or try ./launch/quickstart.sh, which draws some"
+            f"no training data: make shards by `{command_name('shards')} --voc-root VOCdevkit/VOC2012 --split train "
+            "--out data/voc` and add data.train=data/voc/train.json, or try `"
+            f"{command_name('quickstart')}`, which draws some"
         )
     cache = build_cache(config.data.cache_dir, config.data.cache_gib)
     manifests = [load_manifest(path.real, cache=cache) for path in (config.data.train, config.data.val) if path]

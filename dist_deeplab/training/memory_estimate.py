@@ -138,8 +138,8 @@ def _kept_by(module: nn.Module, x: torch.Tensor) -> int:
 
 
 def gib(num_bytes: float) -> str:
-    """Return a number of GiB with three digits."""
-    return f"{num_bytes / 2**30:.3g}"
+    """A number of GiB with three digits, for reading: nothing below a MiB."""
+    return f"{num_bytes / 2**30:.3g}" if num_bytes >= 2**20 or num_bytes == 0 else "<0.001"
 
 
 def images_that_fit(memory: float, fixed: float, image: float) -> int:

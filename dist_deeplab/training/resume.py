@@ -144,8 +144,8 @@ def forget_lost_best(state: TrainState, checkpoints: CheckpointFolder) -> None:
     """
     if checkpoints.lost_best():
         log.warning(
-            "the best score so far, mIoU %.2f, no longer counts: its checkpoint could not be written, best.pt is %s",
-            100 * state.best_miou,
-            f"that of {100 * state.best_before:.2f}" if state.best_before >= 0 else "not there yet",
+            "the best score so far, mIoU %.4f, no longer counts: its checkpoint could not be written, best.pt is %s",
+            state.best_miou,
+            f"that of {state.best_before:.4f}" if state.best_before >= 0 else "not there yet",
         )
         state.best_miou = state.best_before

@@ -1,7 +1,6 @@
 """`sbatch slurm/train.sh` on a real Slurm of two nodes: who takes part, and what the training is told.
 
-The training itself is replaced, in a copy of the launchers beside a package of the same name: it sums ranks over gloo
-and prints its arguments.
+The training itself is replaced, in a copy of launchers and package: it sums ranks over gloo and prints its arguments.
 """
 
 import json
@@ -53,13 +52,11 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def repo(tmp_path: Path) -> Path:
-    """A repository of the real launchers and a stand-in for the training."""
+    """A repository of the real launchers and package, with a stand-in for the training."""
     for folder in ("launch", "slurm"):
         shutil.copytree(REPO / folder, tmp_path / folder)
-    package = tmp_path / "dist_deeplab"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "train.py").write_text(STAND_IN)
+    shutil.copytree(REPO / "dist_deeplab", tmp_path / "dist_deeplab", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "dist_deeplab" / "train.py").write_text(STAND_IN)
     return tmp_path
 
 
@@ -108,13 +105,13 @@ def test_one_failing_process_ends_the_job_on_all_nodes(slurm, repo, environ):
     assert "First task exited" not in output  # srun's --wait, a minute later
 
 
-def test_a_folder_that_is_no_repository_is_refused_in_one_sentence(slurm, tmp_path, environ):
+def test_a_folder_without_the_scripts_is_refused_in_one_sentence(slurm, tmp_path, environ):
     state, output = slurm.run_job(str(REPO / "slurm" / "train.sh"), cwd=tmp_path, **environ)
 
     assert state == "FAILED"
     assert output.strip() == (
-        f"slurm/train.sh: {tmp_path} is not the repository (no launch/multi_node.sh, dist_deeplab/): "
-        "call sbatch there or set REPO."
+        f"slurm/train.sh: {tmp_path} does not hold launch/multi_node.sh and slurm/common.sh: call sbatch in the folder "
+        "that does, or set REPO to it."
     )
 
 

@@ -1,6 +1,6 @@
 """The launchers, as a shell runs them: with other programs on PATH, wrong settings, a half-made environment.
 
-Nothing is installed here: pip and torchrun are stand-ins that write down how they were called.
+Nothing is installed here: pip and python are stand-ins that write down how they were called.
 """
 
 import os
@@ -18,7 +18,8 @@ SCRIPTS = sorted([*REPO.glob("launch/*.sh"), *REPO.glob("slurm/*.sh"), REPO / ".
 PATH = os.environ.get("PATH", "")
 # What would make a launcher behave as under another user, in another environment or inside a job.
 OURS = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON", "PYTHONHOME", "OMP_NUM_THREADS", "NNODES", "NPROC_PER_NODE",
-        "RDZV_ENDPOINT", "RDZV_ID", "TORCH_INDEX_URL", "EXTRAS", "HOST", "PORT", "REPO")  # fmt: skip
+        "RDZV_ENDPOINT", "RDZV_ID", "TORCH_INDEX_URL", "EXTRAS", "HOST", "PORT", "REPO", "SCRIPT",
+        "DIST_DEEPLAB_COMMAND")  # fmt: skip
 
 
 def run(*command: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -115,22 +116,21 @@ def test_multi_node_names_a_missing_variable(repo: Path, name: str):
     ],
 )
 def test_multi_node_refuses_a_wrong_value(repo: Path, tmp_path: Path, name: str, value: str):
-    write_program(tmp_path / "bin" / "torchrun", "echo started")
+    write_program(tmp_path / "bin" / "python", f"{ANSWERS}; echo started")
     environ = MULTI_NODE | {name: value, "PATH": f"{tmp_path / 'bin'}:{PATH}"}
     assert_one_sentence(run(repo / "launch/multi_node.sh", cwd=repo, **environ), 2, f"{name}={value} is not")
 
 
-def test_multi_node_without_torchrun_says_how_to_install(repo: Path, tmp_path: Path):
+def test_multi_node_without_the_package_says_how_to_install(repo: Path, tmp_path: Path):
     bare = tmp_path / "bare"
     bare.mkdir()
     for program in ("bash", "env", "dirname"):
         (bare / program).symlink_to(str(shutil.which(program)))
     done = run(repo / "launch/multi_node.sh", cwd=repo, **MULTI_NODE | {"PATH": str(bare)})
-    assert_one_sentence(done, 1, "torchrun is not installed", "pip install")
+    assert_one_sentence(done, 1, "dist_deeplab is not installed", "pip install")
 
 
 def test_multi_node_refuses_gpus_that_torch_does_not_see(repo: Path, tmp_path: Path):
-    write_program(tmp_path / "bin" / "torchrun", "echo started")
     write_program(tmp_path / "bin" / "python", "echo 0")  # torch.cuda.device_count()
     environ = {key: value for key, value in MULTI_NODE.items() if key != "NPROC_PER_NODE"}
     environ["PATH"] = f"{tmp_path / 'bin'}:{PATH}"
@@ -151,16 +151,10 @@ def test_quickstart_refuses_what_its_evaluation_would_not_find(repo: Path, argum
     assert_one_sentence(run(repo / "launch/quickstart.sh", argument, cwd=repo), 2, argument, "single_node.sh")
 
 
-def test_quickstart_help_is_its_manual(repo: Path):
-    done = run(repo / "launch/quickstart.sh", "--help", cwd=repo)
-    assert done.returncode == 0
-    assert "./launch/quickstart.sh max_steps=40" in done.stdout
-    assert "shellcheck" not in done.stdout
-    assert not (repo / ".venv").exists()
-
-
 # --- command lines ----------------------------------------------------------------------------------------------------
 
+# A stand-in for Python: its version, and "yes" to any other question that a launcher asks it.
+ANSWERS = 'case "$*" in *version_info*) echo 3.12 ;; esac; [[ $1 == -m ]] || exit 0'
 # Prints each argument in brackets, so that one with spaces shows as one.
 PRINT_ARGUMENTS = "printf '[%s]' \"$@\"; echo; env"
 
@@ -172,12 +166,13 @@ def command_line(done: subprocess.CompletedProcess[str]) -> tuple[list[str], Map
 
 
 def test_multi_node_calls_torchrun_with_a_c10d_rendezvous(repo: Path, tmp_path: Path):
-    write_program(tmp_path / "bin" / "torchrun", PRINT_ARGUMENTS)
+    write_program(tmp_path / "bin" / "python", f"{ANSWERS}; {PRINT_ARGUMENTS}")
     ours = ["--config", "my config.yaml", "data.scale_range=(0.5, 1.5)"]
     environ = MULTI_NODE | {"PATH": f"{tmp_path / 'bin'}:{PATH}"}
     arguments, seen = command_line(run(repo / "launch/multi_node.sh", *ours, cwd=tmp_path, **environ))
 
     assert arguments == [
+        *("-m", "dist_deeplab", "torchrun"),
         *("--nnodes", "2", "--nproc_per_node", "8"),
         *("--rdzv_backend", "c10d", "--rdzv_endpoint", "node1:29400", "--rdzv_id", "voc1"),
         *("-m", "dist_deeplab.train"),
@@ -224,18 +219,18 @@ def test_a_comparison_that_slurm_refuses_does_not_hide_the_runs(repo: Path, tmp_
 
 
 def test_omp_num_threads_of_the_user_stays(repo: Path, tmp_path: Path):
-    write_program(tmp_path / "bin" / "torchrun", PRINT_ARGUMENTS)
+    write_program(tmp_path / "bin" / "python", f"{ANSWERS}; {PRINT_ARGUMENTS}")
     environ = MULTI_NODE | {"PATH": f"{tmp_path / 'bin'}:{PATH}", "OMP_NUM_THREADS": "7"}
     _, seen = command_line(run(repo / "launch/multi_node.sh", cwd=repo, **environ))
     assert seen["OMP_NUM_THREADS"] == "7"
 
 
 def test_single_node_calls_torchrun_standalone_from_the_current_folder(repo: Path, installed: Path, tmp_path: Path):
-    write_program(installed / "bin" / "torchrun", f"pwd; {PRINT_ARGUMENTS}")
-    done = run(repo / "launch/single_node.sh", "a b", cwd=tmp_path, VIRTUAL_ENV=str(installed), NPROC_PER_NODE="3")
+    write_program(installed / "bin" / "python", f"{ANSWERS}; pwd; {PRINT_ARGUMENTS}")
+    done = run(repo / "launch/single_node.sh", "name=a b", cwd=tmp_path, VIRTUAL_ENV=str(installed), NPROC_PER_NODE="3")
     assert done.stdout.splitlines()[:2] == [
         str(tmp_path),
-        "[--standalone][--nproc_per_node][3][-m][dist_deeplab.train][a b]",
+        "[-m][dist_deeplab][torchrun][--standalone][--nproc_per_node][3][-m][dist_deeplab.train][name=a b]",
     ]
 
 
@@ -261,19 +256,19 @@ def test_the_newest_python_that_runs_is_taken(repo: Path, tmp_path: Path):
 
 
 def test_without_a_suitable_python_the_error_says_what_to_install(repo: Path, tmp_path: Path):
-    path = programs(tmp_path / "bin", python3_13="", python3_12="", python3_11="", python3_10="", python3="3.9")
+    path = programs(tmp_path / "bin", python3_13="", python3_12="", python3_11="", python3="3.10", python="")
     done = source(repo, 'setup_environment ""; echo went on', PATH=path)
-    assert_one_sentence(done, 1, "no Python >= 3.10", "apt-get install python3", "PYTHON")
+    assert_one_sentence(done, 1, "no Python >= 3.11", "apt-get install python3", "PYTHON")
     assert not (repo / ".venv").exists()
 
 
 @pytest.mark.parametrize(
-    ("version", "said"), [("3.9", "is Python 3.9"), ("2.7", "is Python 2.7"), ("", "does not run")]
+    ("version", "said"), [("3.10", "is Python 3.10"), ("2.7", "is Python 2.7"), ("", "does not run")]
 )
 def test_an_unsuitable_python_setting_is_refused(repo: Path, tmp_path: Path, version: str, said: str):
     python = version_program(tmp_path / "python", version)
     done = source(repo, 'setup_environment ""; echo went on', PYTHON=str(python))
-    assert_one_sentence(done, 2, f"PYTHON={python}", said, "Python >= 3.10")
+    assert_one_sentence(done, 2, f"PYTHON={python}", said, "Python >= 3.11")
 
 
 def test_an_existing_environment_of_another_python_is_not_used_silently(repo: Path, tmp_path: Path):
@@ -287,6 +282,12 @@ def test_a_python_without_ensurepip_gets_the_package_to_install(repo: Path, tmp_
     python = write_program(tmp_path / "python", 'case $* in *ensurepip*) exit 1 ;; esac; echo "3.11"')
     done = source(repo, 'setup_environment ""; echo went on', PYTHON=str(python))
     assert_one_sentence(done, 1, "apt-get install python3-venv", "python3.11-venv")
+
+
+def fake_environment(folder: Path) -> Path:
+    """An environment whose Python says that it has the package, and which it is."""
+    write_program(folder / "bin" / "python", f"echo {folder}")
+    return folder
 
 
 # --- which environment ------------------------------------------------------------------------------------------------
@@ -306,11 +307,26 @@ def test_a_virtual_environment_goes_before_conda(repo: Path, tmp_path: Path):
     assert done.stdout == f"{active}/bin/python\n", done.stderr
 
 
-@pytest.mark.parametrize(("version", "said"), [("3.8", "has Python 3.8"), ("", "no working bin/python")])
-def test_an_unsuitable_active_environment_is_refused(repo: Path, tmp_path: Path, version: str, said: str):
-    active = version_program(tmp_path / "env/bin/python", version).parents[1]
+def test_an_active_environment_of_an_old_python_is_refused(repo: Path, tmp_path: Path):
+    active = version_program(tmp_path / "env/bin/python", "3.10").parents[1]
     done = source(repo, 'setup_environment ""; echo went on', VIRTUAL_ENV=str(active))
-    assert_one_sentence(done, 2, str(active), said)
+    assert_one_sentence(done, 2, str(active), "has Python 3.10")
+
+
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_in_a_container_the_hosts_active_environment_is_passed_over(repo: Path, tmp_path: Path, variable: str):
+    inside = fake_environment(tmp_path / "inside")
+    environ = {variable: "/home/somebody/env", "PATH": f"{inside / 'bin'}:{PATH}"}
+    done = source(repo, "use_environment; command -v python", **environ)
+    assert done.stdout == f"{inside}/bin/python\n", done.stderr
+    assert f"{variable}=/home/somebody/env has no working bin/python here and is not used" in done.stderr
+
+
+def test_the_scripts_of_an_installed_package_use_its_environment(repo: Path, tmp_path: Path):
+    (repo / "setup.py").unlink()
+    (repo / "launch" / "environment").write_text(f"{fake_environment(tmp_path / 'env')}\n")
+    done = source(repo, 'setup_environment ""; command -v python', PATH=PATH)
+    assert done.stdout == f"{tmp_path}/env/bin/python\n", done.stderr
 
 
 def test_without_an_active_environment_that_of_the_repository_is_used(repo: Path):
@@ -363,9 +379,10 @@ def test_a_sound_environment_is_kept(repo: Path):
 # --- installation -----------------------------------------------------------------------------------------------------
 
 
-def fake_distribution(site: Path, name: str, version: str) -> None:
+def fake_distribution(site: Path, name: str, version: str, *needs: str) -> None:
+    lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {need}" for need in needs)]
     (site / f"{name}-{version}.dist-info").mkdir(parents=True)
-    (site / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    (site / f"{name}-{version}.dist-info" / "METADATA").write_text("\n".join(lines) + "\n")
 
 
 def set_torch(environment: Path, version: str | None) -> None:
@@ -387,7 +404,7 @@ def environment(tmp_path: Path) -> Path:
     """
     environment = tmp_path / "env"
     site = environment / "site"
-    fake_distribution(site, "dist_deeplab", "0.1.0")
+    site.mkdir(parents=True)
     # -S below hides the tests' own torch, and with it pip, whose version comparison is needed.
     (site / "pip").symlink_to(Path(pytest.importorskip("pip").__file__).parent)
     write_program(
@@ -410,6 +427,10 @@ for word in "$@"; do
             printf 'Name: torch\\nVersion: %s\\n' "$version" >{site}/torch-$version.dist-info/METADATA
             ;;
     esac
+    if [[ ${{previous:-}} == --editable ]]; then
+        mkdir -p {site}/dist_deeplab-0.1.0.dist-info
+        printf 'Name: dist_deeplab\nVersion: 0.1.0\n' >{site}/dist_deeplab-0.1.0.dist-info/METADATA
+    fi
     if [[ ${{previous:-}} == --constraint ]]; then cat "$word" >{environment}/constraints.log; fi
     previous=$word
 done
@@ -499,6 +520,80 @@ def test_setup_installs_again_when_something_changed(repo: Path, installed: Path
     done = source(repo, f'setup_environment "{extras}"', VIRTUAL_ENV=str(installed))
     assert done.returncode == 0, done.stderr
     assert pip_calls(installed)
+
+
+@pytest.mark.parametrize("torch", ["2.13.0", "2.9.1"])
+def test_an_environment_that_has_the_package_is_left_alone(repo: Path, environment: Path, torch: str):
+    """However it got there; with a requirement that is not met it does not have it."""
+    needs = ["torch>=2.10", 'pytest; extra == "test"']
+    fake_distribution(environment / "site", "dist_deeplab", "0.2.0", *needs)
+    set_torch(environment, torch)
+    done = source(repo, 'setup_environment ""; command -v python', VIRTUAL_ENV=str(environment))
+    assert (done.returncode, done.stdout) == (0, f"{environment}/bin/python\n")
+    assert bool(pip_calls(environment)) == (torch == "2.9.1")
+
+
+def test_a_missing_extra_is_installed(repo: Path, environment: Path):
+    fake_distribution(environment / "site", "dist_deeplab", "0.2.0", 'no-such-package; extra == "test"')
+    set_torch(environment, "2.13.0")
+    assert source(repo, 'setup_environment "test"', VIRTUAL_ENV=str(environment)).returncode == 0
+    assert len(pip_calls(environment)) == 1
+
+
+@pytest.mark.parametrize("script", ["quickstart", "single_gpu", "single_node", "multi_node", "sweep", "test"])
+def test_help_is_the_manual_and_installs_nothing(repo: Path, environment: Path, script: str):
+    done = run(repo / f"launch/{script}.sh", "--help", cwd=repo, VIRTUAL_ENV=str(environment))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"./launch/{script}.sh" in done.stdout
+    assert "shellcheck source" not in done.stdout
+    assert pip_calls(environment) == []
+
+
+@pytest.mark.parametrize("script", ["single_gpu", "single_node", "sweep"])
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--lr", ("no option --lr", "optim.lr=")),
+        ("configs/quickstart.yaml", ("--config configs/quickstart.yaml",)),
+        ("0.1", ("cannot read the argument 0.1", "section.key=value")),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_installation(
+    repo: Path, environment: Path, script: str, argument: str, words: tuple[str, ...]
+):
+    done = run(repo / f"launch/{script}.sh", "name=a,b", argument, cwd=repo, VIRTUAL_ENV=str(environment))
+    assert_one_sentence(done, 2, *words)
+    assert pip_calls(environment) == []
+
+
+def test_a_sweep_without_a_grid_is_refused_before_any_installation(repo: Path, environment: Path):
+    done = run(repo / "launch/sweep.sh", "optim.lr=0.1", cwd=repo, VIRTUAL_ENV=str(environment))
+    assert_one_sentence(done, 2, "no grid")
+    assert pip_calls(environment) == []
+
+
+def test_an_installation_prints_a_line_per_stage_and_pips_own_lines_when_it_fails(repo: Path, environment: Path):
+    python = environment / "bin" / "python"
+    python.write_text(python.read_text().replace("shift 2\n", "shift 2\necho hundreds of lines\n"))
+    set_torch(environment, "2.13.0")
+    done = source(repo, 'setup_environment ""', VIRTUAL_ENV=str(environment))
+    assert [line.partition(": ")[2].split()[0] for line in done.stderr.splitlines()] == [
+        "keeping",
+        "installing",
+        "ready:",
+    ]
+    (environment / "pip_fails").touch()
+    set_torch(environment, None)
+    done = source(repo, 'setup_environment "test"', VIRTUAL_ENV=str(environment))
+    assert "hundreds of lines" in done.stderr
+
+
+def test_the_launchers_raise_the_limit_of_open_files(repo: Path):
+    done = source(repo, "", PATH=PATH)
+    assert done.returncode == 0
+    code = f"ulimit -Sn 256; source {shlex.quote(str(repo / 'launch/common.sh'))}; ulimit -Sn; ulimit -Hn"
+    soft, hard = run("bash", "-c", code, cwd=repo).stdout.split()
+    assert soft == hard != "256"
 
 
 def test_a_failed_installation_is_an_error_and_not_taken_for_done(repo: Path, environment: Path):

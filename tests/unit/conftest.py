@@ -14,7 +14,7 @@ from PIL import Image
 
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing.labels import LabelSpace
-from dist_deeplab.data.packing.sources import read_voc_list
+from dist_deeplab.data.packing.lists import read_voc_list
 from dist_deeplab.data.packing.writer import write_shards
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 

@@ -5,6 +5,7 @@
     level 3   checkpointing/  tracking/
     level 2   distributed/  data/  model/
     level 1   config/  downloads/
+    level 0   command_line.py  files.py  logs.py  packaged.py  workers.py
     level 0   files.py  locks.py  logs.py  redaction.py  workers.py
     below     errors.py  __init__.py
 
@@ -36,6 +37,8 @@ LEVELS = {
     "config": 1,
     "downloads": 1,
     "files": 0,
+    "command_line": 0,
+    "packaged": 0,
     "locks": 0,
     "logs": 0,
     "redaction": 0,

@@ -1,6 +1,10 @@
 """README, docs/ and tests/README.md name only what exists, fit their size, and keep to plain words."""
 
+import contextlib
+import functools
 import importlib.util
+import io
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +20,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "tests" / "README.md"]
 }
+SHARDS_SUBCOMMANDS = ("index", "verify", "info")
 MAX_README_LINES = 200
 MAX_IMAGE_BYTES = 150_000
 
@@ -93,6 +98,9 @@ def missing_paths(text: str) -> Iterator[str]:
         is_attribute = "/" not in name and path.parent.with_suffix(".py").exists()
         if not (path.exists() or path.with_suffix(".py").exists() or is_attribute):
             yield name
+    for name in re.findall(r"--config (\w+)(?=\s)", text):  # a recipe of the package, by its name
+        if name != "FILE" and not (ROOT / "configs" / f"{name}.yaml").exists():
+            yield f"--config {name}"
     folders = {folder.name for folder in PACKAGE.iterdir() if folder.is_dir()}
     for name in inline_code(text):  # written from the package on: `training/step.py`, `model/weights/`
         in_package = re.fullmatch(r"([\w]+)/(?:[\w/]*/)?(?:[\w]+\.py)?", name)
@@ -116,6 +124,32 @@ def missing_keys(text: str) -> Iterator[str]:
         name = f"{section}.{key}"
         if section in SECTIONS and not (is_file or name in AFFECTS or name in RENAMED):
             yield name
+
+
+@functools.cache
+def help_of(command: str, subcommand: str) -> str:
+    """The options in `dist-deeplab COMMAND [SUBCOMMAND] --help`, without the manual before them."""
+    module = importlib.import_module(f"dist_deeplab.{COMMANDS[command].module}")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        module.main([subcommand, "--help"] if subcommand else ["--help"])
+    return out.getvalue().rpartition("\noptions:\n")[2]
+
+
+def missing_options(text: str) -> Iterator[str]:
+    """Options that a page gives to a command and that its help does not name."""
+    lines = re.sub(r" *\\\n *", " ", text).splitlines()
+    for line in lines:
+        for call in re.findall(r"(?:dist-deeplab |-m dist_deeplab\.)(\w[\w-]*(?:(?!-m dist_deeplab)[^`#|;])*)", line):
+            command, *words = call.split()
+            words = list(itertools.takewhile(lambda word: not word.endswith(".py"), words))  # the rest is a script's
+            command = command.replace("_", "-")
+            if command not in COMMANDS:
+                continue
+            subcommand = words[0] if command == "shards" and words and words[0] in SHARDS_SUBCOMMANDS else ""
+            for option in re.findall(r"(?<!\S)(--[a-z][\w-]*)", " ".join(words)):
+                if not re.search(rf"{option}(?![\w-])", help_of(command, subcommand)):
+                    yield f"dist-deeplab {command} {subcommand} {option}"
 
 
 def unplain_words(text: str) -> Iterator[str]:
@@ -142,6 +176,11 @@ def test_named_commands_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_options_of_commands_are_in_their_help(page: str) -> None:
+    assert list(missing_options(PAGES[page])) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_named_keys_are_in_the_configuration(page: str) -> None:
     assert list(missing_keys(PAGES[page])) == []
 
@@ -158,6 +197,12 @@ def test_readme_is_short() -> None:
 def test_readme_links_every_page() -> None:
     linked = {target.partition("#")[0] for target in LINK.findall(PAGES["README.md"])}
     assert set(PAGES) - {"README.md"} <= linked
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/development.md"])
+def test_the_maps_name_every_package(page: str) -> None:
+    packages = {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()}
+    assert {name for name in packages if f"{name}/" not in PAGES[page]} == set()
 
 
 def test_images_are_used_and_small() -> None:
@@ -178,8 +223,11 @@ def test_images_are_used_and_small() -> None:
         (missing_paths, "`training/nothing.py`", "`training/step.py` and `runs/x/nothing.py`"),
         (missing_paths, "run `./launch/nothing.sh x`", "run `./launch/test.sh x`"),
         (missing_paths, "```\npython tools/nothing.py\n```", "```\npython tools/benchmark.py step\n```"),
+        (missing_paths, "train --config nothing x", "train --config quickstart x"),
         (missing_commands, "torchrun -m dist_deeplab.nothing", "torchrun -m dist_deeplab.train"),
         (missing_commands, "`dist-deeplab nothing`", "`dist-deeplab shards verify X`"),
+        (missing_options, "dist-deeplab predict X --nothing", "dist-deeplab predict X --out DIR --overlay"),
+        (missing_options, "dist-deeplab shards info X --split a", "dist-deeplab shards info X --sheet a.png"),
         (missing_keys, "data.nothing=3", "data.val=val.json"),
         (missing_keys, "`optim.rate`", "`optim.lr` and `metrics.json`"),
         (unplain_words, "it waits for ever", "it waits forever"),

@@ -5,7 +5,6 @@ this process. pool_n: n processes, with the copies to and from them.
 """
 
 import argparse
-import os
 
 import cv2
 import numpy as np
@@ -13,13 +12,14 @@ import numpy as np
 from benchmarks.harness import Report, Row, interleave
 from dist_deeplab.config import CrfConfig
 from dist_deeplab.evaluation.crf import CrfPool, dense_crf, require_crf
+from dist_deeplab.workers import num_cores
 
 SUMMARY = "the dense CRF: images/s per core"
 _CLASSES = 21
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     parser.add_argument("--processes", type=int, default=cores, help="of the pool; default: all cores, %(default)s")
     parser.add_argument("--images", type=int, default=2, help="per process and round; default: %(default)s")
     parser.add_argument("--size", type=int, nargs=2, default=(375, 500), metavar=("HEIGHT", "WIDTH"))

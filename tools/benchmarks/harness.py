@@ -1,7 +1,6 @@
 """Fair measuring: competitors take turns in one run, and every figure comes with its spread and its machine."""
 
 import json
-import os
 import platform
 import statistics
 import sys
@@ -17,6 +16,7 @@ from rich.table import Table
 from dist_deeplab import __version__
 from dist_deeplab.redaction import redact
 from dist_deeplab.tracking.provenance import git_revision
+from dist_deeplab.workers import num_cores
 
 Row = dict[str, str | int | float | None]
 
@@ -103,7 +103,7 @@ def machine() -> dict[str, str | int | None]:
     return {
         "device": torch.cuda.get_device_name() if cuda else "CPU",
         "processor": _processor_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),

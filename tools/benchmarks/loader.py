@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from benchmarks.harness import Report, Row, interleave, ratio_column
 from dist_deeplab.data.batch import collate, to_batch
-from dist_deeplab.data.decode import decode_image, decode_label
+from dist_deeplab.data.decode import decode_label, decode_packed
 from dist_deeplab.data.loader import TrainDataset
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> Report:
         }
         raw = [ShardReader(manifest).read(i) for i in range(min(manifest.num_samples, arguments.images))]
         repeated = list(itertools.islice(itertools.cycle(raw), num_batches * arguments.batch))
-        timed["decode"] = lambda: [(decode_image(s.image), decode_label(s.label)) for s in repeated]
+        timed["decode"] = lambda: [(decode_packed(s.image), decode_label(s.label)) for s in repeated]
         timings = interleave(timed, rounds=arguments.rounds, clock=time.process_time)
         rows: list[Row] = []
         for name, timing in timings.items():
@@ -90,7 +90,7 @@ def competitors(manifest: Manifest, files: list[tuple[str, str]], crop: int) -> 
     shards = [manifest.shard_name(number) for number in range(len(manifest.shards))]
 
     def ours(sample: dict[str, bytes]) -> object:
-        image, label = decode_image(sample["jpg"]), decode_label(sample["png"])
+        image, label = decode_packed(sample["jpg"]), decode_label(sample["png"])
         return to_batch("key", *augmentation(image, label, np.random.random(4)))
 
     def usual(sample: dict[str, bytes]) -> object:

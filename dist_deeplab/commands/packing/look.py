@@ -12,12 +12,13 @@ from dist_deeplab.commands.packing.arguments import (
     add_workers,
     check_label_arguments,
     check_workers,
+    numbered_names,
     parser_of,
     require_plain_name,
 )
-from dist_deeplab.commands.packing.printing import print_manifest, print_set, show_progress
+from dist_deeplab.commands.packing.printing import print_manifest, print_set, show_progress, size_of
 from dist_deeplab.data.packing.import_tars import index_tars
-from dist_deeplab.data.packing.labels import LabelSpace, read_class_names
+from dist_deeplab.data.packing.labels import LabelSpace, read_class_names, refuse_class_named_as_void
 from dist_deeplab.data.packing.ordered_map import useful_workers
 from dist_deeplab.data.packing.verify import SampleContent, contact_sheet, inspect_set, verify
 from dist_deeplab.data.shards.manifest import ShardError, load_manifest
@@ -35,6 +36,7 @@ def parse_arguments(argv: Sequence[str], *, manual: str) -> argparse.Namespace:
         parser.add_argument("--image", metavar="ENDING", help="what the image is called after the key, e.g. jpg")
         parser.add_argument("--label", metavar="ENDING", help="what the label is called after the key, e.g. seg.png")
         parser.add_argument("--overwrite", action="store_true", help="replace a manifest of this name")
+        parser.add_argument("--exif", choices=("refuse", "ignore"), default="refuse", help="images that have one")
         add_label_arguments(parser)
     else:
         parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="the .json beside the shards")
@@ -63,7 +65,8 @@ def run_index(arguments: argparse.Namespace) -> None:
     if arguments.class_names is not None:
         names = read_class_names(arguments.class_names)
     else:
-        names = tuple(f"class_{number}" for number in range(arguments.num_classes))
+        names = numbered_names(arguments.num_classes, arguments.ignore_label)
+    refuse_class_named_as_void(names, arguments.ignore_label)
     manifest = index_tars(
         arguments.tars,
         split=arguments.split,
@@ -71,6 +74,7 @@ def run_index(arguments: argparse.Namespace) -> None:
         image=arguments.image,
         label=arguments.label,
         overwrite=arguments.overwrite,
+        check_readers=arguments.exif == "refuse",
         workers=arguments.workers,
         progress=show_progress("decoding"),
     )
@@ -90,7 +94,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
     if count:
         more = f" ({count - _MAX_PROBLEMS} not shown)" if count > _MAX_PROBLEMS else ""
         raise ShardError(f"{arguments.manifest} is not sound: {count} problems{more}")
-    print(f"{arguments.manifest} is sound: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+    print(f"{arguments.manifest} is sound: {size_of(manifest)}")
 
 
 def run_info(arguments: argparse.Namespace) -> None:

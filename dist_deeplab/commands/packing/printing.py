@@ -35,9 +35,27 @@ def print_statistics(statistics: LabelStatistics, labels: LabelSpace, *, title: 
 
 def print_manifest(manifest: Manifest) -> None:
     """Print where the set is."""
-    megabytes = manifest.size_bytes / 1e6
-    text = f"{manifest.path}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {megabytes:,.1f} MB"
-    Console(markup=False).print(text, soft_wrap=True, highlight=False)
+    console = Console(markup=False)
+    text = f"{manifest.path}: {size_of(manifest)}, {manifest.size_bytes / 1e6:,.1f} MB"
+    console.print(text, soft_wrap=True, highlight=False)
+    for note in manifest.notes:
+        _warn(console, note)
+
+
+def size_of(manifest: Manifest) -> str:
+    """Numbers of samples and shards."""
+    return f"{counted(manifest.num_samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, e.g. 1 shard or 1,464 samples."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def print_note(text: str) -> None:
+    """Print a note, if there is one."""
+    if text:
+        _warn(Console(markup=False), text)
 
 
 def _class_table(labels: LabelSpace, pixels: np.ndarray, images: np.ndarray, title: str) -> None:
@@ -50,13 +68,14 @@ def _class_table(labels: LabelSpace, pixels: np.ndarray, images: np.ndarray, tit
     total = max(1, int(pixels[classes].sum()))
     for value in classes:
         share = f"{pixels[value] / total:.2%}" if pixels[value] else "none"
-        table.add_row(str(value), labels.class_names[value], share, str(int(images[value])))
+        table.add_row(str(value), labels.class_names[value], share, f"{int(images[value]):,}")
     void = int(pixels[labels.ignore_label])
     table.add_row(str(labels.ignore_label), "(void)", f"{void / max(1, int(pixels.sum())):.2%} of all", "")
     console.print(table)
     absent = [labels.class_names[value] for value in classes if not pixels[value]]
     if absent:
-        _warn(console, f"no pixel of {len(absent)} classes: {', '.join(absent)}")
+        absent_classes = "1 class" if len(absent) == 1 else f"{len(absent)} classes"
+        _warn(console, f"no pixel of {absent_classes}: {', '.join(absent)}")
     if void > 0.5 * pixels.sum():
         _warn(console, "more than half of all pixels are void: is the void label right?")
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.verify import SampleContent, inspect_set
-from dist_deeplab.data.packing.writer import write_manifest
+from dist_deeplab.data.packing.writer import Draft, write_manifest
 from dist_deeplab.data.shards.index import find_members
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
 
@@ -20,6 +20,7 @@ def index_tars(
     image: str | None = None,
     label: str | None = None,
     overwrite: bool = False,
+    check_readers: bool = True,
     workers: int = 1,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Manifest:
@@ -32,6 +33,8 @@ def index_tars(
         image: what follows the key in an image's name; default: the first known one that is there.
         label: the same for labels.
         overwrite: replace a manifest of this name.
+        check_readers: refuse images whose EXIF orientation, transparency or 16 bits some readers apply and others do
+            not; else they are trained on as they are stored.
         workers: processes that decode.
         progress: wraps the samples, to show how far this is.
 
@@ -54,13 +57,14 @@ def index_tars(
     nothing = np.zeros(len(labels.class_names), dtype=np.int64)
     try:
         # 1. A draft, by which samples can be read; 2. all of them decoded and counted; 3. the manifest.
-        write_manifest(tars, draft, split=split, labels=labels, class_pixels=nothing, members=members)
+        write_manifest(tars, draft, Draft(split, labels, nothing), members=members)
         class_pixels = nothing.copy()
-        for seen in inspect_set(load_manifest(draft), workers=workers, progress=progress):
+        found = inspect_set(load_manifest(draft), check_readers=check_readers, workers=workers, progress=progress)
+        for seen in found:
             if not isinstance(seen, SampleContent):
                 raise seen
             class_pixels += seen.class_pixels
-        write_manifest(tars, final, split=split, labels=labels, class_pixels=class_pixels, members=members)
+        write_manifest(tars, final, Draft(split, labels, class_pixels), members=members)
     finally:
         draft.unlink(missing_ok=True)
         draft.with_suffix(".index.npy").unlink(missing_ok=True)

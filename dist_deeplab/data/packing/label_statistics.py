@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_deeplab.data.decode import DecodeError
-from dist_deeplab.data.packing.labels import LabelMap, LabelSpace, colours_in, decode_mask
+from dist_deeplab.data.image_file import DEFAULT, DecodeError, DecodeOptions
+from dist_deeplab.data.packing.label_map import LabelMap
+from dist_deeplab.data.packing.labels import LabelSpace, colours_in, count_values, decode_mask
 from dist_deeplab.data.packing.ordered_map import ordered_map
 from dist_deeplab.data.packing.sources import SourceSample
 from dist_deeplab.data.shards.manifest import ShardError
@@ -59,6 +60,7 @@ def count_labels(
     samples: Sequence[SourceSample],
     *,
     label_map: LabelMap | None = None,
+    options: DecodeOptions = DEFAULT,
     workers: int = 1,
     progress: Callable[[Iterable[SourceSample]], Iterable[SourceSample]] = iter,
 ) -> LabelStatistics:
@@ -68,24 +70,24 @@ def count_labels(
         ShardError: a mask is damaged, lossy, or in colours that no label map explains (its colours are named).
     """
     statistics = LabelStatistics()
-    count = functools.partial(_histogram, label_map=label_map)
+    count = functools.partial(_histogram, label_map=label_map, options=options)
     for sample, histogram in zip(samples, ordered_map(count, progress(samples), workers=workers), strict=True):
         statistics.add(sample.label, histogram)
     return statistics
 
 
-def _histogram(sample: SourceSample, *, label_map: LabelMap | None) -> np.ndarray:
+def _histogram(sample: SourceSample, *, label_map: LabelMap | None, options: DecodeOptions) -> np.ndarray:
     try:
         content = sample.label.read_bytes()
     except OSError as error:
         raise ShardError(f"cannot read the label {sample.label}: {error.strerror}") from None
     try:
-        return np.bincount(decode_mask(content, label_map).ravel(), minlength=256).astype(np.int64)
+        return count_values(decode_mask(content, label_map, options))
     except DecodeError as error:
         if label_map is None and "in colour" in str(error):
             listed = ", ".join(" ".join(map(str, colour)) for colour in colours_in(content, most=_MAX_SHOWN))
             raise ShardError(
-                f"the mask {sample.label} is in colour, not 8-bit class indices; say what its colours mean in a "
+                f"the mask {sample.label} is in colour, not class indices; say what its colours mean in a "
                 f"--label-map file of `R G B name` lines (there are, most frequent first: {listed})"
             ) from None
         raise ShardError(f"{sample.label}: {error}") from None

@@ -4,22 +4,20 @@ A mask is an image of class indices (greyscale or palette) or, with a label map,
 map gives names. What comes out is always uint8 [H, W] of class indices and void.
 """
 
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from dist_deeplab.data.decode import DecodeError, decode_label
+from dist_deeplab.data.decode import decode_values
+from dist_deeplab.data.image_file import DEFAULT, DecodeError, DecodeOptions
+from dist_deeplab.data.packing.label_map import VOID_NAMES, LabelMap
+from dist_deeplab.data.packing.text_files import read_lines
 from dist_deeplab.data.shards.manifest import ShardError
 
 _MAX_CLASSES = 255  # 8 bits less the void label
-_VOID_NAMES = ("void", "ignore", "unlabeled", "unlabelled")
-_MAX_SHOWN = 8  # of the unexpected values of a mask
-_LOSSY = ("JPEG", "MPO", "WEBP")
+_PIXELS_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class LabelSpace:
         Raises:
             ShardError: a pixel is neither a class nor void.
         """
-        histogram = np.bincount(label.ravel(), minlength=256)
+        histogram = count_values(label)
         unexpected = self.unexpected(histogram)
         if unexpected:
             raise ShardError(
@@ -61,141 +59,90 @@ class LabelSpace:
         return f"classes are 0..{len(self.class_names) - 1} and void is {self.ignore_label}"
 
 
-@dataclass(frozen=True)
-class LabelMap:
-    """Grey levels `(v,)` or colours `(r, g, b)` -> class index or void."""
-
-    path: Path
-    labels: dict[tuple[int, ...], int]
-
-    @property
-    def of_colours(self) -> bool:
-        """Whether the map is of colours."""
-        return len(next(iter(self.labels))) == 3
-
-    def apply(self, image: np.ndarray) -> np.ndarray:
-        """The class indices, uint8 [H, W], of a mask uint8 [H, W] or [H, W, 3].
-
-        Raises:
-            DecodeError: it holds a level or colour that the map does not name.
-        """
-        packed = image.astype(np.int64)
-        if self.of_colours:
-            packed = (packed[..., 0] << 16) | (packed[..., 1] << 8) | packed[..., 2]
-        values, inverse = np.unique(packed, return_inverse=True)
-        known = {int(sum(c << 8 * (len(key) - 1 - i) for i, c in enumerate(key))): n for key, n in self.labels.items()}
-        unexpected = [int(value) for value in values if int(value) not in known]
-        if unexpected:
-            shown = ", ".join(self._show(value) for value in unexpected[:_MAX_SHOWN])
-            raise DecodeError(f"the mask holds {shown}, which {self.path} does not name; add it there (or as `void`)")
-        table = np.array([known[int(value)] for value in values], dtype=np.uint8)
-        return table[inverse.reshape(image.shape[:2])]
-
-    def _show(self, value: int) -> str:
-        if not self.of_colours:
-            return f"the level {value}"
-        return f"the colour {value >> 16} {value >> 8 & 255} {value & 255}"
-
-
-def read_label_map(
-    path: Path, *, class_names: Sequence[str] | None, ignore_label: int
-) -> tuple[LabelMap, tuple[str, ...]]:
-    """The map in a file of `R G B name` or `LEVEL name` lines, and the class names.
-
-    Without `class_names` the names are numbered in the order in which they come first. Several colours may have one
-    name; `void` (or ignore, unlabeled) is the void label.
+def refuse_class_named_as_void(class_names: Sequence[str], ignore_label: int) -> None:
+    """Check that no class has the index of void.
 
     Raises:
-        ShardError: no such file, a line that is neither, a colour named twice, a name that is not in `class_names`;
-            a class would get the index of void.
+        ShardError: one has, so its pixels would be void, and perhaps all names belong to the label before theirs.
     """
-    labels: dict[tuple[int, ...], int] = {}
-    names = list(class_names or [])
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line or line.startswith("#"):
-            continue
-        found = re.fullmatch(r"(\d+)(?:[\s,]+(\d+)[\s,]+(\d+))?[\s,:]+(\D.*)", line)
-        levels = tuple(int(text) for text in found.groups()[:3] if text) if found else ()
-        if found is None or max(levels) > 255 or len({len(key) for key in labels} | {len(levels)}) > 1:
-            raise ShardError(f"line {number} of {path} is not `R G B name` (or, in all lines, `LEVEL name`): {line!r}")
-        name = found.group(4).strip()
-        if levels in labels:
-            raise ShardError(f"line {number} of {path} names {' '.join(map(str, levels))} a second time")
-        if name.lower() in _VOID_NAMES and name not in names:
-            labels[levels] = ignore_label
-            continue
-        if name not in names:
-            if class_names is not None:
-                raise ShardError(f"line {number} of {path} names the class {name!r}, which the class names do not hold")
-            names.append(name)
-        labels[levels] = names.index(name)
-    if class_names is None and ignore_label < len(names):
+    if ignore_label < len(class_names) and class_names[ignore_label].lower() not in VOID_NAMES:
         raise ShardError(
-            f"--ignore-label {ignore_label} is the index of the class {names[ignore_label]!r} of {path}, whose pixels "
-            "would be void; take another (255), and call what is void `void`"
+            f"--ignore-label {ignore_label} is the index of the class {class_names[ignore_label]!r}, whose pixels "
+            f"would be void; if the names leave void out, write `void` as a name of its own before this one, else take "
+            "another --ignore-label (255)"
         )
-    if len(set(labels.values()) - {ignore_label}) < 2:
-        raise ShardError(f"{path} names fewer than two classes; write one `R G B name` or `LEVEL name` per line")
-    return LabelMap(path, labels), tuple(names)
 
 
-def decode_mask(data: bytes, label_map: LabelMap | None) -> np.ndarray:
+def count_values(label: np.ndarray) -> np.ndarray:
+    """Pixels of each value of a label, int64 [256]; a part at a time, since numpy widens each pixel to 8 bytes."""
+    flat = label.reshape(-1)
+    parts = (flat[start : start + _PIXELS_AT_ONCE] for start in range(0, flat.size, _PIXELS_AT_ONCE))
+    return sum((np.bincount(part, minlength=256) for part in parts), np.zeros(256, dtype=np.int64))
+
+
+def require_two_classes(histogram: np.ndarray, labels: LabelSpace, *, where: str, remedy: str = "") -> None:
+    """Check that void does not hold everything that is not one class, as in masks of 0 and 255.
+
+    Args:
+        histogram: int [256], pixels of each label.
+        labels: what labels mean.
+        where: names the masks in the message.
+        remedy: a further way out, for the end of the sentence.
+
+    Raises:
+        ShardError: it does; a network would score 100 % by predicting that class everywhere.
+    """
+    void = labels.ignore_label
+    found = [value for value in np.flatnonzero(histogram).tolist() if value != void]
+    if not histogram[void] or len(found) > 1 or len(labels.class_names) < 2:
+        return
+    if not found:
+        raise ShardError(f"{where} hold no label but void ({void}): there is nothing to learn or to score")
+    name = labels.class_names[found[0]]
+    other = next(name for value, name in enumerate(labels.class_names) if value not in (found[0], void))
+    raise ShardError(
+        f"{where} hold the labels {found[0]} ({name}) and {void} alone, and {void} is void: no pixel of another class "
+        f"would be left; if {void} means {other}, give a --label-map FILE with the lines `{found[0]} {name}` and "
+        f"`{void} {other}`, or write {labels.class_names.index(other)} instead of {void} into the masks{remedy}"
+    )
+
+
+def decode_mask(data: bytes, label_map: LabelMap | None, options: DecodeOptions = DEFAULT) -> np.ndarray:
     """The class indices, uint8 [H, W], of a mask file of any lossless kind.
 
     Raises:
-        DecodeError: damaged, lossy, or, without a map, in colour or of 16 bits.
+        DecodeError: damaged, lossy, or, without a map, in colour or with a value above 255.
     """
-    if label_map is None and data.startswith(b"\x89PNG"):
-        return decode_label(data)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            form, mode = image.format, image.mode
-            if label_map is not None and label_map.of_colours:
-                pixels = np.asarray(image.convert("RGB"))
-            elif mode in ("L", "P", "1"):
-                pixels = np.asarray(image, dtype=np.uint8)  # P: the indices
-            else:
-                pixels = None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-        raise DecodeError("the mask is damaged or no image") from None
-    if form in _LOSSY:
-        raise DecodeError(f"the mask is a {form}, which does not keep class indices; export it as PNG")
-    if pixels is None:
-        kind = "in colour" if mode in ("RGB", "RGBA", "CMYK") else f"of mode {mode}"
-        raise DecodeError(f"the mask is {kind}, not 8-bit class indices; name its colours in a --label-map")
-    return pixels if label_map is None else label_map.apply(pixels)
+    if label_map is not None:
+        return label_map.apply(decode_values(data, colours=label_map.of_colours, options=options))
+    values = decode_values(data, colours=False, options=options)
+    if values.dtype not in (np.uint8, bool) and values.size and not 0 <= values.min() <= values.max() <= 255:
+        value = values.min() if values.min() < 0 else values.max()
+        raise DecodeError(f"the mask holds the value {value}, which is not an 8-bit label; name it in a --label-map")
+    return values.astype(np.uint8, copy=False)
 
 
 def colours_in(data: bytes, *, most: int) -> list[tuple[int, ...]]:
-    """Up to `most` colours of an image, most frequent first: to tell a user what a label map should name."""
-    with Image.open(io.BytesIO(data)) as image:
-        counted = image.convert("RGB").getcolors(maxcolors=2**24) or []
-    return [colour for _, colour in sorted(counted, reverse=True)[:most]]
+    """Up to `most` colours of a mask, most frequent first: to tell a user what a label map should name."""
+    colours = decode_values(data, colours=True).reshape(-1, 3).astype(np.int32)
+    packed, counts = np.unique(colours @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32), return_counts=True)
+    frequent = packed[np.argsort(-counts, kind="stable")[:most]].tolist()
+    return [(value >> 16, value >> 8 & 255, value & 255) for value in frequent]
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """The non-blank lines of a file.
+    """The non-blank lines of a file; of labelme's labels.txt without its first, `__ignore__`, whose label is void.
 
     Raises:
-        ShardError: no such file, not text, fewer than 2 or more than 255 names, or one twice.
+        ShardError: no such file, not text, fewer than 2 or more than 255 names, or one twice; a label map.
     """
     if not path.is_file():
         raise ShardError(f"there is no file of class names at {path}; write one name per line, background first")
     names = tuple(line for line in read_lines(path) if line)
+    if names and names[0] == "__ignore__":
+        names = names[1:]
+    if names and all(line.startswith("#") or line.count(":") == 3 for line in names):
+        raise ShardError(f"{path} is CVAT's label map of names and colours; give it as --label-map")
     if not 2 <= len(names) <= _MAX_CLASSES or len(set(names)) != len(names):
         raise ShardError(f"{path} must name 2 to 255 classes, each once, background first; it has {len(names)}")
     return names
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file without the white space around them; CRLF and a byte order mark are tolerated.
-
-    Raises:
-        ShardError: there is no such file, or it is not UTF-8 text.
-    """
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise ShardError(f"{path} is not UTF-8 text; convert it, e.g. with iconv") from None
-    except OSError as error:
-        raise ShardError(f"cannot read {path}: {error.strerror}") from None

@@ -1,7 +1,6 @@
 """A function over many items in several processes; the results come in the items' order, so that more processes change
 nothing but the time."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -56,8 +55,3 @@ def _apply(function: Callable[[T], R], chunk: list[T]) -> list[R]:
 def useful_workers(workers: int, num_items: int) -> int:
     """How many of `workers` are worth their start, which takes as long as some 100 samples."""
     return max(1, min(workers, num_items // 100))
-
-
-def num_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -1,15 +1,16 @@
-"""Where samples lie before they are packed: VOC folders, lists of pairs, folders of images and masks, known trees."""
+"""Where samples lie before they are packed: folders of images and masks, and known trees of such folders."""
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from dist_deeplab.data.packing.labels import read_lines
+from dist_deeplab.data.folders import list_folder
 from dist_deeplab.data.shards.manifest import ShardError
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
-MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")
+_LOSSY_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".avif", ".avifs", ".jp2", ".j2k", ".jpx")
 _SAME_SPLIT = {"train": "training", "training": "train", "val": "validation", "validation": "val"}
 
 
@@ -20,6 +21,18 @@ class SourceSample:
     key: str
     image: Path
     label: Path
+
+
+class FoundSamples(NamedTuple):
+    """Samples, sorted by key, and the files of their folders that belong to none."""
+
+    samples: list[SourceSample]
+    left_out: list[Path]
+
+
+def key_of(stem: str) -> str:
+    """A sample's key for a name without ending: characters that end a key in WebDataset become underscores."""
+    return re.sub(r"[^\w-]", "_", stem)
 
 
 @dataclass(frozen=True)
@@ -48,91 +61,48 @@ LAYOUTS = (
 documentation describes."""
 
 
-def read_voc_list(voc_root: Path, split: str, *, masks: str = "SegmentationClass") -> list[SourceSample]:
-    """The samples of `ImageSets/Segmentation/<split>.txt` in a VOCdevkit/VOC2012 folder.
-
-    Args:
-        voc_root: the folder that holds JPEGImages.
-        split: name of the list.
-        masks: folder of the masks; SegmentationClassAug for train_aug.
-
-    Raises:
-        ShardError: no such folder or list.
-    """
-    listing = voc_root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    if not voc_root.is_dir():
-        raise ShardError(f"there is no folder {voc_root}; give the one that holds JPEGImages, e.g. VOCdevkit/VOC2012")
-    if not listing.is_file():
-        there = ", ".join(sorted(file.stem for file in listing.parent.glob("*.txt"))) or "none"
-        raise ShardError(f"there is no list {listing}; lists there: {there}")
-    return [
-        SourceSample(key, voc_root / "JPEGImages" / f"{key}.jpg", voc_root / masks / f"{key}.png")
-        for key in read_lines(listing)
-        if key
-    ]
-
-
-def read_pair_list(data_root: Path, listing: Path) -> list[SourceSample]:
-    """The samples of a file with one `image label` pair of paths per line, under `data_root` (DrSleep's format).
-
-    Blank lines and CRLF are tolerated; a leading slash means `data_root`, as there. The key is the image's file name
-    without its ending.
-
-    Raises:
-        ShardError: no such file, or a line that is not a pair.
-    """
-    if not listing.is_file():
-        raise ShardError(f"there is no list file {listing}")
-    samples = []
-    for number, line in enumerate(read_lines(listing), start=1):
-        parts = line.split()
-        if not parts:
-            continue
-        if len(parts) != 2:
-            raise ShardError(f"line {number} of {listing} is not an `image label` pair: {line.strip()!r}")
-        image, label = (data_root / part.lstrip("/") for part in parts)
-        samples.append(SourceSample(image.stem, image, label))
-    return samples
-
-
-def read_folders(images: Path, masks: Path, *, image_suffix: str = "", mask_suffix: str = "") -> list[SourceSample]:
+def read_folders(images: Path, masks: Path, *, image_suffix: str = "", mask_suffix: str = "") -> FoundSamples:
     """The samples of a folder of images and a folder of masks, sub-folders included, sorted by key.
 
-    A mask belongs to the image of the same path without `image_suffix`, `mask_suffix` and endings. Characters that a
-    key may not hold become underscores.
+    A mask belongs to the image of the same path without `image_suffix`, `mask_suffix` and endings; a mask may also
+    bear the image's ending (`a.jpg.png`). The two may be one folder if `mask_suffix` tells masks from images, or if
+    all images are JPEGs and no mask is.
 
     Raises:
-        ShardError: a folder is missing or holds no images; an image has no mask or two; two images get one key. Masks
-            without an image are left alone: they may be of another split.
+        ShardError: a folder is missing or holds no images; an image has no mask or two; two images get one key.
     """
-    found = _stems(images, IMAGE_ENDINGS, image_suffix)
-    stems = {stem for stem, _ in found}
-    by_stem: dict[str, Path] = {}
-    for stem, mask in _stems(masks, MASK_ENDINGS, mask_suffix):
-        if stem in by_stem and stem in stems:
-            raise ShardError(
-                f"two masks fit one image: {by_stem[stem]} and {mask}; give --mask-suffix, or move one away"
-            )
-        by_stem[stem] = mask
-    missing = [(stem, path) for stem, path in found if stem not in by_stem]
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise ShardError(f"there is no folder {folder}")
+    image_files, mask_files, left_out = _tell_apart(images, masks, image_suffix, mask_suffix)
+    found = _stems(images, image_files, image_suffix)
+    by_stem = _masks_by_stem(masks, mask_files, mask_suffix, stems={stem for stem, _ in found})
+    samples: dict[str, SourceSample] = {}
+    missing = []
+    for stem, image in found:
+        mask = by_stem.get(stem) or by_stem.get(f"{stem}{image.suffix}")
+        key = key_of(stem)
+        if mask is None:
+            missing.append((stem, image))
+        elif key in samples:
+            raise ShardError(f"{samples[key].image} and {image} would both get the key {key!r}; rename one")
+        else:
+            samples[key] = SourceSample(key, image, mask)
     if missing:
         stem, image = missing[0]
+        expected = f"{stem}{mask_suffix}.png"
         raise ShardError(
-            f"{len(missing)} of {len(found)} images in {images} have no mask in {masks}, e.g. {image.name} (expected "
-            f"{stem}{mask_suffix}.png); if their names end differently, give --image-suffix or --mask-suffix"
+            f"{len(missing):,} of {len(found):,} images in {images} have no mask in {masks}, e.g. {image.name} "
+            f"(expected {expected}); {_suggest_suffix([s for s, _ in missing], list(by_stem), mask_suffix)}"
         )
-    samples: dict[str, SourceSample] = {}
-    for stem, image in found:
-        key = re.sub(r"[^\w-]", "_", stem)
-        if key in samples:
-            raise ShardError(f"{samples[key].image} and {image} would both get the key {key!r}; rename one")
-        samples[key] = SourceSample(key, image, by_stem[stem])
-    return [samples[key] for key in sorted(samples)]
+    used = {path for sample in samples.values() for path in (sample.image, sample.label)}
+    unused = sorted({path for path in (*image_files, *mask_files, *left_out) if path not in used})
+    return FoundSamples([samples[key] for key in sorted(samples)], unused)
 
 
 def read_tree(
     root: Path, split: str, *, image_suffix: str | None = None, mask_suffix: str | None = None
-) -> tuple[list[SourceSample], Layout]:
+) -> tuple[FoundSamples, Layout]:
     """The samples of a split in a tree of a known layout, and which layout it is.
 
     Suffixes take the place of the layout's own.
@@ -146,31 +116,82 @@ def read_tree(
         for name in (split, _SAME_SPLIT.get(split, split)):
             images, masks = (root / folder.format(split=name) for folder in (layout.images, layout.masks))
             if images.is_dir() and masks.is_dir():
-                samples = read_folders(
+                found = read_folders(
                     images,
                     masks,
                     image_suffix=layout.image_suffix if image_suffix is None else image_suffix,
                     mask_suffix=layout.mask_suffix if mask_suffix is None else mask_suffix,
                 )
-                return samples, layout
+                return found, layout
     known = "; ".join(f"{layout.images} + {layout.masks}" for layout in LAYOUTS)
     raise ShardError(f"{root} has no split {split!r} in a known layout ({known}); give --images and --masks")
 
 
-def _stems(folder: Path, endings: Iterable[str], suffix: str) -> list[tuple[str, Path]]:
+def _tell_apart(
+    images: Path, masks: Path, image_suffix: str, mask_suffix: str
+) -> tuple[list[Path], list[Path], list[Path]]:
+    """The files that may be images, those that may be masks, and those that are neither, of two folders or one."""
+    in_images, in_masks = list_folder(images), list_folder(masks)
+    image_files, mask_files = in_images.images, in_masks.images
+    shared = set(image_files) & set(mask_files) | {
+        file for file in image_files if file.resolve().is_relative_to(masks.resolve())
+    }
+    if shared and mask_suffix:
+        image_files = [file for file in image_files if not file.stem.endswith(mask_suffix)]
+    elif shared and image_suffix:
+        mask_files = [file for file in mask_files if not file.stem.endswith(image_suffix)]
+    elif shared and images.resolve() == masks.resolve():
+        image_files = [file for file in image_files if file.suffix.lower() in _LOSSY_ENDINGS]
+        mask_files = [file for file in mask_files if file.suffix.lower() not in _LOSSY_ENDINGS]
+        if not image_files or not mask_files:
+            raise ShardError(
+                f"images and masks are both in {images}; say what their names end in by --mask-suffix, e.g. _mask for "
+                "0001_mask.png"
+            )
+    elif shared:  # one folder lies in the other, which holds more than that
+        inner = masks if masks.resolve().is_relative_to(images.resolve()) else images
+        outer_files = [file for file in (image_files if inner is masks else mask_files) if file not in shared]
+        image_files, mask_files = (outer_files, mask_files) if inner is masks else (image_files, outer_files)
+    return image_files, mask_files, [*in_images.others, *in_masks.others]
+
+
+def _stems(folder: Path, files: Sequence[Path], suffix: str) -> list[tuple[str, Path]]:
     """(path under `folder` without suffix and ending, path) of all images whose name ends in `suffix`."""
-    if not folder.is_dir():
-        raise ShardError(f"there is no folder {folder}")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
     found = [
         (_stem(path, folder, suffix), path) for path in files if path.stem.endswith(suffix) and path.stem != suffix
     ]
     if not found:
         what = f" named *{suffix}.*" if suffix else ""
-        raise ShardError(f"{folder} holds no images{what} ({len(files)} files with the endings {', '.join(endings)})")
+        raise ShardError(f"{folder} holds no images{what} ({len(files):,} files that are images by their endings)")
     return found
 
 
 def _stem(path: Path, folder: Path, suffix: str) -> str:
     relative = path.relative_to(folder)
-    return str(relative.with_name(relative.stem.removesuffix(suffix)))
+    return relative.with_name(relative.stem.removesuffix(suffix)).as_posix()
+
+
+def _masks_by_stem(folder: Path, files: Sequence[Path], suffix: str, *, stems: set[str]) -> dict[str, Path]:
+    """{stem: mask}; where a lossy file lies beside a lossless one of the same name, it is not the mask."""
+    by_stem: dict[str, Path] = {}
+    for stem, mask in sorted(_stems(folder, files, suffix), key=lambda pair: pair[1].suffix.lower() in _LOSSY_ENDINGS):
+        other = by_stem.setdefault(stem, mask)
+        if other is not mask and stem in stems and mask.suffix.lower() not in _LOSSY_ENDINGS:
+            raise ShardError(f"two masks fit one image: {other} and {mask}; give --mask-suffix, or move one away")
+    return by_stem
+
+
+def _suggest_suffix(stems: Sequence[str], mask_stems: Sequence[str], mask_suffix: str) -> str:
+    """What to do about images without masks: the option that would pair them, where all masks show it."""
+    there = set(mask_stems)
+    rests = Counter(
+        mask[len(stem) :] for stem in stems[:1] for mask in mask_stems if mask.startswith(stem) and mask != stem
+    )
+    for rest, _ in rests.most_common():
+        if all(stem + rest in there for stem in stems):
+            return f"all masks' names end in {rest + mask_suffix}: give --mask-suffix {rest + mask_suffix}"
+    for mask in mask_stems:
+        rest = stems[0].removeprefix(mask)
+        if rest and rest != stems[0] and all(stem.removesuffix(rest) in there for stem in stems):
+            return f"all images' names end in {rest}: give --image-suffix {rest}"
+    return "if their names end differently, give --image-suffix or --mask-suffix"

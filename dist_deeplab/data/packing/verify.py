@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from dist_deeplab.data.decode import DecodeError, decode_image, decode_label
+from dist_deeplab.data.decode import DecodeError, decode_label, decode_packed, read_image_file
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.ordered_map import ordered_map
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, keys_digest
@@ -46,7 +46,7 @@ def verify(
             yield f"the shard {manifest.shard_name(number)} does not have the SHA-256 of the manifest"
     keys = []
     class_pixels = np.zeros(manifest.num_classes, dtype=np.int64)
-    for seen in inspect_set(manifest, workers=workers, progress=progress):
+    for seen in inspect_set(manifest, check_readers=True, workers=workers, progress=progress):
         if isinstance(seen, UserError):
             yield str(seen)
         else:
@@ -63,21 +63,45 @@ def verify(
 
 
 def inspect_set(
-    manifest: Manifest, *, workers: int = 1, progress: Callable[[Iterable[int]], Iterable[int]] = iter
+    manifest: Manifest,
+    *,
+    check_readers: bool = False,
+    workers: int = 1,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Iterator["SampleContent | UserError"]:
-    """Yield what each sample holds, or what is wrong with it, in the order of the index."""
-    look = functools.partial(_look, ShardReader(manifest))
+    """Yield what each sample holds, or what is wrong with it, in the order of the index.
+
+    check_readers: an image is also wrong whose EXIF orientation, transparency or 16 bits not all readers treat alike.
+    """
+    look = functools.partial(_look, ShardReader(manifest), check_readers=check_readers)
     return ordered_map(look, progress(range(manifest.num_samples)), workers=workers)
 
 
-def _look(reader: ShardReader, index: int) -> "SampleContent | UserError":
+def _look(reader: ShardReader, index: int, *, check_readers: bool) -> "SampleContent | UserError":
     try:
         image, label, key = load_sample(reader, index)
+        if check_readers:
+            _require_one_meaning(reader, index, image)
         labels = LabelSpace(reader.manifest.class_names, reader.manifest.ignore_label)
         counts = labels.count(label, where=f"sample {key!r} in {reader.shard_name(index)}")
         return SampleContent(key, (image.shape[0], image.shape[1]), counts, int((label == labels.ignore_label).sum()))
     except UserError as error:
         return error
+
+
+def _require_one_meaning(reader: ShardReader, index: int, stored: np.ndarray) -> None:
+    """Check that prediction would decode a shard's image to the pixels that training sees, `stored`."""
+    sample = reader.read(index)
+    decoded = read_image_file(sample.image)
+    if np.array_equal(decoded.pixels, stored):
+        return
+    orientation = f"an EXIF orientation ({decoded.orientation})"
+    what = orientation if decoded.orientation != 1 else "transparency or more than 8 bits"
+    raise ShardError(
+        f"sample {sample.key!r} in {reader.shard_name(index)}: the image has {what}, which prediction applies, but "
+        "training on these shards and other readers of them ignore; pack its files by `dist-deeplab shards`, which "
+        "stores pixels that mean one thing (or index --exif ignore, if the masks were drawn on the stored pixels)"
+    )
 
 
 def load_sample(reader: ShardReader, index: int) -> tuple[np.ndarray, np.ndarray, str]:
@@ -89,7 +113,7 @@ def load_sample(reader: ShardReader, index: int) -> tuple[np.ndarray, np.ndarray
     sample = reader.read(index)
     where = f"sample {sample.key!r} in {reader.shard_name(index)}"
     try:
-        image, label = decode_image(sample.image), decode_label(sample.label)
+        image, label = decode_packed(sample.image), decode_label(sample.label)
     except DecodeError as error:
         raise ShardError(f"{where}: {error}") from None
     if image.shape[:2] != label.shape:

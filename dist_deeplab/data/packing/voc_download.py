@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from dist_deeplab.data import voc
-from dist_deeplab.data.packing.labels import read_lines
 from dist_deeplab.data.packing.ordered_map import ordered_map
+from dist_deeplab.data.packing.text_files import read_lines
 from dist_deeplab.data.shards.manifest import ShardError
 from dist_deeplab.downloads import DownloadError, Progress, fetch, is_url
 from dist_deeplab.errors import first_line

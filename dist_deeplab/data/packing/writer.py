@@ -9,20 +9,20 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import cv2
 import numpy as np
 import webdataset
 
-from dist_deeplab.data.decode import DecodeError, decode_image, encode_label
-from dist_deeplab.data.packing.labels import LabelMap, LabelSpace, decode_mask
+from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.ordered_map import ordered_map
+from dist_deeplab.data.packing.samples import AS_THEY_ARE, Packed, PackedFile, Reading, pack_sample
 from dist_deeplab.data.packing.sources import SourceSample
 from dist_deeplab.data.shards.index import OURS, MemberNames, build_index
 from dist_deeplab.data.shards.manifest import Manifest, Shard, ShardError, keys_digest, load_manifest
+from dist_deeplab.data.windows import Windows
 from dist_deeplab.files import fsync, replace_file, replace_text, sha256
 
 _MTIME = 0  # one fixed time for all members: the same input gives the same bytes; as a float it would need PAX headers
@@ -32,12 +32,49 @@ DEFAULT_SAMPLES = 500  # of VOC: some 60 MB
 Progress = Callable[[Iterable[SourceSample]], Iterable[SourceSample]]
 
 
-class Packed(NamedTuple):
-    """A sample as it goes into a shard: {ending: bytes}, and its pixels of each class, int64 [num_classes]."""
+@dataclass
+class PackingCounts:
+    """What packing did to all images, for the manifest: see `PackedFile`."""
 
-    key: str
-    members: dict[str, bytes]
-    class_pixels: np.ndarray
+    num_images: int = 0
+    num_turned: int = 0
+    num_against_options: int = 0
+    num_reencoded: int = 0
+    num_void_tiles: int = 0
+
+    def add(self, file: PackedFile) -> None:
+        """Count one image."""
+        self.num_images += 1
+        self.num_turned += file.turned
+        self.num_against_options += file.against_options
+        self.num_reencoded += file.reencoded
+        self.num_void_tiles += file.void_tiles
+
+    def sentences(self, reading: Reading) -> tuple[str, ...]:
+        """What a user should know, one sentence each; none where all images went in as they are."""
+        turned = self.num_turned - (0 if reading.options.upright else self.num_against_options)
+        notes = []
+        if turned:
+            notes.append(
+                f"{_images(turned)} turned upright by their EXIF orientation: masks are drawn on what people see "
+                "(--exif ignore if yours were drawn on the stored pixels)"
+            )
+        if self.num_against_options:
+            way = "not turned by their EXIF orientation" if reading.options.upright else "turned upright"
+            notes.append(f"{_images(self.num_against_options)} {way}, because their masks fit only so")
+        if reading.tiles is not None:
+            side, overlap = reading.tiles.side, reading.tiles.overlap
+            notes.append(
+                f"{_images(self.num_images)} cut into tiles of {side} pixels that overlap by {overlap} or more where a "
+                f"side is longer; {self.num_void_tiles:,} tiles of void alone left out"
+            )
+        elif self.num_reencoded:
+            notes.append(f"{_images(self.num_reencoded)} stored as RGB PNG, so that every reader sees the same pixels")
+        return tuple(notes)
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
 
 
 def write_shards(
@@ -46,9 +83,9 @@ def write_shards(
     *,
     split: str,
     labels: LabelSpace,
+    reading: Reading = AS_THEY_ARE,
     samples_per_shard: int = DEFAULT_SAMPLES,
     max_shard_bytes: int | None = None,
-    label_map: LabelMap | None = None,
     overwrite: bool = False,
     workers: int = 1,
     progress: Progress = iter,
@@ -60,9 +97,9 @@ def write_shards(
         out: folder, made if missing.
         split: the set's name.
         labels: what masks may hold.
+        reading: how files become samples.
         samples_per_shard: a shard is full at this many samples,
         max_shard_bytes: or before its members would have more bytes than this.
-        label_map: for masks that hold other levels or colours.
         overwrite: replace a set of this name.
         workers: processes; they change nothing but the time.
         progress: wraps the samples, to show how far this is.
@@ -80,13 +117,18 @@ def write_shards(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        pack = functools.partial(pack_sample, labels=labels, label_map=label_map)
-        packed = ordered_map(pack, progress(samples), workers=workers)
+        counts = PackingCounts()
+        packed = _counted(
+            ordered_map(
+                functools.partial(pack_sample, labels=labels, reading=reading), progress(samples), workers=workers
+            ),
+            counts,
+        )
         class_pixels = _write_tars(
             packed, scratch, split=split, samples_per_shard=samples_per_shard, max_bytes=max_shard_bytes
         )
-        tars = sorted(scratch.glob("*.tar"))
-        write_manifest(tars, scratch / final.name, split=split, labels=labels, class_pixels=class_pixels)
+        draft = Draft(split, labels, class_pixels, counts.sentences(reading), reading.tiles)
+        write_manifest(sorted(scratch.glob("*.tar")), scratch / final.name, draft)
         _publish(scratch, final)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -115,35 +157,10 @@ def check_samples(samples: Sequence[SourceSample], *, split: str) -> None:
                 raise ShardError(f"the {kind} {path} of sample {sample.key!r} does not exist")
 
 
-def pack_sample(sample: SourceSample, *, labels: LabelSpace, label_map: LabelMap | None) -> Packed:
-    """A sample's members: a JPEG's or PNG's own bytes, other images as PNG; the label as 8-bit indices.
-
-    Raises:
-        ShardError: see `write_shards`.
-    """
-    content = sample.image.read_bytes()
-    try:
-        image = decode_image(content)
-    except DecodeError as error:
-        raise ShardError(f"{sample.image}: {error}") from None
-    try:
-        label = decode_mask(sample.label.read_bytes(), label_map)
-    except DecodeError as error:
-        raise ShardError(f"{sample.label}: {error}") from None
-    height, width = image.shape[:2]
-    if label.shape != (height, width):
-        turned = "; an EXIF orientation is not applied here: store the image upright" * (label.shape == (width, height))
-        raise ShardError(
-            f"sizes differ: {sample.image} is {width}x{height}, {sample.label} is {label.shape[1]}x{label.shape[0]}"
-            f"{turned}"
-        )
-    if content.startswith(b"\xff\xd8"):
-        image_member = {"jpg": content}
-    elif content.startswith(b"\x89PNG"):
-        image_member = {"rgb.png": content}
-    else:
-        image_member = {"rgb.png": cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()}
-    return Packed(sample.key, image_member | {"png": encode_label(label)}, labels.count(label, where=str(sample.label)))
+def _counted(files: Iterable[PackedFile], counts: PackingCounts) -> Iterator[Packed]:
+    for file in files:
+        counts.add(file)
+        yield from file.samples
 
 
 def _write_tars(
@@ -162,15 +179,18 @@ def _write_tars(
     return class_pixels
 
 
-def write_manifest(
-    tars: Sequence[Path],
-    path: Path,
-    *,
-    split: str,
-    labels: LabelSpace,
-    class_pixels: np.ndarray,
-    members: Sequence[MemberNames] = OURS,
-) -> None:
+@dataclass(frozen=True)
+class Draft:
+    """What a manifest says beside what its tars show: see `Manifest`."""
+
+    split: str
+    labels: LabelSpace
+    class_pixels: np.ndarray
+    notes: tuple[str, ...] = ()
+    tiles: Windows | None = None
+
+
+def write_manifest(tars: Sequence[Path], path: Path, draft: Draft, *, members: Sequence[MemberNames] = OURS) -> None:
     """Write the manifest `path`, `<name>.json`, and before it `<name>.index.npy`, beside the tars.
 
     Raises:
@@ -182,12 +202,12 @@ def write_manifest(
     index_path = path.with_suffix(".index.npy")
     replace_file(index_path, functools.partial(_save_array, array=index))
     manifest = Manifest(
-        split=split,
+        split=draft.split,
         num_samples=len(keys),
-        num_classes=len(labels.class_names),
-        ignore_label=labels.ignore_label,
-        class_names=labels.class_names,
-        class_pixels=tuple(int(n) for n in class_pixels),
+        num_classes=len(draft.labels.class_names),
+        ignore_label=draft.labels.ignore_label,
+        class_names=draft.labels.class_names,
+        class_pixels=tuple(int(n) for n in draft.class_pixels),
         keys_sha256=keys_digest(keys),
         index=index_path.name,
         index_sha256=sha256(index_path),
@@ -195,6 +215,9 @@ def write_manifest(
             Shard(tar.name, int(np.sum(index["shard"] == i)), tar.stat().st_size, sha256(tar))
             for i, tar in enumerate(tars)
         ),
+        notes=draft.notes,
+        tile_side=draft.tiles.side if draft.tiles else 0,
+        tile_overlap=draft.tiles.overlap if draft.tiles else 0,
         path=path,
     )
     for tar in tars:

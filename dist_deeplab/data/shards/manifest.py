@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.cache import ShardCache
 from dist_deeplab.downloads import is_url, join_url, shown
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, first_line
 
 FORMAT = "dist_deeplab.shards/1"
 MAX_KEY_HASHES = 2**20  # 8 MiB in a checkpoint
@@ -51,8 +52,9 @@ class Shard:
 class Manifest:
     """What a set of shards holds. `keys_sha256` (of the sorted keys) is the set's identity, however it is sharded.
 
-    The last three are not in the file: where the manifest lies on this machine, and, if they come from elsewhere, its
-    URL and where its shards go.
+    `path`, `url` and `cache` are not in the file: where the manifest lies on this machine, and, if they come from
+    elsewhere, its URL and where its shards go. `notes`: sentences on what packing did to the images. `tile_side`,
+    `tile_overlap`: pixels of the tiles that larger images were cut into; 0: images are whole.
     """
 
     split: str
@@ -68,6 +70,9 @@ class Manifest:
     path: Path
     url: str = ""
     cache: ShardCache | None = None
+    notes: tuple[str, ...] = ()
+    tile_side: int = 0
+    tile_overlap: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -97,6 +102,9 @@ class Manifest:
         values = {"format": FORMAT, **asdict(self)}
         for key in ("path", "url", "cache"):
             del values[key]
+        for key in ("notes", "tile_side", "tile_overlap"):  # ordinary sets can be read by older versions
+            if not values[key]:
+                del values[key]
         return values
 
 
@@ -150,16 +158,17 @@ def _parse(path: Path, origin: dict[str, Any]) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ShardError(
-            f"there is no manifest at {path}; tools/make_shards.py makes one from VOC folders (see README)"
+            f"there is no manifest at {path}; `{command_name('shards')}` makes one from VOC folders"
         ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise ShardError(f"{path} can't be read as a manifest ({reason}); give the .json beside the shards") from None
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise ShardError(f"{path} is not a {FORMAT!r} manifest; tools/make_shards.py writes one")
+        raise ShardError(f"{path} is not a {FORMAT!r} manifest; `{command_name('shards')}` writes one")
     try:
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
         names, pixels = tuple(values.pop("class_names")), tuple(values.pop("class_pixels"))
+        values["notes"] = tuple(values.get("notes", ()))
         manifest = Manifest(**values, class_names=names, class_pixels=pixels, shards=shards, path=path, **origin)
     except (TypeError, KeyError) as error:  # "... missing 1 required positional argument: 'index_sha256'"
         what = re.findall(r"'\w+'", str(error)) or [str(error)]
@@ -204,8 +213,8 @@ def open_index(manifest: Manifest) -> np.ndarray:
     path = manifest.index_path
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ShardError(f"the index {path} can't be read ({error}); make the shards again") from None
+    except Exception as error:  # numpy parses the header as Python, and lets through whatever that raises
+        raise ShardError(f"the index {path} can't be read ({first_line(error)}); make the shards again") from None
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.num_samples,):
         raise ShardError(f"the index {path} does not belong to {manifest.path}; make the shards again")
     return index

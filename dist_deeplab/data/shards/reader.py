@@ -132,8 +132,10 @@ class ShardReader:
         return ShardError(f"{where}; copy or make the shards again")
 
     def _pread(self, shard: int, offset: int, size: int, index: int) -> bytes:
+        if min(offset, size) < 0 or offset + size > self.manifest.shards[shard].size_bytes:
+            raise self._mismatch(shard, index)  # pread would allocate what a damaged index claims
         try:
-            data = os.pread(self._open(shard), size, offset) if size > 0 <= offset else b""
+            data = os.pread(self._open(shard), size, offset)
         except OSError as error:  # e.g. a network file system that lost its server
             raise ShardError(f"cannot read the shard {self.manifest.shard_name(shard)}: {error.strerror}") from None
         if len(data) != size:

@@ -100,3 +100,16 @@ def test_what_cannot_be_scored_is_named(
     assert error.count("\n") == 1
     assert "image_2" in error or "all labels" in reason or "nothing" in reason
     assert re.search(reason, error)
+
+
+def test_border_bands_are_those_of_the_label_whatever_is_predicted(tmp_path: Path) -> None:
+    """Bands of the prediction's own borders would score different pixels for each network."""
+    label = np.zeros((20, 40), dtype=np.uint8)
+    label[:, 20:] = 1
+    for folder, mask in (("gt", label), ("pred", np.zeros_like(label))):  # a prediction without any border
+        (tmp_path / folder).mkdir()
+        _write(tmp_path / folder / "a.png", mask)
+    arguments = [str(tmp_path / "pred"), str(tmp_path / "gt"), "--json", str(tmp_path / "scores.json")]
+    assert tool.main(arguments) == 0
+    trimap = json.loads((tmp_path / "scores.json").read_text())["trimap_mIoU"]
+    assert trimap["1"] == trimap["20"] == 0.25, "in each band half is class 0, with IoU 1/2, and half class 1"

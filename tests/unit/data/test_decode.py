@@ -3,7 +3,11 @@
 import contextlib
 import io
 import itertools
+import struct
+import subprocess
+import zlib
 from collections.abc import Callable
+from functools import partial
 
 import cv2
 import numpy as np
@@ -11,9 +15,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from PIL import Image
+from PIL import Image, ImageOps
 
-from dist_deeplab.data.decode import DecodeError, decode_image, decode_label, encode_label
+from dist_deeplab.data.decode import (
+    decode_image,
+    decode_label,
+    decode_packed,
+    decode_values,
+    encode_label,
+    image_size,
+    read_image_file,
+)
+from dist_deeplab.data.image_file import DecodeError, DecodeOptions, turn, turned_back
 from dist_deeplab.errors import UserError
 
 labels = arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)))
@@ -29,7 +42,7 @@ def with_palette(label: np.ndarray, **options: object) -> bytes:
     """A palette PNG whose colours have nothing to do with the indices."""
     image = Image.fromarray(label)
     image.putpalette([channel for index in range(256) for channel in (255 - index, (7 * index + 90) % 256, 3)])
-    return to_bytes(image, **options)
+    return to_bytes(image, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -61,13 +74,62 @@ def test_a_grey_image_is_repeated_on_three_channels(photo: np.ndarray) -> None:
     assert image.shape == (20, 30, 3)
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_exif_orientation_is_not_applied(orientation: int, photo: np.ndarray) -> None:
-    """Labels are drawn on the stored pixels."""
+def test_an_exif_orientation_is_applied_or_not_as_told(orientation: int, form: str, photo: np.ndarray) -> None:
+    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(form, {})
     exif = Image.Exif()
     exif[0x0112] = orientation
-    turned = decode_image(to_bytes(Image.fromarray(photo), "JPEG", exif=exif))
-    assert (turned == decode_image(to_bytes(Image.fromarray(photo), "JPEG"))).all()
+    data = to_bytes(Image.fromarray(photo), form, exif=exif, **options)
+    stored = decode_image(to_bytes(Image.fromarray(photo), form, **options))
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    assert (decode_image(data) == upright).all()
+    assert (decode_image(data, DecodeOptions(upright=False)) == stored).all()
+    assert (turned_back(upright, orientation) == stored).all()
+    assert image_size(data) == upright.shape[:2]
+    assert read_image_file(data).orientation == orientation
+    if form in ("JPEG", "PNG"):
+        assert (decode_packed(data) == stored).all(), "a shard's pixels are as they are stored"
+
+
+@pytest.mark.parametrize("value", [0, 9, 300])
+def test_an_orientation_that_does_not_exist_is_none(value: int, photo: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    assert (decode_image(to_bytes(Image.fromarray(photo), exif=exif)) == photo).all()
+
+
+def test_more_pixels_than_the_limit_are_refused_with_the_remedy_before_they_are_decoded() -> None:
+    data = to_bytes(Image.new("P", (2000, 1000)))
+    for read in (decode_image, partial(decode_values, colours=False), image_size):
+        with pytest.raises(DecodeError, match=r"2000 x 1000, 2 megapixels, but at most 1 are read; buy memory"):
+            read(data, options=DecodeOptions(max_pixels=10**6, if_too_large="buy memory"))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "BMP"])
+def test_pillows_own_limit_of_pixels_does_not_apply(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    data = to_bytes(Image.new("P", (400, 300)), form)
+    assert decode_image(data).shape == (300, 400, 3)
+    assert decode_values(data, colours=False).shape == (300, 400)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_postscript_never_reaches_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(subprocess, "check_call", started.append)
+    monkeypatch.setattr(subprocess, "Popen", started.append)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(DecodeError, match="not an image of a known format"):
+        decode_image(eps)
+    with pytest.raises(DecodeError, match="not an image of a known format"):
+        decode_values(eps, colours=True)
+    assert started == []
+
+
+def test_only_the_formats_of_the_options_are_read(photo: np.ndarray) -> None:
+    with pytest.raises(DecodeError, match=r"known format"):
+        decode_image(to_bytes(Image.fromarray(photo), "TIFF"), DecodeOptions(formats=("JPEG", "PNG")))
 
 
 def test_a_cmyk_jpeg_becomes_rgb(photo: np.ndarray) -> None:
@@ -79,21 +141,99 @@ def test_a_cmyk_jpeg_becomes_rgb(photo: np.ndarray) -> None:
 def test_what_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(DecodeError, match=f"{len(data)} bytes"):
         decode_image(data)
+    with pytest.raises(DecodeError, match=f"{len(data)} bytes"):
+        decode_packed(data)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.9, 0.99])
 def test_a_truncated_jpeg_is_refused_not_filled_with_grey(share: float, photo: np.ndarray) -> None:
     data = to_bytes(Image.fromarray(photo), "JPEG", quality=95)
-    with pytest.raises(DecodeError, match="damaged"):
-        decode_image(data[: int(share * len(data))])
+    for decode in (decode_image, decode_packed):
+        with pytest.raises(DecodeError, match=r"damaged|not an image"):
+            decode(data[: int(share * len(data))])
 
 
 def test_a_jpeg_that_claims_a_monstrous_size_is_refused(photo: np.ndarray) -> None:
     data = bytearray(to_bytes(Image.fromarray(photo), "JPEG"))
     frame = data.index(b"\xff\xc0")  # SOF0: length (2), precision (1), height (2), width (2)
     data[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"
-    with pytest.raises(DecodeError):
-        decode_image(bytes(data))
+    for decode in (decode_image, decode_packed):
+        with pytest.raises(DecodeError):
+            decode(bytes(data))
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+INDICES = np.random.default_rng(5).integers(0, 4, (9, 14), dtype=np.uint8)
+
+
+def grey_png(bits: int, values: np.ndarray) -> bytes:
+    """A greyscale PNG of few bits per pixel, which Pillow does not write."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    rows = np.unpackbits(values[..., None], axis=2)[..., 8 - bits :].reshape(len(values), -1)
+    raw = b"".join(b"\0" + row.tobytes() for row in np.packbits(rows, axis=1))
+    header = struct.pack(">IIBBBBB", values.shape[1], len(values), bits, 0, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("palette", with_palette(INDICES)),
+        ("palette GIF", with_palette(INDICES, kind="GIF")),
+        ("palette BMP", with_palette(INDICES, kind="BMP")),
+        ("palette TIFF", with_palette(INDICES, kind="TIFF")),
+        ("2 bits", grey_png(2, INDICES)),
+        ("4 bits", grey_png(4, INDICES)),
+        ("16 bits", to_bytes(Image.fromarray(INDICES.astype(np.uint16)))),
+        ("16-bit TIFF", to_bytes(Image.fromarray(INDICES.astype(np.uint16)), "TIFF")),
+        ("32-bit TIFF", to_bytes(Image.fromarray(INDICES.astype(np.int32)), "TIFF")),
+        ("floats", to_bytes(Image.fromarray(INDICES.astype(np.float32)), "TIFF")),
+        ("grey RGB", to_bytes(Image.fromarray(np.repeat(INDICES[..., None], 3, axis=2)))),
+        ("opaque grey", to_bytes(Image.fromarray(INDICES).convert("LA"))),
+        ("opaque RGBA", to_bytes(Image.fromarray(np.repeat(INDICES[..., None], 3, axis=2)).convert("RGBA"))),
+        ("PGM of few levels", b"P5 # from a tool\n14 9 20\n" + INDICES.tobytes()),
+        ("PGM of 16 bits", b"P5 14 9 300\n" + INDICES.astype(">u2").tobytes()),
+        ("lossless WebP", to_bytes(Image.fromarray(INDICES), "WEBP", lossless=True)),
+    ],
+)
+def test_a_mask_of_any_lossless_kind_gives_its_integers(kind: str, data: bytes) -> None:
+    assert (decode_values(data, colours=False) == INDICES).all(), kind
+
+
+def test_a_bilevel_mask_gives_0_and_1() -> None:
+    bits = INDICES > 1
+    values = decode_values(to_bytes(Image.fromarray(bits)), colours=False)
+    assert values.dtype == bool
+    assert (values == bits).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (to_bytes(Image.new("RGB", (3, 3), (1, 2, 3))), "in colour"),
+        (to_bytes(Image.new("LA", (3, 3), (1, 7))), "in colour"),
+        (to_bytes(Image.new("F", (3, 3), 0.5), "TIFF"), "fractions"),
+        (to_bytes(Image.new("L", (3, 3)), "JPEG"), "JPEG, which does not keep"),
+        (to_bytes(Image.new("L", (3, 3)), "WEBP"), "WEBP, which does not keep"),
+    ],
+)
+def test_a_mask_that_holds_no_integers_is_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(DecodeError, match=reason):
+        decode_values(data, colours=False)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_masks_own_orientation_is_applied(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = to_bytes(Image.fromarray(INDICES), exif=exif)
+    assert (decode_values(data, colours=False) == turn(INDICES, orientation)).all()
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

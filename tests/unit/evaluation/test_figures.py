@@ -6,7 +6,7 @@ import pytest
 from dist_deeplab.data.voc import CLASS_NAMES, PALETTE
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel
-from dist_deeplab.evaluation.figures import confusion_figure, iou_figure, panel_pictures, panels_figure, picture
+from dist_deeplab.evaluation.figures import confusion_figure, iou_figure, panel_images, panels_figure, render
 
 
 def _panel(pred: np.ndarray, key: str = "image") -> Panel:
@@ -15,24 +15,24 @@ def _panel(pred: np.ndarray, key: str = "image") -> Panel:
     return Panel(key, np.full((*pred.shape, 3), 128, dtype=np.uint8), label, pred, 0.5)
 
 
-def _has_color(shot: np.ndarray, color: "tuple[int, ...] | np.ndarray") -> int:
-    return int((shot == np.asarray(color)).all(axis=2).sum())
+def _has_color(image: np.ndarray, color: "tuple[int, ...] | np.ndarray") -> int:
+    return int((image == np.asarray(color)).all(axis=2).sum())
 
 
 @pytest.mark.parametrize("num_wrong", [0, 5, 20])
-def test_a_panels_picture_keeps_its_size_whatever_is_predicted(num_wrong: int) -> None:
+def test_a_panels_image_keeps_its_size_whatever_is_predicted(num_wrong: int) -> None:
     pred = np.zeros((50, 70), dtype=np.uint8)
     for c in range(1, num_wrong + 1):
         pred[10:40, 3 * c : 3 * c + 2] = c
-    shots = panel_pictures(Evaluation(np.eye(21), 2, 255, [_panel(pred, "a"), _panel(pred, "b")]), CLASS_NAMES)
-    assert list(shots) == ["a", "b"]
-    plain = panel_pictures(Evaluation(np.eye(21), 1, 255, [_panel(np.zeros_like(pred))]), CLASS_NAMES)["image"]
-    for shot in shots.values():
-        assert shot.dtype == np.uint8
-        assert shot.shape == plain.shape
-        assert shot.shape[1] == 1200
+    images = panel_images(Evaluation(np.eye(21), 2, 255, [_panel(pred, "a"), _panel(pred, "b")]), CLASS_NAMES)
+    assert list(images) == ["a", "b"]
+    plain = panel_images(Evaluation(np.eye(21), 1, 255, [_panel(np.zeros_like(pred))]), CLASS_NAMES)["image"]
+    for image in images.values():
+        assert image.dtype == np.uint8
+        assert image.shape == plain.shape
+        assert image.shape[1] == 1200
         for c in range(1, num_wrong + 1):
-            assert _has_color(shot, PALETTE[c])
+            assert _has_color(image, PALETTE[c])
 
 
 def test_the_legend_keeps_the_classes_with_most_pixels_where_there_are_too_many() -> None:
@@ -40,8 +40,8 @@ def test_the_legend_keeps_the_classes_with_most_pixels_where_there_are_too_many(
     pred = np.zeros((60, 60), dtype=np.uint8)
     pred[5:45] = np.arange(40)[:, None] + 100  # 40 small classes
     pred[45:] = 7
-    few = picture(panels_figure([_panel(pred)], names, ignore_label=255))
-    none = picture(panels_figure([_panel(np.zeros_like(pred))], names, ignore_label=255))
+    few = render(panels_figure([_panel(pred)], names, ignore_label=255))
+    none = render(panels_figure([_panel(np.zeros_like(pred))], names, ignore_label=255))
     assert few.shape == none.shape
     pixels_of_7 = 15 * 60 * (few.shape[1] / 4 / 60) ** 2
     assert _has_color(few, PALETTE[7]) > 0.9 * pixels_of_7 + 200  # the prediction's, and the legend's patch
@@ -52,8 +52,18 @@ def test_a_class_without_ground_truth_is_marked_in_the_matrix() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog (none)"]
 
 
-def test_a_name_with_dollars_is_no_formula() -> None:
+def test_a_name_with_dollars_is_not_a_formula() -> None:
     names, confusion = ["$_$^", "dog"], np.array([[3, 1], [0, 2]])
     panels = panels_figure([_panel(np.zeros((9, 9), np.uint8), "$_$^")], names, ignore_label=255)
     for figure in (confusion_figure(confusion, names), iou_figure(scores(confusion), names), panels):
-        picture(figure)
+        render(figure)
+
+
+def test_the_bars_are_of_the_classes_that_exist_in_0_to_1() -> None:
+    confusion = np.diag([3, 0, 2])
+    confusion[2, 1] = 2
+    axes = iou_figure(scores(confusion), ["background", "cat", "dog"]).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["background", "dog"]
+    assert [patch.get_width() for patch in axes.patches] == [1.0, 0.5]
+    assert axes.get_title() == "mIoU 0.7500 (dashed); 1 of 3 classes not in this set"
+    assert axes.patches[1].get_facecolor()[:3] == pytest.approx(PALETTE[2] / 255), "a class keeps its colour"

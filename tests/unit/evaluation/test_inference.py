@@ -95,6 +95,12 @@ def test_scaled_sizes_keep_logits_on_pixels_and_are_the_trained_ones_where_these
         assert size == scaled_length(length, scale)
 
 
+@pytest.mark.parametrize("length", [1, 9])
+def test_however_small_an_image_two_logits_lie_on_each_axis_at_any_scale(length: int) -> None:
+    """A single logit could not be resized: the corners of its axis would be one point."""
+    assert nearest_grid_size(length, 0.25) == nearest_grid_size(length, 0.5) == 9
+
+
 @torch.no_grad()
 def test_half_pixel_resizing_takes_the_image_unpadded_as_kazuto1011s_evaluation(
     net: DeepLabV2, image: torch.Tensor

@@ -13,7 +13,7 @@ from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.evaluation.accumulator import TRIMAP_WIDTHS
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.evaluator import Evaluation, ImageScore, Panel
-from dist_deeplab.evaluation.report import iou_table, metric_values, render, to_json, write_report
+from dist_deeplab.evaluation.report import describe, iou_table, metric_values, render, to_json, write_report
 
 TABLES = ["metrics.json", "classes.csv", "images.csv"]
 NAMES = ("background", "cat", "unicorn")
@@ -86,37 +86,48 @@ def test_another_number_of_names_than_classes_is_an_error(count: int) -> None:
         to_json(_evaluation(), names)
 
 
-def test_the_table_shows_percentages_the_absent_class_and_the_means() -> None:
-    text = render(iou_table(scores(CONFUSION), NAMES))
-    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in text.splitlines() if "│" in line}
-    assert rows == {
-        "background": "75.00",
-        "cat": "50.00",
-        "unicorn": "-",
-        "mIoU": "62.50",
-        "pixel accuracy": "80.00",
-        "mean accuracy": "87.50",
-        "frequency-weighted IoU": "70.00",
+def _rows(text: str) -> dict[str, list[str]]:
+    return {line.split("│")[1].strip(): line.split("│")[2:] for line in text.splitlines() if "│" in line}
+
+
+def test_the_table_shows_the_classes_that_exist_and_the_means_and_says_how_many_do_not() -> None:
+    text = describe(scores(CONFUSION), NAMES)
+    assert {name: cells[0].strip() for name, cells in _rows(text).items()} == {
+        "background": "0.7500",
+        "cat": "0.5000",
+        "mIoU": "0.6250",
+        "pixel accuracy": "0.8000",
+        "mean accuracy": "0.8750",
+        "frequency-weighted IoU": "0.7000",
     }
-    assert "not in this set" in text
-    assert "1 of 3 classes have no pixel in this set" in text
-    assert "trained on" not in text
+    assert "1 of 3 classes has no pixel in this set, left out: unicorn" in " ".join(text.split())
+    assert "WARNING" not in text
     assert "\x1b" not in text  # a log file takes it as it is
 
 
+def test_the_mean_alone_is_one_line() -> None:
+    assert describe(scores(CONFUSION), NAMES, per_class=False) == "mIoU 0.6250"
+    assert describe(scores(CONFUSION), NAMES, per_class=False, notes=["a note"]) == "mIoU 0.6250\na note"
+
+
+@pytest.mark.parametrize("per_class", [True, False])
+def test_a_set_of_a_single_class_questions_its_score(per_class: bool) -> None:
+    """Masks of 0 and 255 are one class and void: any network that predicts the class has a perfect score."""
+    text = " ".join(describe(scores(np.diag([5, 0])), ["background", "person"], per_class=per_class).split())
+    assert "WARNING: every labelled pixel of this set is 'background', so a score says nothing" in text
+
+
 def test_the_bar_of_a_class_is_as_long_as_its_iou() -> None:
-    text = render(iou_table(scores(CONFUSION), NAMES))
-    bars = {line.split("│")[1].strip(): line.count("█") for line in text.splitlines() if "│" in line}
+    bars = {name: "".join(cells).count("█") for name, cells in _rows(describe(scores(CONFUSION), NAMES)).items()}
     assert bars["background"] == round(30 * 0.75)
     assert bars["cat"] == 15
-    assert bars["unicorn"] == 0
 
 
 def test_a_table_of_a_set_with_all_classes_says_nothing_of_absent_ones() -> None:
     assert "no pixel" not in render(iou_table(scores(np.eye(3, dtype=np.int64)), NAMES))
 
 
-def _picture(path: Path) -> np.ndarray:
+def _image(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
@@ -131,11 +142,11 @@ def test_a_report_is_its_files_with_figures_to_look_at(tmp_path: Path, num_panel
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
     assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == to_json(_evaluation(), NAMES)
     for path in files[3:]:
-        picture = _picture(path)
-        height, width = picture.shape[:2]
+        pixels = _image(path)
+        height, width = pixels.shape[:2]
         assert 200 <= height <= 4000
         assert 300 <= width <= 4000
-        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20  # something is drawn
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20  # something is drawn
 
 
 def test_figures_of_21_classes_and_no_correct_pixel_are_drawn_too(tmp_path: Path) -> None:
@@ -143,7 +154,7 @@ def test_figures_of_21_classes_and_no_correct_pixel_are_drawn_too(tmp_path: Path
     confusion[0, 1:] = 5
     files = write_report(_evaluation(1, confusion), CLASS_NAMES, tmp_path)
     assert [path.name for path in files] == [*TABLES, "confusion.png", "iou.png", "trimap.png", "panels.png"]
-    assert _picture(tmp_path / "confusion.png").shape[0] >= 800  # room for 21 names
+    assert _image(tmp_path / "confusion.png").shape[0] >= 800  # room for 21 names
 
 
 def test_panels_show_wrong_pixels_in_red_but_neither_right_nor_void_ones(tmp_path: Path) -> None:
@@ -152,9 +163,9 @@ def test_panels_show_wrong_pixels_in_red_but_neither_right_nor_void_ones(tmp_pat
     red_pixels = {}
     for case, label in (("right", right), ("wrong", right + 1), ("void", right + 255)):
         write_report(Evaluation(CONFUSION, 1, 255, [Panel("image", image, label, right)]), NAMES, tmp_path)
-        red_pixels[case] = int((_picture(tmp_path / "panels.png") == (214, 40, 40)).all(axis=2).sum())
+        red_pixels[case] = int((_image(tmp_path / "panels.png") == (214, 40, 40)).all(axis=2).sum())
     assert red_pixels["right"] == red_pixels["void"]  # the legend's patch
-    assert red_pixels["wrong"] - red_pixels["right"] > 10_000  # the whole of a picture
+    assert red_pixels["wrong"] - red_pixels["right"] > 10_000  # the whole of an image
 
 
 def test_writing_a_report_again_replaces_it(tmp_path: Path) -> None:
@@ -179,7 +190,7 @@ def test_a_report_says_what_it_is_about_and_shows_the_best_and_worst_images(tmp_
     about = {"checkpoint": "best.pt", "notes": ["trained on it"]}
     files = write_report(_evaluation(), NAMES, tmp_path, about=about, best=panels[:1], worst=panels[1:])
     assert [path.name for path in files[-2:]] == ["best.png", "worst.png"]
-    assert _picture(files[-1]).shape[0] > _picture(files[-2]).shape[0]
+    assert _image(files[-1]).shape[0] > _image(files[-2]).shape[0]
     content = json.loads((tmp_path / "metrics.json").read_text())
     assert content == about | to_json(_evaluation(), NAMES)
 

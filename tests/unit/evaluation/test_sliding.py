@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_deeplab.evaluation.sliding import sliding_probabilities, window_starts
+from dist_deeplab.data.windows import Windows
+from dist_deeplab.evaluation.sliding import sliding_probabilities
 
 
 @given(st.integers(1, 500), st.integers(1, 90), st.data())
 def test_windows_cover_an_axis_and_overlap_enough(length: int, window: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, window - 1))
-    starts = window_starts(length, window, overlap)
+    starts = Windows(window, overlap).starts(length)
     assert starts[0] == 0
     assert starts[-1] == max(0, length - window)
     assert all(0 < after - before <= window - overlap for before, after in itertools.pairwise(starts))
@@ -35,7 +36,7 @@ def test_a_local_predictor_gives_the_same_in_windows(size: tuple[int, int], over
         seen.append(part.shape[:2])
         return _local(part)
 
-    strips = list(sliding_probabilities(predict, image, window=33, overlap=overlap))
+    strips = list(sliding_probabilities(predict, image, Windows(33, overlap)))
     np.testing.assert_allclose(np.concatenate(strips, axis=1), _local(image), rtol=1e-5)
     assert set(seen) == {(min(33, size[0]), min(33, size[1]))}
     assert max(strip.shape[1] for strip in strips) <= 33
@@ -45,7 +46,7 @@ def test_windows_that_disagree_are_blended_without_a_seam() -> None:
     answers = iter([0.0, 1.0])
     image = np.zeros((10, 30, 3), dtype=np.uint8)
     (strip,) = sliding_probabilities(
-        lambda part: np.full((1, *part.shape[:2]), next(answers), dtype=np.float32), image, window=20, overlap=10
+        lambda part: np.full((1, *part.shape[:2]), next(answers), dtype=np.float32), image, Windows(20, 10)
     )
     row = strip[0, 5]
     assert (row[:10] == 0).all()

@@ -15,7 +15,7 @@ from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights import SCRATCH
-from dist_deeplab.training.memory_estimate import count_footprint, images_that_fit
+from dist_deeplab.training.memory_estimate import count_footprint, gib, images_that_fit
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep
@@ -155,9 +155,13 @@ def test_what_is_not_trained_has_no_gradient_and_no_momentum() -> None:
 def test_the_sentence_names_each_scale_and_the_sum() -> None:
     count = count_footprint(_config("multi_scale.scales=[1.0,0.5]"), SCRATCH)
     text = count.describe(4, 65)
-    gib = [f"{number / 2**30:.3g}" for number in (*count.images.values(), count.fixed_bytes + 4 * count.image_bytes)]
-    assert f"(scale_1 {gib[0]}, scale_0.5 {gib[1]}); with micro-batches of 4 images {gib[2]} GiB" in text
+    shown = [gib(number) for number in (*count.images.values(), count.fixed_bytes + 4 * count.image_bytes)]
+    assert f"(scale_1 {shown[0]}, scale_0.5 {shown[1]}); with micro-batches of 4 images {shown[2]} GiB" in text
 
 
 def test_as_many_images_fit_as_leave_room_for_the_fixed_part() -> None:
     assert [images_that_fit(memory, 100, 7) for memory in (50, 100, 106, 107, 120, 121)] == [0, 0, 0, 1, 2, 3]
+
+
+def test_a_number_of_gib_has_no_exponent() -> None:
+    assert [gib(2**30), gib(2**21), gib(45_000), gib(0)] == ["1", "0.00195", "<0.001", "0"]

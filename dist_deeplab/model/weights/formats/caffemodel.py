@@ -69,7 +69,7 @@ def _types() -> dict[str, Any]:
                 "pad": (4, "uint32"),
             },
             "BatchNorm": {"eps": (3, "float", "1e-5")},
-            "Data": {"source": (1, "string")},
+            "Data": {"source": (1, "bytes")},
         }
     )
 
@@ -88,7 +88,7 @@ def read_caffemodel(path: Path) -> tuple[LayerTensors, str]:
         for layer in _layers(path):
             for field, value in layer.ListFields():
                 if field.name.startswith("data_"):
-                    training_list = training_list or value.source
+                    training_list = training_list or value.source.decode(errors="replace")
             if layer.name == "pool1":
                 check_pooling(layer, path)
             try:
@@ -105,8 +105,6 @@ def read_caffemodel(path: Path) -> tuple[LayerTensors, str]:
         geometry = recognise_geometry(convolutions, path)
     except Damaged as error:
         raise UserError(f"{path} can't be read as a .caffemodel: {error}; is it whole?") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} can't be read as a .caffemodel: a name is not text; is it whole?") from None
     variant = Variant(geometry.family, geometry.stride_on_1x1, CAFFE, geometry.contract_dilation)
     content = {name: to_tensor(value) for name, value in tensors.items()}
     return LayerTensors(FAMILY, content, EPS, variant, skipped=skipped), training_list
@@ -124,8 +122,9 @@ def _layers(path: Path) -> list[Any]:
     layers += parse_all(types["LayerV1"], net.layers, at_most=_MAX_LAYERS)
     if not layers:
         raise Damaged("it has no layers")
-    if any(len(layer.name) > _MAX_NAME for layer in layers):
-        raise Damaged(f"a layer's name has over {_MAX_NAME} characters")
+    # upb gives bytes where a string is not UTF-8.
+    if any(not isinstance(layer.name, str) or len(layer.name) > _MAX_NAME for layer in layers):
+        raise Damaged(f"a layer's name is not text of at most {_MAX_NAME} characters")
     return layers
 
 

@@ -27,6 +27,7 @@ _TYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # types.proto: DT_
 _OPTIMIZER = ("Momentum", "Adam", "RMSProp", "ExponentialMovingAverage")
 
 _MAX_TENSORS = 20_000
+_MAX_NAME = 512  # characters
 
 _Array = np.ndarray[Any, Any]
 
@@ -51,12 +52,12 @@ def _messages() -> dict[str, Any]:
             "SavedTensorSlices": {"meta": (1, "Meta"), "data": (2, "Slice")},
             "Meta": {"tensor": (1, "repeated bytes")},
             "SliceMeta": {
-                "name": (1, "string"),
+                "name": (1, "bytes"),
                 "shape": (2, "Shape"),
                 "type": (3, "int32"),
                 "slice": (4, "repeated bytes"),
             },
-            "Slice": {"name": (1, "string"), "data": (3, "Tensor")},
+            "Slice": {"name": (1, "bytes"), "data": (3, "Tensor")},
             "Tensor": {"floats": (5, "repeated bytes"), "doubles": (6, "repeated bytes")},
         }
     )
@@ -95,8 +96,6 @@ def read_tensorflow(path: Path) -> LayerTensors:
         return _read(path)
     except Damaged as error:
         raise UserError(f"{path} can't be read as a TensorFlow checkpoint: {error}; is it whole?") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} can't be read as a TensorFlow checkpoint: a name is not text; is it whole?") from None
     except OSError as error:
         raise UserError(f"{error.filename or path} can't be read: {error.strerror}") from None
 
@@ -184,12 +183,12 @@ def _read_v2(entry: Any, data: Path) -> _Array:
 def _v1_tensors(meta: Any, entries: Iterator[tuple[bytes, memoryview]]) -> Iterator[tuple[str, Callable[[], _Array]]]:
     """Name and reader of each tensor of a V1 checkpoint, whose header states the shapes."""
     listed = parse_all(_messages()["SliceMeta"], meta.tensor, at_most=_MAX_TENSORS)
-    shapes = {tensor.name: tensor for tensor in listed}
+    shapes = {_text(tensor.name): tensor for tensor in listed}
     for _, value in entries:
         entry = parse(_messages()["SavedTensorSlices"], value)
         if not entry.HasField("data"):
             raise Damaged("an entry holds no data")
-        name = entry.data.name
+        name = _text(entry.data.name)
         if name not in shapes:
             raise Damaged(f"{name[:80]!r} is not in its list of tensors")
         yield name, functools.partial(_read_v1, entry.data.data, shapes[name])
@@ -207,11 +206,14 @@ def _read_v1(content: Any, about: Any) -> _Array:
     return values.reshape(shape)
 
 
-def _text(key: bytes) -> str:
+def _text(name: bytes) -> str:
     try:
-        return key.decode()
+        text = name.decode()
     except UnicodeDecodeError:
-        raise Damaged("a name is not text") from None
+        text = ""
+    if not 0 < len(text) <= _MAX_NAME:
+        raise Damaged(f"a name is not text of at most {_MAX_NAME} characters")
+    return text
 
 
 def _dtype(number: int) -> "np.dtype[Any]":

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 from dist_deeplab.model.weights.formats.plain_pickle import PlainUnpickler, StandIn, require_plain_keys
 from dist_deeplab.model.weights.variant import Damaged
 
-_MAX_INSTRUCTIONS = 2_000_000  # a checkpoint of ResNet-101 has some 40,000
+_MAX_INSTRUCTIONS = 500_000  # a checkpoint of ResNet-101 has some 40,000
 _MAX_PICKLE_BYTES = 2**28
 _TYPES = "Double Float Half BFloat16 Long Int Short Char Byte Bool ComplexDouble ComplexFloat QInt8 QInt32 QUInt8"
 _DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128"

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from dist_deeplab.data.decode import DecodeError
+from dist_deeplab.data.packing.label_map import read_label_map
 from dist_deeplab.data.packing.label_statistics import count_labels
-from dist_deeplab.data.packing.labels import LabelSpace, decode_mask, read_label_map
+from dist_deeplab.data.packing.labels import LabelSpace, decode_mask
 from dist_deeplab.data.packing.sources import SourceSample, read_folders, read_tree
 from dist_deeplab.data.shards.manifest import ShardError
 
@@ -37,7 +38,8 @@ def test_images_and_masks_are_paired_by_name_whatever_their_endings(tmp_path: Pa
     images, masks = tmp_path / "images", tmp_path / "masks"
     touch(images / "b.JPG", images / "sub" / "a 1.v2.png", images / "notes.txt")
     touch(masks / "b_L.PNG", masks / "sub" / "a 1.v2_L.tif", masks / "other_L.png", masks / "b.png")
-    samples = read_folders(images, masks, mask_suffix="_L")
+    samples, left_out = read_folders(images, masks, mask_suffix="_L")
+    assert left_out == [images / "notes.txt", masks / "b.png", masks / "other_L.png"]
     assert samples == [
         SourceSample("b", images / "b.JPG", masks / "b_L.PNG"),
         SourceSample("sub_a_1_v2", images / "sub" / "a 1.v2.png", masks / "sub" / "a 1.v2_L.tif"),
@@ -79,7 +81,8 @@ def test_what_can_not_be_paired_is_named(files: list[str], reason: str, tmp_path
 )
 def test_known_trees_are_read(split: str, image: str, mask: str, others: list[str], tmp_path: Path) -> None:
     touch(*(tmp_path / name for name in (image, mask, *others)))
-    samples, layout = read_tree(tmp_path, split)
+    (samples, left_out), layout = read_tree(tmp_path, split)
+    assert left_out == sorted(tmp_path / name for name in others)
     assert [(sample.image, sample.label) for sample in samples] == [(tmp_path / image, tmp_path / mask)]
     assert keys(samples) == ["ulm_x" if layout.name == "Cityscapes" else "x"]
     with pytest.raises(ShardError, match=r"no split 'nosuch'.*--images and --masks"):
@@ -89,7 +92,7 @@ def test_known_trees_are_read(split: str, image: str, mask: str, others: list[st
 def test_a_suffix_of_ones_own_takes_the_place_of_the_trees(tmp_path: Path) -> None:
     masks = [tmp_path / "annotations/val" / name for name in ("x_gt.png", "x_edge.png", "_gt.png")]
     touch(tmp_path / "images/val/x.jpg", *masks)
-    samples, _ = read_tree(tmp_path, "val", mask_suffix="_gt")
+    (samples, _), _ = read_tree(tmp_path, "val", mask_suffix="_gt")
     assert [sample.label.name for sample in samples] == ["x_gt.png"]
 
 
@@ -105,11 +108,11 @@ def test_masks_of_indices_are_read_from_any_lossless_format(form: str, palette: 
     assert (decode_mask(encoded(image, form), None) == LABEL).all()
 
 
-def test_a_mask_in_a_lossy_format_or_of_16_bits_is_refused() -> None:
+def test_a_mask_in_a_lossy_format_or_with_values_above_8_bits_is_refused() -> None:
     with pytest.raises(DecodeError, match="JPEG, which does not keep"):
         decode_mask(encoded(Image.fromarray(LABEL), "JPEG"), None)
-    with pytest.raises(DecodeError, match="--label-map"):
-        decode_mask(encoded(Image.fromarray(LABEL.astype(np.uint16)), "TIFF"), None)
+    with pytest.raises(DecodeError, match=r"the value 300, .*--label-map"):
+        decode_mask(encoded(Image.fromarray(LABEL.astype(np.uint16) + 45), "TIFF"), None)
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP"])
@@ -143,7 +146,7 @@ def test_grey_levels_become_the_classes_that_the_map_names(tmp_path: Path) -> No
         ("1 2 3 a\n1 2 b\n", "line 2 .* is not"),
         ("1 2 3 a\n1 b\n", "line 2 .* is not"),
         ("1 2 3 a\n1 2 3 b\n", "line 2 .* second time"),
-        ("256 a\n", "line 1"),
+        ("256 1 2 a\n", "line 1"),
         ("1 a\n2 unexpected\n", "line 2 .*'unexpected'"),
         ("road\n", "line 1"),
     ],

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing.labels import LabelSpace
-from dist_deeplab.data.packing.sources import read_voc_list
+from dist_deeplab.data.packing.lists import read_voc_list
 from dist_deeplab.data.packing.writer import write_shards
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, keys_digest, load_manifest, require_fit
 from dist_deeplab.data.shards.reader import Sample, ShardReader
@@ -136,7 +136,7 @@ def test_a_reader_keeps_few_shards_open_and_closes_them(shard_set: Manifest, mon
 
 
 def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"train\.json; tools/make_shards\.py") as caught:
+    with pytest.raises(ShardError, match=r"train\.json; `.* shards` makes one") as caught:
         load_manifest(tmp_path / "train.json")
     assert isinstance(caught.value, UserError)
 

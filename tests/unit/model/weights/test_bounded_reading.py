@@ -61,7 +61,7 @@ HOSTILE_PICKLES = {
         b"c_codecs\nencode\nq\x01" + b"h\x01h\x00X\x06\x00\x00\x00latin1\x86R" * 3_000 + b"e.",
         "makes more bytes than it has",
     ),
-    "millions of empty lists": (b"\x80\x02" + b"]" * 3_000_000 + b".", "more instructions"),
+    "millions of empty lists": (b"\x80\x02" + b"]" * 600_000 + b".", "more instructions"),
     "a tensor behind its storage": (
         _tensor(b"K\x01", b"K\x04\x85", b"K\x01\x85"),
         r"a tensor of shape \[4\] is larger",
@@ -158,7 +158,7 @@ def test_a_million_empty_layers_or_blobs_are_refused(tmp_path: Path) -> None:
 
 def test_a_layers_name_that_takes_quadratic_time_is_refused(tmp_path: Path) -> None:
     layer = writers.text(1, "_res05" * 200_000 + "\n") + writers.chunk(7, writers.blob(np.zeros(1), old=False))
-    with pytest.raises(UserError, match="a layer's name has over 256 characters"):
+    with pytest.raises(UserError, match="a layer's name is not text of at most 256 characters"):
         load_weights(_caffemodel(tmp_path / "a.caffemodel", layer))
 
 
@@ -190,7 +190,7 @@ def test_keys_that_share_their_beginning_are_limited(tmp_path: Path) -> None:
     (tmp_path / "a.index").write_bytes(writers.table(long))
     with pytest.raises(UserError, match="an entry of a block lies outside of it"):
         load_weights(tmp_path / "a.index")
-    many = [(b"", writers.integer(1, 1)), *((b"k" * 500, b"") for _ in range(20_001))]
+    many = [(b"", writers.integer(1, 1)), *((b"k" * 50, b"") for _ in range(20_001))]
     (tmp_path / "a.index").write_bytes(writers.table(many, per_block=10**6, restart_every=10**6))
     with pytest.raises(UserError, match="it has over 20,000 entries"):
         load_weights(tmp_path / "a.index")
