@@ -3,7 +3,9 @@
 On some Debian hosts and pods that name is a loopback address, which the other nodes cannot reach (ray#37461).
 """
 
+import contextlib
 import os
+import resource
 import socket
 from collections.abc import MutableMapping, Sequence
 
@@ -11,6 +13,13 @@ import psutil
 
 _ANY_PORT = 9  # discard; nothing is sent: connecting a UDP socket only chooses a route
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files to the hard one: gloo opens a connection to each other rank."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems refuse an unlimited number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def address_towards(host: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dist_deeplab.distributed.network import GLOO_INTERFACE, choose_gloo_interface
+from dist_deeplab.distributed.network import GLOO_INTERFACE, choose_gloo_interface, raise_file_limit
 from dist_deeplab.distributed.rendezvous import Rendezvous, rendezvous
 from dist_deeplab.distributed.time_limit import within
 from dist_deeplab.errors import UserError, first_line
@@ -153,6 +153,7 @@ def _connect(env: DistEnv, device: torch.device, joined: Rendezvous, *, timeout_
     Raises:
         UserError: gloo, which connects each rank with each other one, does not reach them.
     """
+    raise_file_limit()
     interface = choose_gloo_interface(joined.members[env.rank].address, [each.address for each in joined.members])
     try:
         dist.init_process_group(
