@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from dist_deeplab.config import RunConfig
+from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards.manifest import Manifest
+from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.logs import format_duration
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.flops import training_flops
-from dist_deeplab.training.builders import build_train_loader
 from dist_deeplab.training.precision import Precision
 
 _REPEATS = 5
@@ -98,7 +99,17 @@ def measure_loader(config: RunConfig, env: DistEnv, split: BatchSplit, train_set
     """Images per second of this rank's loader as training runs it, after its workers have started."""
     images, started = 0, 0.0
     begun = time.perf_counter()
-    for _, micro_batches in build_train_loader(config, env, split, train_set, start=0):
+    data = config.data
+    dataset = TrainDataset(
+        train_set,
+        seed=config.seed,
+        num_classes=data.num_classes,
+        augmentation=Augmentation(data.crop_size, data.scale_range, data.flip, data.ignore_label),
+        max_bad_samples=data.max_bad_samples,
+    )
+    sampler = StepSampler(0, config.max_steps, split=split, rank=env.rank)
+    pin_memory = env.device.type == "cuda"
+    for _, micro_batches in TrainLoader(dataset, sampler, num_workers=data.num_workers, pin_memory=pin_memory):
         now = time.perf_counter()
         if started:
             images += sum(len(batch.keys) for batch in micro_batches)
