@@ -85,8 +85,8 @@ class ModelConfig(Section):
     """Take the last layer from `init` too; false for a data set with other classes (not_restore_last)."""
 
     @property
-    def effective_batch_norm(self) -> Literal["sync", "frozen", "local"]:
-        """`batch_norm`, except that a frozen backbone keeps its statistics (as DrSleep's fine_tune.py by default)."""
+    def batch_norm_used(self) -> Literal["sync", "frozen", "local"]:
+        """`batch_norm`, but frozen with a frozen backbone, as DrSleep's fine_tune.py has it by default."""
         return "frozen" if self.train_only == "head" else self.batch_norm
 
 

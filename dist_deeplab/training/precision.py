@@ -33,7 +33,7 @@ class Precision:
     @record_function("backward")
     def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
         """Add the (scaled) gradient of a micro-batch's loss to the parameters'; `last`: of a step's micro-batches."""
-        self.scaler.scale(poisoned(loss)).backward()
+        self.scaler.scale(propagate_nan(loss)).backward()
 
     @record_function("update")
     def step(self, optimizer: Optimizer, clip_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +69,7 @@ class Precision:
             self.scaler.load_state_dict(state)
 
 
-def poisoned(loss: torch.Tensor) -> torch.Tensor:
+def propagate_nan(loss: torch.Tensor) -> torch.Tensor:
     """Return the loss, made so that its gradient is NaN where it is not finite itself.
 
     The sum over the ranks then tells all of them about it, without a message of its own.
