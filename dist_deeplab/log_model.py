@@ -28,8 +28,9 @@ import torch
 from PIL import Image
 
 import dist_deeplab
+from dist_deeplab.checkpointing.checkpoint import Checkpoint, find_best, read_checkpoint
 from dist_deeplab.command_line import command_name
-from dist_deeplab.config import config_from_dict, config_to_dict
+from dist_deeplab.config import config_from_dict
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import serving
 from dist_deeplab.redaction import redact, shown_url
@@ -43,7 +44,6 @@ from dist_deeplab.tracking.mlflow.store import (
     take_credentials,
 )
 from dist_deeplab.tracking.run_files import read_run_file
-from dist_deeplab.training.resume import read_checkpoint
 
 _LIBRARIES = ("torch", "numpy", "opencv-python-headless", "Pillow", "pydantic", "pyyaml", "pandas", "filelock", "rich")
 _DESCRIPTION = "mlflow.note.content"
@@ -111,7 +111,7 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
             f"{run_dir} is not in the MLflow store {shown_url(uri)} yet; send it: "
             f"{command_name('sync-mlflow')} {run_dir}"
         )
-    saved = read_checkpoint(find_best(run_dir))
+    checkpoint = read_checkpoint(find_best(run_dir))
     no_telemetry()
     import mlflow
 
@@ -120,13 +120,10 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
     if not find_run(client, state, run_dir):
         raise UserError(f"{run_dir} has no run of its own in {shown_url(uri)}; {command_name('sync-mlflow')} makes one")
     before = client.get_run(run_id).info
-    text = description(saved, before.run_name)
+    text = description(checkpoint, before.run_name)
     try:
         with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id):
-            content = {key: saved[key] for key in serving.NEEDED}
-            # A checkpoint of an earlier version may hold URLs with secrets; a Location has none when it is written.
-            content["config"] = config_to_dict(config_from_dict(saved["config"], where="the checkpoint"))
-            torch.save(content, Path(folder) / serving.WEIGHTS)
+            torch.save(checkpoint.for_inference(), Path(folder) / serving.WEIGHTS)
             info = mlflow.pyfunc.log_model(
                 name=re.sub(r"[^\w -]", "_", before.run_name),
                 loader_module=serving.__name__,
@@ -135,8 +132,8 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
                 signature=signature(),
                 input_example=input_example(),
                 pip_requirements=requirements(),
-                metadata=metadata(saved),
-                step=saved["step"],  # so that the model's page has the scores of this step
+                metadata=metadata(checkpoint),
+                step=checkpoint.step,  # so that the model's page has the scores of this step
                 registered_model_name=register_as or None,
             )
     finally:
@@ -148,21 +145,21 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
     if register_as:
         client.update_model_version(register_as, str(version), description=text)
         if not client.get_registered_model(register_as).description:  # later it may be the user's own text
-            client.update_registered_model(register_as, description=f"{_ENCODING}\n\n{class_list(saved)}")
+            client.update_registered_model(register_as, description=f"{_ENCODING}\n\n{class_list(checkpoint)}")
     state.save(model=address)  # sync-mlflow need not log it again
     return address
 
 
-def description(saved: dict[str, Any], run_name: str) -> str:
+def description(checkpoint: Checkpoint, run_name: str) -> str:
     """Markdown for the model's page: where it is from, its score, what goes in and out, its classes."""
-    score = f"mIoU {saved['best_miou']:.4f}" if saved["best_miou"] >= 0 else "not scored"
-    about = f"DeepLab-v2 ({saved['config']['model']['backbone']}) of run {run_name}, step {saved['step']}: {score}."
-    return "\n\n".join([about, _ENCODING, class_list(saved)])
+    score = f"mIoU {checkpoint.best_miou:.4f}" if checkpoint.best_miou >= 0 else "not scored"
+    about = f"DeepLab-v2 ({checkpoint.config.model.backbone}) of run {run_name}, step {checkpoint.step}: {score}."
+    return "\n\n".join([about, _ENCODING, class_list(checkpoint)])
 
 
-def class_list(saved: dict[str, Any]) -> str:
+def class_list(checkpoint: Checkpoint) -> str:
     """The classes with the values that mean them in a mask, in one paragraph."""
-    return "Classes: " + ", ".join(f"{label} {name}" for label, name in enumerate(saved["class_names"]))
+    return "Classes: " + ", ".join(f"{label} {name}" for label, name in enumerate(checkpoint.class_names))
 
 
 def how_to_serve(address: str, uri: str) -> str:
@@ -175,19 +172,6 @@ def how_to_serve(address: str, uri: str) -> str:
         f"    python -c {shlex.quote(_ASK)} photo.jpg mask.png",
     ]
     return "\n".join(lines)
-
-
-def find_best(run_dir: Path) -> Path:
-    """The best checkpoint, or the newest where nothing was scored.
-
-    Raises:
-        UserError: there is none.
-    """
-    folder = run_dir / "checkpoints"
-    found = [folder / "best.pt"] if (folder / "best.pt").exists() else sorted(folder.glob("step_*.pt"))
-    if not found:
-        raise UserError(f"no checkpoint in {folder}; train first")
-    return found[-1]
 
 
 def signature() -> Any:
@@ -213,13 +197,13 @@ def requirements() -> list[str]:
     return [f"{name}=={importlib.metadata.version(name)}" for name in _LIBRARIES]
 
 
-def metadata(saved: dict[str, Any]) -> dict[str, Any]:
+def metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """For users of the model: the classes that a mask's indices mean, and which weights it has."""
     return {
-        "class_names": saved["class_names"],
-        "step": saved["step"],
-        "best_mIoU": saved["best_miou"],
-        "backbone": saved["config"]["model"]["backbone"],
+        "class_names": list(checkpoint.class_names),
+        "step": checkpoint.step,
+        "best_mIoU": checkpoint.best_miou,
+        "backbone": checkpoint.config.model.backbone,
     }
 
 
