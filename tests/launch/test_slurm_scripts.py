@@ -1,5 +1,6 @@
 """slurm/train.sh's own decisions, with stand-ins for srun and scontrol: exit codes, signals, requeueing."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -45,7 +46,16 @@ def start(repo: Path, tmp_path: Path, srun: str, *, script: str = "train", **env
     clean |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": str(repo), **environ}
     command = [repo / f"slurm/{script}.sh", "name=x"]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=repo, env=clean, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=repo,
+        env=clean,
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def run(repo: Path, tmp_path: Path, srun: str, **environ: str) -> tuple[int, str, str]:
@@ -120,7 +130,8 @@ while :; do sleep 0.05; done
         assert time.monotonic() < deadline
         time.sleep(0.02)
     yield process
-    process.kill()
+    with contextlib.suppress(ProcessLookupError):  # a script that fails to pass the signal on leaves its step behind
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
