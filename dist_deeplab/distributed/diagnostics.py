@@ -164,8 +164,8 @@ def check_locks(env: DistEnv, path: Path) -> Finding:
         except Timeout:
             return sound
         raise UserError(
-            f"{socket.gethostname()} can lock what the main rank has locked, so that two jobs could write one run; mount "
-            "the file system with locks between hosts (Lustre: -o flock, not localflock)"
+            f"{socket.gethostname()} can lock what the main rank has locked, so that two jobs could write one run; "
+            "mount the file system with locks between hosts (Lustre: -o flock, not localflock)"
         )
 
     problem = ""
