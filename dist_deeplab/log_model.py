@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 import dist_deeplab
+from dist_deeplab.checkpointing.checkpoint import Checkpoint, find_best, read_checkpoint
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import config_from_dict
 from dist_deeplab.errors import UserError
@@ -40,7 +41,6 @@ from dist_deeplab.tracking.mlflow.store import (
     take_credentials,
 )
 from dist_deeplab.tracking.run_files import read_run_file
-from dist_deeplab.training.resume import read_checkpoint
 
 _LIBRARIES = ("torch", "numpy", "opencv-python-headless", "Pillow", "pydantic", "pyyaml", "pandas", "filelock", "rich")
 _NAME = "best"
@@ -93,7 +93,7 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
             f"{run_dir} is not in the MLflow store {shown_url(uri)} yet; send it: "
             f"{command_name('sync-mlflow')} {run_dir}"
         )
-    saved = read_checkpoint(find_best(run_dir))
+    checkpoint = read_checkpoint(find_best(run_dir))
     no_telemetry()
     import mlflow
 
@@ -102,7 +102,7 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
     before = client.get_run(run_id).info
     try:
         with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id):
-            torch.save({key: saved[key] for key in serving.NEEDED}, Path(folder) / serving.WEIGHTS)
+            torch.save(checkpoint.for_inference(), Path(folder) / serving.WEIGHTS)
             info = mlflow.pyfunc.log_model(
                 name=_NAME,
                 loader_module=serving.__name__,
@@ -111,8 +111,8 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
                 signature=signature(),
                 input_example=input_example(),
                 pip_requirements=requirements(),
-                metadata=metadata(saved),
-                step=saved["step"],  # so that the model's page has the scores of this step
+                metadata=metadata(checkpoint),
+                step=checkpoint.step,  # so that the model's page has the scores of this step
                 registered_model_name=register_as or None,
             )
     finally:
@@ -122,19 +122,6 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
     address = f"models:/{register_as}/{version}" if register_as else redact(str(info.model_uri))
     state.save(model=address)  # sync-mlflow need not log it again
     return address
-
-
-def find_best(run_dir: Path) -> Path:
-    """Return the best checkpoint, or the newest where nothing was scored.
-
-    Raises:
-        UserError: there is none.
-    """
-    folder = run_dir / "checkpoints"
-    found = [folder / "best.pt"] if (folder / "best.pt").exists() else sorted(folder.glob("step_*.pt"))
-    if not found:
-        raise UserError(f"no checkpoint in {folder}; train first")
-    return found[-1]
 
 
 def signature() -> Any:
@@ -160,13 +147,13 @@ def requirements() -> list[str]:
     return [f"{name}=={importlib.metadata.version(name)}" for name in _LIBRARIES]
 
 
-def metadata(saved: dict[str, Any]) -> dict[str, Any]:
+def metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what a user of the model must know: the classes that a mask's indices mean, and which weights it has."""
     return {
-        "class_names": saved["class_names"],
-        "step": saved["step"],
-        "best_mIoU": saved["best_miou"],
-        "backbone": saved["config"]["model"]["backbone"],
+        "class_names": list(checkpoint.class_names),
+        "step": checkpoint.step,
+        "best_mIoU": checkpoint.best_miou,
+        "backbone": checkpoint.config.model.backbone,
     }
 
 

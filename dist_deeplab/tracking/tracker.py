@@ -60,7 +60,26 @@ class Reporting:
 
 
 class Tracker:
-    """The tracker of ranks that write nothing."""
+    """The tracker of ranks that write nothing.
+
+    As a context manager it closes the run on leaving: as failed, unless it was said to be finished or stopped.
+    """
+
+    _status = "FAILED"
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close(self._status)
+
+    def finished(self) -> None:
+        """The run is done."""
+        self._status = "FINISHED"
+
+    def stopped(self) -> None:
+        """The run is saved and ends early, as it was asked to."""
+        self._status = "KILLED"
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record metric values of a step; NaN and what is recorded already for `(key, step)` are left out."""
