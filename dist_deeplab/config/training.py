@@ -36,12 +36,24 @@ class DataConfig(Section):
     """Loader processes per rank; 0 decodes in the training process."""
     access: Annotated[Literal["indexed", "stream"], RECIPE] = "indexed"
     """indexed: exact order, any split, exact resume; stream: best effort, for sets that fit on no disk of a node."""
+    shuffle: Annotated[Literal["full", "blocks"], RECIPE] = "full"
+    """full: all samples together; blocks: within windows of a few shards, for sets that no page cache or disk holds."""
+    window_shards: Annotated[Positive, RECIPE] = 4
+    """shuffle=blocks: shards among whose samples is shuffled; a cache holds 3 windows of each of a node's groups."""
+    canonical_groups: Annotated[Positive, RECIPE] = 16
+    """shuffle=blocks: parts of the set that are read side by side; a multiple of the numbers of nodes you will use."""
     cache_dir: Annotated[Text, EXECUTION_EVERYWHERE] = ""
-    """Folder on a disk of each node for the shards of data.train and data.val that are URLs."""
+    """Folder on a disk of each node, in which shards of data.train and data.val that are URLs get a subfolder."""
     cache_gib: Annotated[float, Field(gt=0), EXECUTION_EVERYWHERE] = 200.0
-    """Largest size of that folder in GiB; shards unused for longest go first."""
+    """Largest size of that subfolder in GiB; shards unused for longest go first."""
     max_bad_samples: Annotated[NonNegative, EXECUTION] = 0
     """Training samples that may be damaged: they are replaced, counted and listed; one more ends the run."""
+
+    @model_validator(mode="after")
+    def _blocks_are_indexed(self) -> "DataConfig":
+        if self.access == "stream" and self.shuffle == "blocks":
+            raise ValueError("data.access=stream has a shuffle of its own: leave out data.shuffle=blocks")
+        return self
 
     @field_validator("crop_size")
     @classmethod
@@ -71,6 +83,11 @@ class ModelConfig(Section):
     """head: train the last layers alone on a frozen backbone, its batch norm too (fine_tune.py)."""
     restore_last: Annotated[bool, ORIGIN] = True
     """Take the last layer from `init` too; false for a data set with other classes (not_restore_last)."""
+
+    @property
+    def batch_norm_used(self) -> Literal["sync", "frozen", "local"]:
+        """`batch_norm`, but frozen with a frozen backbone, as DrSleep's fine_tune.py has it by default."""
+        return "frozen" if self.train_only == "head" else self.batch_norm
 
 
 class BatchConfig(Section):
