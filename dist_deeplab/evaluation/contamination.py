@@ -1,10 +1,10 @@
 """Honesty: how many of the scored images the network was trained on."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from dist_deeplab.checkpointing.checkpoint import Checkpoint
 from dist_deeplab.data.shards.manifest import MAX_KEY_HASHES, Manifest
 
 
@@ -23,14 +23,14 @@ class Contamination:
         )
 
 
-def find_contamination(saved: dict[str, Any], manifest: Manifest) -> Contamination | None:
+def find_contamination(checkpoint: Checkpoint, manifest: Manifest) -> Contamination | None:
     """The images that a checkpoint was trained on and a set holds; None where the checkpoint does not say.
 
     Exact up to 2**20 samples on both sides; above that it is extrapolated from those whose keys' hashes are smallest.
     """
-    if "train_key_hashes" not in saved:
+    if checkpoint.train_key_hashes is None:
         return None
-    trained, scored = saved["train_key_hashes"].numpy().view(np.uint64), manifest.key_hashes
+    trained, scored = checkpoint.train_key_hashes.numpy().view(np.uint64), manifest.key_hashes
     cut = min((keys[-1] for keys in (trained, scored) if len(keys) == MAX_KEY_HASHES), default=None)
     comparable = scored if cut is None else scored[scored <= cut]
     common = int(np.isin(comparable, trained).sum())
