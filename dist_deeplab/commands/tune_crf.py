@@ -34,7 +34,7 @@ from dist_deeplab.evaluation.confusion import count_pixels, scores
 from dist_deeplab.evaluation.crf import open_crf, require_crf
 from dist_deeplab.evaluation.evaluator import content_of
 from dist_deeplab.evaluation.inference import Predictor, inference_settings, load_network
-from dist_deeplab.evaluation.prediction import probabilities
+from dist_deeplab.evaluation.prediction import probabilities_of_one
 from dist_deeplab.files import prepare_file
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.training.precision import allow_tf32
@@ -156,7 +156,7 @@ def search(
     def cases() -> Iterator[tuple[tuple[int, np.ndarray], np.ndarray, np.ndarray, Point]]:
         for index in indices:
             image, label = content_of(dataset.fetch(index), 0)
-            prob = probabilities(predictor, [image], device)[0]
+            prob = probabilities_of_one(predictor, image, device)
             add(len(points), label, prob.argmax(0).astype(np.uint8))
             for number, point in enumerate(points):
                 yield (number, label), image, prob, point

@@ -8,21 +8,29 @@ from PIL import Image, ImageDraw, ImageFont
 from dist_deeplab.data.voc import PALETTE
 
 _OPACITY = 0.55
+_BACKGROUND_NAMES = ("background", "_background_", "bg", "other", "others", "void", "unlabeled", "unlabelled")
 _GAP = 6  # pixels between images
 _SHOWN_WIDTH = 1600  # pixels of a screen that a wider image is scaled down to: its legend is drawn larger by as much
 _LINE, _FONT = 24, 16  # pixels of the legend at that width
 
 
-def overlay(image: np.ndarray, pred: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3]: the image with the classes' colours over it; background stays as it is."""
-    mixed = (1 - _OPACITY) * image + _OPACITY * PALETTE[pred]
-    return np.where(pred[..., None] == 0, image, mixed.round().astype(np.uint8))
+def overlay(image: np.ndarray, pred: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """The image uint8 [H, W, 3] with the classes' colours over it; class 0 shows the image alone if it is background.
+
+    Black, the palette's colour of class 0, darkens it where it is a class like the others, e.g. a road.
+    """
+    import cv2
+
+    mixed = cv2.addWeighted(image, 1 - _OPACITY, PALETTE[pred], _OPACITY, 0)
+    if class_names[0].lower() in _BACKGROUND_NAMES:
+        mixed[pred == 0] = image[pred == 0]
+    return mixed
 
 
 def side_by_side(image: np.ndarray, pred: np.ndarray, class_names: Sequence[str]) -> Image.Image:
     """Image, prediction and overlay in a row, above a legend of the classes found."""
     height, width = pred.shape
-    images = [image, PALETTE[pred], overlay(image, pred)]
+    images = [image, PALETTE[pred], overlay(image, pred, class_names)]
     total = 3 * width + 2 * _GAP
     legend = _legend([(class_names[c], PALETTE[c]) for c in np.unique(pred).tolist()], total)
     canvas = Image.new("RGB", (total, height + legend.height), "white")

@@ -10,6 +10,7 @@ import torch
 
 from dist_deeplab.data.loader import Batch, EvalDataset, eval_batches, eval_loader
 from dist_deeplab.data.shards.manifest import Manifest
+from dist_deeplab.data.transforms import pad_to
 from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_to_all
 from dist_deeplab.distributed.session import Session
 from dist_deeplab.errors import TrainingError
@@ -17,6 +18,7 @@ from dist_deeplab.evaluation.accumulator import ConfusionAccumulator, ImageScore
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious
 from dist_deeplab.evaluation.crf import CrfPool
 from dist_deeplab.evaluation.inference import Predictor
+from dist_deeplab.evaluation.prediction import classes_of, classes_of_one, probabilities_of_one
 
 
 @dataclass(frozen=True)
@@ -168,23 +170,35 @@ def _predictions(
     was_training = predictor.net.training
     predictor.net.eval()
     try:
-        logits = ((b, predictor.logits(b.image.to(env.device, non_blocking=True), b.content)) for b in loaded)
         if crf is None:
-            for batch, own in logits:
-                yield batch, own.max(dim=1).indices.to(torch.uint8)  # argmax takes four times as long on a CPU
+            for batch in loaded:
+                yield batch, _classes(predictor, batch, env.device)
         else:
-            for batch, pred in crf.predict(_split_for_crf(logits)):
+            for batch, pred in crf.predict(_split_for_crf(predictor, loaded, env.device)):
                 yield batch, torch.from_numpy(pred)[None].to(env.device)
     finally:
         predictor.net.train(was_training)
 
 
+def _classes(predictor: Predictor, batch: Batch, device: torch.device) -> torch.Tensor:
+    """The classes of a batch, uint8 [B, H, W] on the device; images that are too large go in windows, as in predict."""
+    if not predictor.windows.needed_for(batch.content.max(dim=0).values.tolist()):
+        return classes_of(predictor.logits(batch.image.to(device, non_blocking=True), batch.content))
+    size = (batch.image.shape[2], batch.image.shape[3])
+    images = [content_of(batch, number)[0] for number in range(len(batch.keys))]
+    preds = [pad_to(classes_of_one(predictor, image, device), size, 0) for image in images]
+    return torch.from_numpy(np.stack(preds)).to(device)
+
+
 def _split_for_crf(
-    stream: Iterable[tuple[Batch, torch.Tensor]],
+    predictor: Predictor, batches: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
     """Yield each image of the batches as a batch of one, with its picture and probabilities, without padding."""
-    for batch, logits in stream:
-        prob = logits.softmax(1).cpu().numpy()  # the host waits here; the CRF takes far longer
+    for batch in batches:
+        whole: np.ndarray | None = None
+        if not predictor.windows.needed_for(batch.content.max(dim=0).values.tolist()):
+            logits = predictor.logits(batch.image.to(device, non_blocking=True), batch.content)
+            whole = logits.softmax(1).cpu().numpy()  # the host waits here; the CRF takes far longer
         for number, key in enumerate(batch.keys):
             image, label = content_of(batch, number)
             one = Batch(
@@ -196,4 +210,7 @@ def _split_for_crf(
                 if batch.bands is None
                 else batch.bands[number : number + 1, : label.shape[0], : label.shape[1]],
             )
-            yield one, image, np.ascontiguousarray(prob[number, :, : label.shape[0], : label.shape[1]])
+            if whole is None:
+                yield one, image, probabilities_of_one(predictor, image, device)
+            else:
+                yield one, image, np.ascontiguousarray(whole[number, :, : label.shape[0], : label.shape[1]])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_deeplab.config import AFFECTS, EvalConfig, RunConfig, config_from_dict, config_to_dict, load_config
+from dist_deeplab.data.windows import DEFAULT_WINDOWS, Windows
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, upsample
@@ -77,6 +78,8 @@ class Predictor:
 
     `align_corners=False` is kazuto1011's way: images as they are, sizes floor(n s) (at least 1), half-pixel centres
     throughout.
+
+    windows: for images that are too large to be taken whole; see `evaluation.prediction`, where images become classes.
     """
 
     net: DeepLabV2
@@ -85,11 +88,13 @@ class Predictor:
     flip: bool = False
     fusion: str = "max"
     align_corners: bool = True
+    windows: Windows = DEFAULT_WINDOWS
 
     @classmethod
     def build(cls, net: DeepLabV2, preprocessing: Preprocessing, config: EvalConfig) -> "Predictor":
         """Return the predictor of a configuration; `net` is on its device."""
-        return cls(net, preprocessing, config.scales, config.flip, config.fusion, config.align_corners)
+        windows = Windows(config.window, config.overlap)
+        return cls(net, preprocessing, config.scales, config.flip, config.fusion, config.align_corners, windows)
 
     @torch.inference_mode()
     def logits(self, image: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
