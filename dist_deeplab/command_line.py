@@ -9,7 +9,7 @@ VARIABLE = "DIST_DEEPLAB_COMMAND"
 """Set by the launchers to the command of an environment that they have activated for themselves alone."""
 
 
-def command(name: str) -> str:
+def command_name(name: str) -> str:
     """How the user calls a command: `dist-deeplab shards`, or `python -m dist_deeplab shards` where that is missing.
 
     For usage lines and for messages that name a remedy: what they name must exist in the user's shell.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.comparison import report
 from dist_deeplab.comparison.record import RunRecord, children, read_folder
 from dist_deeplab.comparison.store import Store
@@ -28,7 +29,7 @@ from dist_deeplab.tracking.tracker import resolve_uri
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dist_deeplab.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("compare"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run's or sweep's folder, run id, or experiment")
     parser.add_argument("--uri", default="", help="MLflow store")

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from dist_deeplab import config as configuration
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.manifest import load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.distributed import diagnostics as checks
@@ -50,7 +51,7 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dist_deeplab.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("doctor"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", help="the YAML file that training will get")
     parser.add_argument(

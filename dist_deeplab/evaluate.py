@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab import config as configuration
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.cache import build_cache
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.distributed.launcher import hard_exit, run_command
@@ -116,7 +117,7 @@ def score(
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dist_deeplab.evaluate",
+        prog=command_name("evaluate"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -2,7 +2,7 @@
 
     python -m dist_deeplab.log_model runs/voc_resnet101 [--register-as voc-deeplab] [--uri URI]
 
-The run must be in MLflow already (training sends it; tools/sync_mlflow.py sends it later). `tracking.log_model=true`
+The run must be in MLflow already (training sends it, or dist-deeplab sync-mlflow later). `tracking.log_model=true`
 does this at the end of a run. Then, anywhere:
 
     mlflow.pyfunc.load_model("models:/voc-deeplab/1").predict(pandas.DataFrame({"image": [jpeg_bytes]}))
@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 import dist_deeplab
+from dist_deeplab.command_line import command_name
 from dist_deeplab.config import config_from_dict
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import serving
@@ -41,7 +42,7 @@ _NAME = "best"
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dist_deeplab.log_model",
+        prog=command_name("log-model"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -83,7 +84,7 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
         raise UserError(f"{run_dir} is no run's folder: it has no {RUN_FILE}; give one that training has made")
     run_id = mlflow_run_id(run_dir)
     if not run_id:
-        raise UserError(f"{run_dir} is not in MLflow yet; send it with python tools/sync_mlflow.py {run_dir}")
+        raise UserError(f"{run_dir} is not in MLflow yet; send it with {command_name('sync-mlflow')} {run_dir}")
     saved = read_checkpoint(find_best(run_dir))
     no_telemetry()
     import mlflow
@@ -111,7 +112,7 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
             client.set_terminated(run_id, status=before.status, end_time=before.end_time)
     version = info.registered_model_version
     address = f"models:/{register_as}/{version}" if register_as else redact(str(info.model_uri))
-    UploadState(run_dir, redact(uri)).save(model=address)  # sync_mlflow.py need not log it again
+    UploadState(run_dir, redact(uri)).save(model=address)  # sync-mlflow need not log it again
     return address
 
 

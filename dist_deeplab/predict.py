@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.image_file import MAX_PIXELS, DecodeOptions
 from dist_deeplab.distributed.launcher import hard_exit, run_command
@@ -183,7 +184,7 @@ def report(problems: Sequence[str], total: int, arguments: argparse.Namespace) -
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dist_deeplab.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("predict"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file with its .json beside it")

@@ -27,6 +27,7 @@ from typing import Any
 from rich.console import Console
 
 from dist_deeplab import config as configuration
+from dist_deeplab.command_line import command_name
 from dist_deeplab.comparison import report
 from dist_deeplab.comparison.pages import sweep_pages
 from dist_deeplab.comparison.record import read_folder
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dist_deeplab.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("sweep"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of keys that differ from the defaults")
     parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="processes of each training")
@@ -280,7 +281,7 @@ def where_to_look(sweep: Sweep, folders: Sequence[Path]) -> str:
     copies = [run_files.read_mlflow_file(folder) for folder in folders]
     ids = [copy["run_id"] for copy in copies if copy.get("run_id")]
     if uri == "none" or len(ids) < 2:
-        return "in MLflow: nothing yet (tracking.uri=none, or the store is away: tools/sync_mlflow.py sends it later)"
+        return f"in MLflow: nothing yet (tracking.uri=none, or no store: {command_name('sync-mlflow')} sends it later)"
     is_server = uri.startswith("http")
     server = re.sub(r"//[^/]*@", "//", uri).rstrip("/") if is_server else "http://127.0.0.1:5000"
     experiment, own = copies[0]["experiment_id"], run_files.mlflow_run_id(sweep.folder)

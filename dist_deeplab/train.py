@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dist_deeplab import config as configuration
 from dist_deeplab.checkpointing.folder import CheckpointFolder
+from dist_deeplab.command_line import command_name
 from dist_deeplab.comparison.record import read_folder
 from dist_deeplab.comparison.report import save_figure
 from dist_deeplab.config import RunConfig
@@ -75,7 +76,7 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
 
 def start(config: RunConfig, env: DistEnv, *, profile: bool = False) -> int:
     """Check all that can be checked before any heavy work, then train; return the exit code. Every rank calls it."""
-    train_set, val_set = open_data(config)
+    train_set, val_set = open_data(config, env)
     require_crf(config.eval.crf)
     require_known_store(resolve_uri(config.tracking.uri.real, config.output_dir))
     split = split_batch(config, env)
@@ -161,7 +162,7 @@ def train(
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dist_deeplab.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("train"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of keys that differ from the defaults")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")

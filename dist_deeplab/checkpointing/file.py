@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.files import replace_file, replace_text, sha256, sidecar_digests
 from dist_deeplab.model.weights.formats.torch_file import load_plain
@@ -50,7 +51,7 @@ def verify(path: Path) -> None:
     if not expected:
         raise UserError(
             f"the checkpoint {path} has no readable sidecar {path.with_suffix('.json').name}; if it is no checkpoint "
-            "of ours, make one of it by tools/convert_weights.py IN OUT.pt --to checkpoint"
+            f"of ours, make one of it by {command_name('convert-weights')} IN OUT.pt --to checkpoint"
         )
     if sha256(path) not in expected:
         raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is not the one in its sidecar")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab.checkpointing.file import FORMAT, write_sidecar, write_tensors
+from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data import voc
 from dist_deeplab.errors import UserError
@@ -37,7 +38,9 @@ _DESCRIPTION = ("step", "config", "class_names", "train_keys_sha256", "train_key
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=command_name("convert-weights"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", metavar="IN", help="weights of any known family")
     parser.add_argument("target", type=Path, metavar="OUT", help="the file to write")
     parser.add_argument("--to", choices=(*FORMATS, CHECKPOINT), default="state_dict", help="default: state_dict")

@@ -26,6 +26,7 @@ import cv2
 import numpy as np
 import torch
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data.transforms import next_grid_size, pad_to
 from dist_deeplab.errors import TrainingError, UserError
 from dist_deeplab.evaluation.exportable import Exportable
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="dist-deeplab export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("export"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file with its .json beside it")
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write, .onnx or .pt2")

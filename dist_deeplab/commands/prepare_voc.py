@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as ProgressBar
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.commands.packing.arguments import add_workers, check_workers
 from dist_deeplab.commands.packing.printing import print_manifest, show_progress
 from dist_deeplab.data import voc
@@ -45,7 +46,7 @@ from dist_deeplab.files import prepare_folder
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="dist-deeplab prepare-voc", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("prepare-voc"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for everything")
     for name, archive in (("voc", voc_download.VOC2012), ("sbd", voc_download.SBD)):

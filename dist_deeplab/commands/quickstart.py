@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from dist_deeplab.command_line import command
+from dist_deeplab.command_line import command_name
 
 SAMPLE = Path("data/sample_voc")
 RUN = Path("runs/quickstart")
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog=command("quickstart"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("quickstart"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--nproc-per-node", type=int, metavar="N", help="processes (default: one per GPU; CPU: two)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the training")

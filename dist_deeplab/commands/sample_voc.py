@@ -23,6 +23,7 @@ from typing import NamedTuple, NoReturn
 
 from PIL import Image
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.commands.drawing.objects import CLASSES
 from dist_deeplab.commands.drawing.scenes import draw_scene
 from dist_deeplab.data import voc
@@ -79,7 +80,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Make the data set and return 0; exit with 2 and one sentence on stderr where that can't be done."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog=command_name("sample-voc"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make VOCdevkit in")
     parser.add_argument("--num-train", type=int, default=160, metavar="N", help="images of the train split (160)")
     parser.add_argument("--num-val", type=int, default=40, metavar="N", help="images of the val split (40)")

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data import voc
 from dist_deeplab.data.folders import describe_left_out, list_folder
 from dist_deeplab.data.image_file import DecodeError
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="dist-deeplab score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("score"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("predictions", type=Path, metavar="PRED_DIR", help="folder of predicted masks, <key>.png")
     parser.add_argument("labels", type=Path, metavar="GT_DIR", help="folder of labels, <key>.png")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_deeplab.command_line import command
+from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError
 from dist_deeplab.files import prepare_folder, replace_text
 from dist_deeplab.packaged import packaged_folder
@@ -26,7 +26,7 @@ OF_CLONES = ("test.sh",)
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog=command("scripts"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("scripts"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="where launch/ and slurm/ are written")
     arguments = parser.parse_args(argv)

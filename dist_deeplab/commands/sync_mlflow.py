@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError
 from dist_deeplab.tracking import run_files
 from dist_deeplab.tracking.journal import JOURNAL
@@ -22,7 +23,9 @@ from dist_deeplab.tracking.mlflow.store import require_known_store
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=command_name("sync-mlflow"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs")
     parser.add_argument("--uri", default="", help="MLflow store, where not the one that the run was started with")
     arguments = parser.parse_args(argv)

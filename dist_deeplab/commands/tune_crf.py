@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.config import CrfConfig, RunConfig, load_config
 from dist_deeplab.data.loader import EvalDataset
 from dist_deeplab.data.shards.cache import build_cache
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="dist-deeplab tune-crf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("tune-crf"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file with its .json beside it")
     parser.add_argument("--data", required=True, metavar="MANIFEST", help="shards to tune on, or a URL of them")

@@ -100,7 +100,7 @@ class TrackingConfig(Section):
     register_as: Annotated[Text, NOTHING] = ""
     """Name in MLflow's model registry under which that model becomes a new version (implies log_model); no / or :."""
     parent: Annotated[Text, NOTHING] = ""
-    """Folder of the sweep that this run is of, seen from its own; launch/sweep.sh sets it."""
+    """Folder of the sweep that this run is of, seen from its own; a sweep sets it."""
 
     @field_validator("uri")
     @classmethod

@@ -19,7 +19,7 @@ from dist_deeplab.config.section import (
 
 class DataConfig(Section):
     train: Annotated[Location, ORIGIN] = Location()
-    """Manifest of the training shards, e.g. data/voc/train.json (tools/make_shards.py writes it)."""
+    """Manifest of the training shards, e.g. data/voc/train.json (`dist-deeplab shards` writes it)."""
     val: Annotated[Location, ORIGIN] = Location()
     """Manifest of the validation shards; empty: train without evaluation."""
     num_classes: Annotated[int, Field(ge=2, le=255), RECIPE] = 21
@@ -36,12 +36,24 @@ class DataConfig(Section):
     """Loader processes per rank; 0 decodes in the training process."""
     access: Annotated[Literal["indexed", "stream"], RECIPE] = "indexed"
     """indexed: exact order, any split, exact resume; stream: best effort, for sets that fit on no disk of a node."""
+    shuffle: Annotated[Literal["full", "blocks"], RECIPE] = "full"
+    """full: all samples together; blocks: within windows of a few shards, for sets that no page cache or disk holds."""
+    window_shards: Annotated[Positive, RECIPE] = 4
+    """shuffle=blocks: shards among whose samples is shuffled; a cache holds 3 windows of each of a node's groups."""
+    canonical_groups: Annotated[Positive, RECIPE] = 16
+    """shuffle=blocks: parts of the set that are read side by side; a multiple of the numbers of nodes you will use."""
     cache_dir: Annotated[Text, EXECUTION_EVERYWHERE] = ""
-    """Folder on a disk of each node for the shards of data.train and data.val that are URLs."""
+    """Folder on a disk of each node, in which shards of data.train and data.val that are URLs get a subfolder."""
     cache_gib: Annotated[float, Field(gt=0), EXECUTION_EVERYWHERE] = 200.0
-    """Largest size of that folder in GiB; shards unused for longest go first."""
+    """Largest size of that subfolder in GiB; shards unused for longest go first."""
     max_bad_samples: Annotated[NonNegative, EXECUTION] = 0
     """Training samples that may be damaged: they are replaced, counted and listed; one more ends the run."""
+
+    @model_validator(mode="after")
+    def _blocks_are_indexed(self) -> "DataConfig":
+        if self.access == "stream" and self.shuffle == "blocks":
+            raise ValueError("data.access=stream has a shuffle of its own: leave out data.shuffle=blocks")
+        return self
 
     @field_validator("crop_size")
     @classmethod

@@ -42,7 +42,7 @@ class Batch:
 
 
 def to_batch(key: str, image: np.ndarray, label: np.ndarray, content: tuple[int, int]) -> Batch:
-    """Return one sample, image [H, W, 3] and label [H, W], as a batch of one."""
+    """One sample, image [H, W, 3] and label [H, W], as a batch of one."""
     return Batch(
         image=torch.from_numpy(image)[None].permute(0, 3, 1, 2),
         label=torch.from_numpy(label)[None],
@@ -52,7 +52,7 @@ def to_batch(key: str, image: np.ndarray, label: np.ndarray, content: tuple[int,
 
 
 def blank_batch(num_images: int, size: int) -> Batch:
-    """Return so many black images of `size` x `size`, labelled 0; none at all is a batch too."""
+    """`num_images` black images of `size` x `size`, labelled 0; a batch without any is valid too."""
     return Batch(
         image=torch.zeros(num_images, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
         label=torch.zeros(num_images, size, size, dtype=torch.uint8),
@@ -62,7 +62,7 @@ def blank_batch(num_images: int, size: int) -> Batch:
 
 
 def collate(items: "list[Batch | UserError]") -> "Batch | UserError":
-    """Return batches of one size as a single batch, or the first error among them."""
+    """Batches of one size as a single batch, or the first error among them."""
     samples = []
     for item in items:
         if isinstance(item, UserError):

@@ -20,7 +20,7 @@ from dist_deeplab.data import order
 from dist_deeplab.data.batch import BadSample, Batch, blank_batch, collate, to_batch
 from dist_deeplab.data.decode import DecodeError, decode_label, decode_packed
 from dist_deeplab.data.shards.manifest import Manifest, ShardError
-from dist_deeplab.data.shards.prefetch import Plan, start_prefetch
+from dist_deeplab.data.shards.prefetch import Plan, Prefetch
 from dist_deeplab.data.shards.reader import Sample, ShardReader
 from dist_deeplab.data.transforms import Augmentation, next_grid_size, pad_to
 from dist_deeplab.errors import UserError
@@ -37,8 +37,8 @@ class DecodingDataset(Dataset["Batch | UserError"]):
 
     def __init__(self, manifest: Manifest, *, num_classes: int, ignore_label: int) -> None:
         self.reader = ShardReader(manifest)
-        self.strange = np.ones(256, dtype=np.uint8)  # 1 where a label is neither a class nor void
-        self.strange[:num_classes] = self.strange[ignore_label] = 0
+        self.invalid = np.ones(256, dtype=np.uint8)  # 1 where a label is neither a class nor void
+        self.invalid[:num_classes] = self.invalid[ignore_label] = 0
         self.ignore_label = ignore_label
 
     def __getitem__(self, number: int) -> "Batch | UserError":
@@ -48,11 +48,11 @@ class DecodingDataset(Dataset["Batch | UserError"]):
             return error
 
     def fetch(self, number: int) -> Batch:
-        """Return sample or position `number` as a batch of one."""
+        """Sample or position `number` as a batch of one."""
         raise NotImplementedError
 
     def load(self, index: int) -> tuple[str, np.ndarray, np.ndarray]:
-        """Return key, image uint8 [H, W, 3] and label uint8 [H, W] of a sample.
+        """Key, image uint8 [H, W, 3] and label uint8 [H, W] of a sample.
 
         Raises:
             ShardError: undecodable, sizes that differ, or a label out of range; shard and key are named.
@@ -60,7 +60,7 @@ class DecodingDataset(Dataset["Batch | UserError"]):
         return self.decode(self.reader.read(index), where=self.reader.shard_name(index))
 
     def decode(self, sample: Sample, *, where: str) -> tuple[str, np.ndarray, np.ndarray]:
-        """Return what `load` returns of a sample whose bytes were read from `where`."""
+        """The same for a sample whose bytes were read from `where`."""
         import cv2
 
         name = f"sample {sample.key!r} in {where}"
@@ -70,9 +70,9 @@ class DecodingDataset(Dataset["Batch | UserError"]):
             raise ShardError(f"{name}: {error}") from None
         if label.shape != image.shape[:2]:
             raise ShardError(f"{name}: image {image.shape[:2]} and label {label.shape} differ in size")
-        if cv2.countNonZero(cv2.LUT(label, self.strange)):  # a fifth of the time of numpy's indexing
-            value = label[self.strange[label] > 0][0]
-            raise ShardError(f"{name}: the label {value} is no class and not void; see data.num_classes")
+        if cv2.countNonZero(cv2.LUT(label, self.invalid)):  # a fifth of the time of numpy's indexing
+            value = label[self.invalid[label] > 0][0]
+            raise ShardError(f"{name}: the label {value} is neither a class nor void; see data.num_classes")
         return sample.key, image, label
 
 
@@ -80,7 +80,8 @@ class TrainDataset(DecodingDataset):
     """Global position -> augmented sample, as a batch of one.
 
     Where a sample is bad, others are tried in its place until `max_bad_samples` different ones were bad. Which ones
-    depends on seed and position alone: the stream stays the same pixels for every split.
+    depends on seed and position alone: the stream stays the same pixels for every split. `sample_order`: by default
+    all samples are permuted together.
     """
 
     def __init__(
@@ -90,17 +91,18 @@ class TrainDataset(DecodingDataset):
         num_classes: int,
         augmentation: Augmentation,
         seed: int,
+        sample_order: order.SampleOrder | None = None,
         max_bad_samples: int = 0,
     ) -> None:
         super().__init__(manifest, num_classes=num_classes, ignore_label=augmentation.ignore_label)
         self.augmentation = augmentation
         self.seed = seed
+        self.sample_order = sample_order or order.FullShuffle(manifest.num_samples, seed)
         self.max_bad_samples = max_bad_samples
 
     def fetch(self, number: int) -> Batch:
         """See the class."""
-        num_samples = len(self.reader)
-        index = order.sample_at(number, num_samples=num_samples, seed=self.seed)
+        index = self.sample_order.sample_at(number)
         bad: dict[int, BadSample] = {}
         for attempt in itertools.count(1):
             try:
@@ -110,7 +112,7 @@ class TrainDataset(DecodingDataset):
                 bad[index] = BadSample(f"{index} of {self.reader.shard_name(index)}", str(error))
                 if len(bad) > self.max_bad_samples or attempt == _MAX_ATTEMPTS:
                     raise
-                index = order.replacement_at(number, attempt, num_samples=num_samples, seed=self.seed)
+                index = order.replacement_at(number, attempt, num_samples=len(self.reader), seed=self.seed)
         draws = order.uniforms(self.seed, number, self.augmentation.num_draws)
         batch = to_batch(key, *self.augmentation(image, label, draws))
         batch.bad = list(bad.values())
@@ -170,26 +172,27 @@ class TrainLoader:
 
     def __init__(self, dataset: TrainDataset, sampler: StepSampler, *, num_workers: int, pin_memory: bool) -> None:
         self.sampler = sampler
-        self.plan = Plan(
-            dataset.reader.manifest, sampler.split, sampler.rank, dataset.seed, start=sampler.start, stop=sampler.stop
-        )
+        shuffle, split, rank = dataset.sample_order, sampler.split, sampler.rank
+        self.plan = Plan(dataset.reader.manifest, shuffle, split, rank, sampler.start, sampler.stop)
+        dataset.reader.max_open = shuffle.open_shards(split, rank)
         collate_some = functools.partial(_collate_or_blank, size=dataset.augmentation.crop_size)
         self.batches = _data_loader(dataset, sampler, collate_some, num_workers=num_workers, pin_memory=pin_memory)
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
-        prefetch = start_prefetch(self.plan) if self.plan.manifest.cache else None
+        prefetch = Prefetch(self.plan) if self.plan.manifest.cache else None
         try:
             batches = raise_errors(self.batches)
             for step in range(self.sampler.start, self.sampler.stop):
+                if prefetch:
+                    prefetch.at(step)
                 yield step, [next(batches) for _ in range(self.sampler.split.accumulation)]
         finally:
-            if prefetch is not None and prefetch.stdin is not None:
-                prefetch.stdin.close()
-                prefetch.wait()
+            if prefetch:
+                prefetch.close()
 
 
 def eval_batches(dataset: EvalDataset, *, batch_size: int, padded: bool) -> list[list[int]]:
-    """Return all the set's indices, each once, in batches of one size, in the order of each batch's first image.
+    """All the set's indices, each once, in batches of one size, in the order of each batch's first image.
 
     padded: images that are of one size once padded to 8k+1 go together; else only those that are so themselves.
     """
@@ -209,7 +212,7 @@ def eval_batches(dataset: EvalDataset, *, batch_size: int, padded: bool) -> list
 def eval_loader(
     dataset: EvalDataset, batches: list[list[int]], *, num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """Return an iterator over these batches of sample indices, each of images of one (padded) size."""
+    """An iterator over these batches of sample indices, each of images of one (padded) size."""
     workers = min(num_workers, len(batches))
     return raise_errors(_data_loader(dataset, batches, collate, num_workers=workers, pin_memory=pin_memory))
 
@@ -234,7 +237,7 @@ def _collate_or_blank(items: "list[Batch | UserError]", *, size: int) -> "Batch 
 
 
 def loader_options(*, num_workers: int, pin_memory: bool) -> dict[str, Any]:
-    """Return what all our torch DataLoaders have in common."""
+    """The options that all our torch DataLoaders have in common."""
     if num_workers:
         atexit.unregister(_kill_workers)  # at most once
         atexit.register(_kill_workers)
@@ -253,7 +256,7 @@ def _kill_workers() -> None:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread a worker, and deaf to the signals that ask the rank to stop: it ends its workers itself."""
+    """One thread per worker, which ignores the signals that ask the rank to stop: it ends its workers itself."""
     import cv2
 
     cv2.setNumThreads(0)

@@ -1,110 +1,116 @@
 """Which samples form a step, as pure arithmetic on `(seed, step)`: no state, no stored list, any step at once.
 
 The training stream is endless. Its *global position* `p` counts samples from 0; step `s` of global batch size `G`
-takes the positions `[sG, (s+1)G)`. Position `p` shows sample `permutation(p mod N)` of epoch `p div N`, where each
-epoch has a permutation of its own. A batch may straddle two epochs. World size, micro-batch size and loader workers
-only decide who processes a position, never which sample it is or how it is augmented.
+takes the positions `[sG, (s+1)G)`. An epoch is `N` positions, so a batch may straddle two epochs; each epoch has an
+order of its own, in which every sample comes once: see `FullShuffle` here and `BlockShuffle` in blocks.py. World size,
+micro-batch size and loader workers only decide who processes a position, never which sample it is or how it is
+augmented.
 
-All randomness here is a hash of integers (splitmix64), so it is the same under every version of numpy and torch.
+All randomness here is a hash of integers (splitmix64), so it is the same under every version of Python and numpy. It
+is computed one position at a time, some 5 microseconds each: on so few numbers numpy would be ten times as slow.
 """
 
+import functools
+import itertools
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from dist_deeplab.errors import UserError
 
-_GOLDEN_INT, _MIX_1_INT, _MIX_2_INT = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_GOLDEN = np.uint64(_GOLDEN_INT)
-_MIX_1 = np.uint64(_MIX_1_INT)
-_MIX_2 = np.uint64(_MIX_2_INT)
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 2  # first part of each hash, so that the streams share no number
 _MASK = 2**64 - 1
+_OPEN_SHARDS = 64
 _FEISTEL_ROUNDS = 8  # 4 suffice for pseudo-randomness in theory (Luby-Rackoff); 8 also for the tiny domains of tests
 
 
-def _mix(value: np.ndarray) -> np.ndarray:
-    """Return the splitmix64 finaliser of uint64 values (Steele, Lea and Flood 2014): one bit in flips half of all."""
-    value = (value ^ (value >> np.uint64(30))) * _MIX_1
-    value = (value ^ (value >> np.uint64(27))) * _MIX_2
-    return value ^ (value >> np.uint64(31))
-
-
-def _mix_one(value: int) -> int:
-    """Return what `_mix` returns, of a single value below 2**64: on small arrays numpy is ten times as slow."""
-    value = (value ^ (value >> 30)) * _MIX_1_INT & _MASK
-    value = (value ^ (value >> 27)) * _MIX_2_INT & _MASK
+def _mix(value: int) -> int:
+    """The splitmix64 finaliser (Steele, Lea and Flood 2014), 64 bits to 64: one bit flipped flips half of all."""
+    value = (value ^ (value >> 30)) * _MIX_1 & _MASK
+    value = (value ^ (value >> 27)) * _MIX_2 & _MASK
     return value ^ (value >> 31)
 
 
-def hash_one(*parts: int) -> int:
-    """Return what `hash_integers` returns, of a single tuple."""
+def hash_integers(*parts: int) -> int:
+    """64-bit hash of a tuple of non-negative integers."""
     state = 0
     for part in parts:
-        state = _mix_one((state * _GOLDEN_INT + int(part) + _GOLDEN_INT) & _MASK)
-    return state
-
-
-def hash_integers(*parts: int | np.ndarray) -> np.ndarray:
-    """Return uint64 hashes of tuples of non-negative integers, broadcast against each other; at least 1-d."""
-    state = np.zeros(1, dtype=np.uint64)
-    for part in parts:
-        state = _mix(state * _GOLDEN + np.atleast_1d(np.asarray(part)).astype(np.uint64) + _GOLDEN)
+        state = _mix((state * _GOLDEN + int(part) + _GOLDEN) & _MASK)
     return state
 
 
 def uniforms(seed: int, position: int, count: int) -> np.ndarray:
-    """Return `count` numbers in [0, 1), float64, that depend on `(seed, position)` alone: one sample's augmentation."""
-    bits = [hash_one(_AUGMENTATION, seed, position, number) >> 11 for number in range(count)]
+    """`count` numbers in [0, 1), float64, that depend on `(seed, position)` alone: one sample's augmentation."""
+    bits = [hash_integers(_AUGMENTATION, seed, position, number) >> 11 for number in range(count)]
     return np.array(bits, dtype=np.float64) * 2.0**-53
 
 
-def permute(index: np.ndarray, *, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
-    """Return where `epoch`'s permutation of `range(size)` sends `index`; both int64 of one shape, `0 <= index < size`.
+@functools.lru_cache(maxsize=1024)
+def round_keys(*parts: int) -> tuple[int, ...]:
+    """Keys of `permute`'s rounds, for one permutation named by `parts`; kept, since neighbours share them."""
+    return tuple(hash_integers(*parts, round_) for round_ in range(_FEISTEL_ROUNDS))
+
+
+def permute(index: int, *, size: int, keys: tuple[int, ...]) -> int:
+    """Where a permutation of `range(size)`, fixed by `keys`, sends `index` (`0 <= index < size`).
 
     A Feistel network over the smallest even number of bits that holds `size`, walked along its cycle until the value
     falls inside the range again (Black and Rogaway 2002): a bijection in O(1) memory, under 4 rounds of walking on
     average.
     """
-    half = max(1, (int(size - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    keys = [hash_integers(_ORDER, seed, epoch, round_) for round_ in range(_FEISTEL_ROUNDS)]
-    value = np.asarray(index).astype(np.uint64)
-    outside = np.ones(value.shape, dtype=bool)
-    while outside.any():
-        left, right = value[outside] >> np.uint64(half), value[outside] & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right * _GOLDEN + key[outside]) & mask)
-        value[outside] = (left << np.uint64(half)) | right
-        outside = value >= np.uint64(size)
-    return value.astype(np.int64)
-
-
-def samples_at(positions: np.ndarray, *, num_samples: int, seed: int) -> np.ndarray:
-    """Return the sample index, int64, shown at each global position (int64 [n]) of the training stream."""
-    positions = np.asarray(positions, dtype=np.int64)
-    epoch, index = np.divmod(positions, num_samples)
-    return permute(index, size=num_samples, seed=seed, epoch=epoch)
-
-
-def sample_at(position: int, *, num_samples: int, seed: int) -> int:
-    """Return what `samples_at` returns, of a single position."""
-    epoch, value = divmod(int(position), num_samples)
-    half = max(1, ((num_samples - 1).bit_length() + 1) // 2)
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
-    keys = [hash_one(_ORDER, seed, epoch, round_) for round_ in range(_FEISTEL_ROUNDS)]
+    value = index
     while True:
         left, right = value >> half, value & mask
         for key in keys:
-            left, right = right, left ^ (_mix_one((right * _GOLDEN_INT + key) & _MASK) & mask)
+            left, right = right, left ^ (_mix((right * _GOLDEN + key) & _MASK) & mask)
         value = (left << half) | right
-        if value < num_samples:
+        if value < size:
             return value
 
 
+class SampleOrder(Protocol):
+    """Which sample of a set is shown at each global position; a pure function that other processes compute alike."""
+
+    @property
+    def steps_ahead(self) -> int | None:
+        """How many steps ahead of their use shards are fetched; None: as many as there are, for the cache holds all."""
+
+    def sample_at(self, position: int) -> int:
+        """The sample index at a global position of the training stream."""
+
+    def open_shards(self, split: "BatchSplit", rank: int) -> int:
+        """How many shards a loader worker of `rank` keeps open."""
+
+
+@dataclass(frozen=True)
+class FullShuffle:
+    """All samples permuted together, in another way in each epoch (`data.shuffle=full`)."""
+
+    num_samples: int
+    seed: int
+
+    @property
+    def steps_ahead(self) -> int | None:
+        """See `SampleOrder`."""
+        return None
+
+    def open_shards(self, split: "BatchSplit", rank: int) -> int:
+        """See `SampleOrder`: any shard may be next, so as many as are no burden."""
+        return _OPEN_SHARDS
+
+    def sample_at(self, position: int) -> int:
+        """See `SampleOrder`."""
+        epoch, index = divmod(int(position), self.num_samples)
+        return permute(index, size=self.num_samples, keys=round_keys(_ORDER, self.seed, epoch))
+
+
 def replacement_at(position: int, attempt: int, *, num_samples: int, seed: int) -> int:
-    """Return the sample index shown at `position` where `attempt` samples (from 1 on) tried there before were bad."""
-    return hash_one(_REPLACEMENT, seed, position, attempt) % num_samples
+    """The sample index shown at `position` where `attempt` samples (from 1 on) tried there before were bad."""
+    return hash_integers(_REPLACEMENT, seed, position, attempt) % num_samples
 
 
 @dataclass(frozen=True)
@@ -116,15 +122,19 @@ class BatchSplit:
 
     global_size: images of a step.
     micro_size: the most images that a rank takes at once.
+    contiguous: a rank's micro-batches lie side by side in the step instead, so that it reads neighbouring positions.
     """
 
     global_size: int
     micro_size: int
     world_size: int
+    contiguous: bool = False
 
     @classmethod
-    def derive(cls, *, global_size: int, micro_size: int | None, world_size: int) -> "BatchSplit":
-        """Return the split; without `micro_size` a rank takes its whole share at once.
+    def derive(
+        cls, *, global_size: int, micro_size: int | None, world_size: int, contiguous: bool = False
+    ) -> "BatchSplit":
+        """The split; without `micro_size` a rank takes its whole share at once.
 
         Raises:
             UserError: there are fewer images than ranks.
@@ -134,7 +144,7 @@ class BatchSplit:
                 f"batch.global_size={global_size} is too few images for {world_size} processes; use "
                 f"batch.global_size={world_size} or more, or at most {global_size} processes"
             )
-        return cls(global_size, micro_size or -(-global_size // world_size), world_size)
+        return cls(global_size, micro_size or -(-global_size // world_size), world_size, contiguous)
 
     @property
     def accumulation(self) -> int:
@@ -168,16 +178,22 @@ class BatchSplit:
         return sorted({-(-share // accumulation) for accumulation in range(1, share + 1)}, reverse=True)
 
     def sizes(self, rank: int) -> list[int]:
-        """Return how many images each of a rank's micro-batches holds: the same in every step."""
+        """How many images each of a rank's micro-batches holds: the same in every step."""
         size, rest = divmod(self.global_size, self.num_parts)
         return [size + (part < rest) for part in range(rank, self.num_parts, self.world_size)]
 
     def positions(self, step: int, rank: int) -> list[np.ndarray]:
-        """Return the global positions of each of a rank's micro-batches in a step, int64."""
+        """The global positions of each of a rank's micro-batches in a step, int64."""
         size, rest = divmod(self.global_size, self.num_parts)
-        parts = range(rank, self.num_parts, self.world_size)
-        starts = [step * self.global_size + part * size + min(part, rest) for part in parts]
-        return [np.arange(start, start + size) for start, size in zip(starts, self.sizes(rank), strict=True)]
+        sizes = self.sizes(rank)
+        if self.contiguous:
+            larger = rest // self.world_size * rank + min(rest % self.world_size, rank)  # parts of the ranks before
+            first = step * self.global_size + rank * self.accumulation * size + larger
+            starts = list(itertools.accumulate(sizes[:-1], initial=first))
+        else:
+            parts = range(rank, self.num_parts, self.world_size)
+            starts = [step * self.global_size + part * size + min(part, rest) for part in parts]
+        return [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
     def __str__(self) -> str:
         up_to = "" if self.is_even else "up to "

@@ -1,10 +1,10 @@
 """`data.access: stream`: a plain webdataset pipeline, for sets that fit on no disk of a node.
 
-Best effort, where indexed access is exact: shards are dealt to ranks and loader workers anew in each pass, and samples
-are shuffled within a buffer. So the samples of a step depend on the numbers of ranks and workers, a pass over the set
-is not exactly an epoch, and a run that is resumed goes on with other samples (seeded by the step it resumes at), not
-with the next ones. Decoding, checks and augmentation are those of indexed access; the number of steps is fixed, so no
-rank ever waits for another one that has run out.
+Best effort, where indexed access is exact: shards are dealt to ranks and loader workers in another way in each pass,
+and samples are shuffled within a buffer. So the samples of a step depend on the numbers of ranks and workers, a pass
+over the set is not exactly an epoch, and a run that is resumed continues with other samples (seeded by the step it
+resumes at), not with the next ones. Decoding, checks and augmentation are those of indexed access; the number of steps
+is fixed, so no rank ever waits for another one that has run out.
 """
 
 import itertools
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dist_deeplab.data import order
@@ -74,7 +73,7 @@ class StreamDataset(IterableDataset["Batch | UserError"]):
     def _augmented(self, consumer: int, consumers: int) -> Iterator[Batch]:
         import webdataset
 
-        first = int(order.hash_integers(self.place.seed, self.place.start, consumer)[0])
+        first = order.hash_integers(self.place.seed, self.place.start, consumer)
         pipeline = webdataset.DataPipeline(
             lambda: self._shards(consumer, consumers),
             webdataset.tariterators.tar_file_expander,
@@ -96,7 +95,7 @@ class StreamDataset(IterableDataset["Batch | UserError"]):
             yield batch
 
     def _shards(self, consumer: int, consumers: int) -> "Iterator[dict[str, Any]]":
-        """Yield the consumer's shards, open, for ever; the next one is fetched while one is read."""
+        """Yield the consumer's shards, open, endlessly; the next one is fetched while one is read."""
         numbers = self._shard_numbers(consumer, consumers)
         with ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(open_shard, self.manifest, number := next(numbers))
@@ -109,11 +108,10 @@ class StreamDataset(IterableDataset["Batch | UserError"]):
     def _shard_numbers(self, consumer: int, consumers: int) -> Iterator[int]:
         """Yield the shards dealt to a consumer: in each pass all shards are shuffled, and each is dealt once."""
         total = len(self.manifest.shards)
-        seed = int(order.hash_integers(self.place.seed, self.place.start)[0] >> np.uint64(1))
+        shuffle = order.FullShuffle(total, seed=order.hash_integers(self.place.seed, self.place.start) >> 1)
         hand = 0  # the consumer's next card in an endless row of shuffled packs
         while True:
-            pack, card = divmod(hand * consumers + consumer, total)
-            yield int(order.permute(np.array([card]), size=total, seed=seed, epoch=np.array([pack]))[0])
+            yield shuffle.sample_at(hand * consumers + consumer)
             hand += 1
 
     @staticmethod

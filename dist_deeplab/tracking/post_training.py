@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.tracking.journal import JOURNAL, Journal
 from dist_deeplab.tracking.run_files import RUN_FILE
 
@@ -68,7 +69,7 @@ def _send(run_dir: Path) -> None:
     command = [sys.executable, "-m", "dist_deeplab.tracking.mlflow.uploader", str(run_dir)]
     # torchrun's variables would make MLflow's libraries believe they are a rank.
     environ = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC")}
-    remedy = f"`python tools/sync_mlflow.py {run_dir}` sends the scores later"
+    remedy = f"`{command_name('sync-mlflow')} {run_dir}` sends the scores later"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SEND_S, env=environ)
     except subprocess.TimeoutExpired:

@@ -9,15 +9,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_deeplab.checkpointing.folder import CheckpointFolder
+from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig, config_to_dict, config_to_yaml
+from dist_deeplab.data.blocks import BlockShuffle
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards.cache import build_cache
-from dist_deeplab.data.shards.manifest import Manifest, load_manifest, require_fit
+from dist_deeplab.data.shards.manifest import Manifest, check_sizes, load_manifest, require_fit
 from dist_deeplab.data.stream import Place, StreamDataset, StreamLoader
 from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.distributed.parallel import prepare_model
-from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
 from dist_deeplab.distributed.session import TrainingSession, training_session
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
@@ -79,23 +81,51 @@ def build_tracker(config: RunConfig, env: DistEnv, info: dict[str, object]) -> T
     )
 
 
-def open_data(config: RunConfig) -> tuple[Manifest, Manifest | None]:
-    """Return the manifests of training and (where configured) validation, checked against the configuration."""
+def open_data(config: RunConfig, env: DistEnv) -> tuple[Manifest, Manifest | None]:
+    """The manifests of training and (where configured) validation, checked against the configuration.
+
+    One rank of each node looks at the size of every shard; the others check a shard when they open it.
+    """
     if not config.data.train:
         raise UserError(
-            "no training data: make shards by `python tools/make_shards.py --voc-root VOCdevkit/VOC2012 --split train "
-            "--out data/voc` and add data.train=data/voc/train.json, or try ./launch/quickstart.sh, which draws some"
+            f"no training data: make shards by `{command_name('shards')} --voc-root VOCdevkit/VOC2012 --split train "
+            "--out data/voc` and add data.train=data/voc/train.json, or try `"
+            f"{command_name('quickstart')}`, which draws some"
         )
     cache = build_cache(config.data.cache_dir, config.data.cache_gib)
-    manifests = [load_manifest(path.real, cache=cache) for path in (config.data.train, config.data.val) if path]
+    sets = [path.real for path in (config.data.train, config.data.val) if path]
+    manifests = [load_manifest(path, cache=cache, check_shards=False) for path in sets]
     for manifest in manifests:
+        env.on_each_node(check_sizes, manifest)
         require_fit(manifest, num_classes=config.data.num_classes, ignore_label=config.data.ignore_label)
     if manifests[-1].class_names != manifests[0].class_names:
         raise UserError(f"the class names of {config.data.train} and {config.data.val} differ; make both from one list")
-    fixed = manifests[1:] if config.data.access == "stream" else manifests
     if cache:
-        cache.require_room(sum(manifest.size_bytes for manifest in fixed if manifest.cache))
+        needed = [_cached_bytes(config, env, manifests[0]), *(manifest.size_bytes for manifest in manifests[1:])]
+        cache.require_room(sum(size for size, manifest in zip(needed, manifests, strict=True) if manifest.cache))
     return manifests[0], manifests[1] if config.data.val else None
+
+
+def _cached_bytes(config: RunConfig, env: DistEnv, train_set: Manifest) -> int:
+    """Bytes of the training shards that a node's cache must hold at the same time."""
+    if config.data.access == "stream":
+        return 0
+    if config.data.shuffle == "full":
+        return train_set.size_bytes
+    nodes = env.world_size // ranks_on_host() if env.launcher == "torchrun" else 1  # srun: unknown, so the most
+    largest = max(shard.size_bytes for shard in train_set.shards)
+    return min(train_set.size_bytes, largest * _build_blocks(config, train_set).cached_shards(max(1, nodes)))
+
+
+def _build_blocks(config: RunConfig, train_set: Manifest) -> BlockShuffle:
+    data = config.data
+    return BlockShuffle(
+        [shard.num_samples for shard in train_set.shards],
+        seed=config.seed,
+        window_shards=data.window_shards,
+        groups=data.canonical_groups,
+        global_size=config.batch.global_size,
+    )
 
 
 def split_batch(config: RunConfig, env: DistEnv) -> BatchSplit:
@@ -106,7 +136,12 @@ def split_batch(config: RunConfig, env: DistEnv) -> BatchSplit:
     """
     batch = config.batch
     micro_size = None if batch.micro_size == "auto" else batch.micro_size
-    return BatchSplit.derive(global_size=batch.global_size, micro_size=micro_size, world_size=env.world_size)
+    return BatchSplit.derive(
+        global_size=batch.global_size,
+        micro_size=micro_size,
+        world_size=env.world_size,
+        contiguous=config.data.shuffle == "blocks",
+    )
 
 
 def starting_weights(config: RunConfig, saved: dict[str, Any] | None) -> Weights | None:
@@ -184,7 +219,8 @@ def build_train_loader(
         stream = StreamDataset(train_set, place=place, sizes=split.sizes(env.rank), **what)
         return StreamLoader(stream, stop=config.max_steps, **how)
     sampler = StepSampler(start, config.max_steps, split=split, rank=env.rank)
-    return TrainLoader(TrainDataset(train_set, seed=config.seed, **what), sampler, **how)
+    blocks = _build_blocks(config, train_set) if data.shuffle == "blocks" else None
+    return TrainLoader(TrainDataset(train_set, seed=config.seed, sample_order=blocks, **what), sampler, **how)
 
 
 def images_per_s_at_peak(config: RunConfig, env: DistEnv, net: DeepLabV2) -> float | None:

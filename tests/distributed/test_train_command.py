@@ -300,7 +300,7 @@ def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], ["no training data", "tools/make_shards.py", "data.train="]),
+        ([], ["no training data", " shards --voc-root", "data.train="]),
         (["data.train=nowhere/train.json"], ["no manifest at nowhere/train.json", "make_shards.py"]),
         (["data.train={shards}/train.json", "data.num_classes=5"], ["21 classes", "data.num_classes=21"]),
         (["data.train={shards}/train.json", "data.ignore_label=0"], ["255, not 0", "data.ignore_label=255"]),

@@ -15,7 +15,8 @@ from dist_deeplab.data.packing.label_map import LabelMap, read_label_map
 from dist_deeplab.data.packing.labels import decode_mask, read_class_names
 from dist_deeplab.data.packing.lists import read_pair_list
 from dist_deeplab.data.shards.index import build_index
-from dist_deeplab.data.shards.manifest import FORMAT, key_hash, keys_digest, load_manifest
+from dist_deeplab.data.shards.keys import keys_digest
+from dist_deeplab.data.shards.manifest import FORMAT, load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.files import sha256
 from tests.fuzz.targets_weights import scratch
@@ -50,15 +51,14 @@ def _shards() -> tuple[bytes, bytes, bytes]:
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     shard = _file("train-000000.tar", file.getvalue())
-    index, keys = build_index([shard])
-    assert [key_hash(key) for key in keys] == index["key_hash"].tolist()
-    np.save(scratch()[0] / "train.index.npy", index)
     index_file = scratch()[0] / "train.index.npy"
+    indexed = build_index([shard], index_file)
+    assert indexed == ([2], keys_digest(["a", "b"]))
     manifest = {
         "format": FORMAT,
         **{"split": "train", "num_samples": 2, "num_classes": 12, "ignore_label": 255},
         "class_names": [f"class{i}" for i in range(12)],
-        **{"class_pixels": [2] * 12, "keys_sha256": keys_digest(keys)},
+        **{"class_pixels": [2] * 12, "keys_sha256": indexed.keys_sha256},
         **{"index": index_file.name, "index_sha256": sha256(index_file)},
         "shards": [{"name": shard.name, "num_samples": 2, "size_bytes": shard.stat().st_size, "sha256": sha256(shard)}],
     }
@@ -96,7 +96,7 @@ def seeds_index() -> list[bytes]:
 
 
 def fuzz_tar(data: bytes) -> None:
-    build_index([_file("imported.tar", data)])
+    build_index([_file("imported.tar", data)], scratch()[0] / "imported.index.npy")
 
 
 def seeds_tar() -> list[bytes]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.log_model import main
 
 
@@ -32,4 +33,4 @@ def test_a_run_that_is_not_in_mlflow_yet_says_how_to_send_it(
 ) -> None:
     (tmp_path / "run.json").write_text("{}")
     assert main([str(tmp_path)]) == 2
-    assert f"send it with python tools/sync_mlflow.py {tmp_path}" in capsys.readouterr().err
+    assert f"send it with {command_name('sync-mlflow')} {tmp_path}" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data import voc
 from dist_deeplab.data.image_file import MAX_PIXELS, DecodeOptions
 from dist_deeplab.workers import num_cores
@@ -11,7 +12,7 @@ from dist_deeplab.workers import num_cores
 
 def parser_of(manual: str, command: str = "") -> argparse.ArgumentParser:
     """A parser whose help is the tool's manual."""
-    prog = f"dist-deeplab shards {command}".strip()
+    prog = f"{command_name('shards')} {command}".strip()
     return argparse.ArgumentParser(prog=prog, description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from dist_deeplab.data.decode import DecodeError, decode_label, decode_packed, read_image_file
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.ordered_map import ordered_map
-from dist_deeplab.data.shards.manifest import Manifest, ShardError, keys_digest
+from dist_deeplab.data.shards.keys import keys_digest
+from dist_deeplab.data.shards.manifest import Manifest, ShardError
 from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.data.voc import PALETTE
 from dist_deeplab.errors import UserError

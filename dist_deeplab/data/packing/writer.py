@@ -6,6 +6,7 @@ The bytes depend on the samples and the size of a shard alone, not on the number
 """
 
 import functools
+import glob
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from dist_deeplab.data.packing.ordered_map import ordered_map
 from dist_deeplab.data.packing.samples import AS_THEY_ARE, Packed, PackedFile, Reading, pack_sample
 from dist_deeplab.data.packing.sources import SourceSample
 from dist_deeplab.data.shards.index import OURS, MemberNames, build_index
-from dist_deeplab.data.shards.manifest import Manifest, Shard, ShardError, keys_digest, load_manifest
+from dist_deeplab.data.shards.manifest import Manifest, Shard, ShardError, load_manifest
 from dist_deeplab.data.windows import Windows
 from dist_deeplab.files import fsync, replace_file, replace_text, sha256
 
@@ -112,8 +113,14 @@ def write_shards(
     final = out / f"{split}.json"
     if final.exists() and not overwrite:
         raise ShardError(f"{final} is there already; nothing was written (--overwrite replaces the set)")
-    out.mkdir(parents=True, exist_ok=True)
     scratch = out / f".{split}.unfinished"
+    killed_while_moving = (scratch / final.name).exists()  # then the tars beside it are of the set that was moved
+    if not overwrite and not killed_while_moving and (tars := _tars_of(final)):
+        raise ShardError(
+            f"{tars[0]} is there already, without a manifest {final.name}; nothing was written: move it, index it by "
+            "`tools/make_shards.py index`, or add --overwrite to replace it"
+        )
+    out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
@@ -196,24 +203,24 @@ def write_manifest(tars: Sequence[Path], path: Path, draft: Draft, *, members: S
     Raises:
         ShardError: see `build_index`; or the tars hold no samples.
     """
-    index, keys = build_index(tars, members=members)
-    if not keys:
-        raise ShardError(f"there are no samples in {', '.join(map(str, tars[:3]))}")
     index_path = path.with_suffix(".index.npy")
-    replace_file(index_path, functools.partial(_save_array, array=index))
+    indexed = replace_file(index_path, lambda temporary: build_index(tars, temporary, members=members))
+    if not sum(indexed.samples_per_tar):
+        index_path.unlink()
+        raise ShardError(f"there are no samples in {', '.join(map(str, tars[:3]))}")
     manifest = Manifest(
         split=draft.split,
-        num_samples=len(keys),
+        num_samples=sum(indexed.samples_per_tar),
         num_classes=len(draft.labels.class_names),
         ignore_label=draft.labels.ignore_label,
         class_names=draft.labels.class_names,
         class_pixels=tuple(int(n) for n in draft.class_pixels),
-        keys_sha256=keys_digest(keys),
+        keys_sha256=indexed.keys_sha256,
         index=index_path.name,
         index_sha256=sha256(index_path),
         shards=tuple(
-            Shard(tar.name, int(np.sum(index["shard"] == i)), tar.stat().st_size, sha256(tar))
-            for i, tar in enumerate(tars)
+            Shard(tar.name, count, tar.stat().st_size, sha256(tar))
+            for tar, count in zip(tars, indexed.samples_per_tar, strict=True)
         ),
         notes=draft.notes,
         tile_side=draft.tiles.side if draft.tiles else 0,
@@ -225,16 +232,15 @@ def write_manifest(tars: Sequence[Path], path: Path, draft: Draft, *, members: S
     replace_text(path, json.dumps(manifest.to_json(), indent=1) + "\n")
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:  # numpy would add .npy to another path
-        np.save(file, array)
+def _tars_of(final: Path) -> list[Path]:
+    """The tars beside a manifest that have the names of its set's shards, whoever made them."""
+    return sorted(final.parent.glob(f"{glob.escape(final.stem)}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"))
 
 
 def _publish(scratch: Path, final: Path) -> None:
     """Move the finished files beside `final`, the manifest last; remove the shards of a set that is replaced."""
     final.unlink(missing_ok=True)  # 1. from here to 3. there is no set, rather than a mixed one
-    split = final.stem
-    for old in final.parent.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
+    for old in _tars_of(final):
         old.unlink()
     for file in sorted(scratch.iterdir()):  # 2.
         if file.name != final.name:

@@ -91,9 +91,10 @@ class ShardCache:
         """
         if num_bytes > self.limit_bytes:
             raise CacheError(
-                f"the shards have {num_bytes / _GIB:.1f} GiB but the cache {self.folder} may hold "
-                f"{self.limit_bytes / _GIB:.1f}; random access would fetch them again and again: raise "
-                f"data.cache_gib to {num_bytes / _GIB + 0.1:.1f} or more, or set data.access=stream"
+                f"the shards needed at the same time have {num_bytes / _GIB:.1f} GiB but the cache {self.folder} may "
+                f"hold {self.limit_bytes / _GIB:.1f}; they would be fetched again and again: raise data.cache_gib to "
+                f"{num_bytes / _GIB + 0.1:.1f} or more, set data.shuffle=blocks (there with fewer data.window_shards "
+                "or data.canonical_groups) or data.access=stream"
             )
 
     def open_shard(self, url: str, *, sha256: str, size: int) -> int:

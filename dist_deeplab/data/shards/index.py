@@ -2,18 +2,16 @@
 
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-import numpy as np
-
-from dist_deeplab.data.shards.manifest import INDEX_DTYPE, ShardError, key_hash
-from dist_deeplab.data.shards.reader import split_name
+from dist_deeplab.data.shards.index_file import IndexWriter, ShardError
+from dist_deeplab.data.shards.keys import DuplicateKeyError, key_hash, unique_keys_digest
+from dist_deeplab.data.shards.reader import PNG_HEADER_BYTES, png_size, split_name
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "rgb.png", "image.png", "img.png", "image.jpg", "img.jpg", "png", "webp")
 LABEL_MEMBERS = ("seg.png", "mask.png", "label.png", "labels.png", "gt.png", "segmentation.png", "png")
-_MAX_BLOCK = 2**20
 
 
 class MemberNames(NamedTuple):
@@ -27,37 +25,70 @@ OURS = (MemberNames("jpg", "png"), MemberNames("rgb.png", "png"))
 """What `shard_writer` writes: images that are JPEGs, and others."""
 
 
+class IndexedTars(NamedTuple):
+    """What an index is of: samples of each tar, and the digest of all keys (see `keys_digest`)."""
+
+    samples_per_tar: list[int]
+    keys_sha256: str
+
+
 def build_index(
     tars: Sequence[Path],
+    path: Path,
     *,
     members: Sequence[MemberNames] = OURS,
     progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
-) -> tuple[np.ndarray, list[str]]:
-    """Return where each sample lies in the tars (INDEX_DTYPE [n], in tar order) and the keys.
+) -> IndexedTars:
+    """Write to `path` where each sample lies in the tars, in tar order; memory for one tar is enough.
 
     Args:
         tars: uncompressed tar files.
+        path: of a new `.npy` file of INDEX_DTYPE.
         members: the names by which a sample's members are known; the first that fits an image counts.
         progress: wraps the tars, to show how far this is.
 
     Raises:
-        ShardError: a tar that can't be read, a sample without its image or label, or a key twice.
+        ShardError: a tar that can't be read, a sample without its image or label, a key twice or with a line
+            break.
     """
-    rows: list[tuple[int, ...]] = []
-    keys: list[str] = []
-    for shard, path in enumerate(progress(tars)):
-        for key, (image, label) in _samples_in(path, members).items():
-            places = image.offset, image.offset_data, image.size, label.offset_data, label.size
-            rows.append((shard, *places, *_checksums(path, image, label), key_hash(key)))
-            keys.append(key)
-    if len(set(keys)) != len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ShardError(f"the key {twice!r} comes twice in the tars; keys must be unique")
-    return np.array(rows, dtype=INDEX_DTYPE), keys
+    samples_per_tar: list[int] = []
+
+    def indexed_keys(index: IndexWriter) -> Iterator[str]:
+        for shard, tar in enumerate(progress(tars)):
+            samples = _samples_in(tar, members)
+            index.append([(shard, *_record(tar, key, *found)) for key, found in samples.items()])
+            samples_per_tar.append(len(samples))
+            yield from samples
+
+    try:
+        with IndexWriter(path) as index:
+            return IndexedTars(samples_per_tar, unique_keys_digest(indexed_keys(index)))
+    except DuplicateKeyError as error:
+        raise ShardError(f"the key {error.args[0]!r} comes twice in the tars; keys must be unique") from None
+
+
+def _record(tar: Path, key: str, image: tarfile.TarInfo, label: tarfile.TarInfo) -> tuple[int, ...]:
+    """A sample's entry in the index, behind the number of its shard."""
+    if "\n" in key:
+        raise ShardError(f"{tar} holds the key {key!r} with a line break; rename it")
+    with tar.open("rb") as file:
+        image_crc32, label_crc32 = (zlib.crc32(_content(file, member, tar)) for member in (image, label))
+        file.seek(label.offset_data)
+        size = png_size(file.read(PNG_HEADER_BYTES)) or (0, 0)  # unknown: whoever decodes it will say what it is
+    places = image.offset, image.offset_data, image.size, label.offset_data, label.size
+    return *places, image_crc32, label_crc32, key_hash(key), *size
+
+
+def _content(file: BinaryIO, member: tarfile.TarInfo, tar: Path) -> bytes:
+    file.seek(member.offset_data)
+    content = file.read(member.size)
+    if len(content) != member.size:
+        raise ShardError(f"{tar} ends inside {member.name}; copy it again")
+    return content
 
 
 def find_members(tar: Path, *, image: str | None = None, label: str | None = None) -> MemberNames:
-    """Return what the members of a tar's first sample with image and label are called after the key.
+    """What the members of a tar's first sample with image and label are called after the key.
 
     Args:
         tar: the file.
@@ -84,7 +115,7 @@ def find_members(tar: Path, *, image: str | None = None, label: str | None = Non
 
 
 def _samples_in(path: Path, members: Sequence[MemberNames]) -> dict[str, tuple[tarfile.TarInfo, tarfile.TarInfo]]:
-    """Return key -> image and label member, in the order of the images."""
+    """Key -> image and label member, in the order of the images."""
     by_name = {member.name: member for member in _members(path)}
     samples: dict[str, tuple[tarfile.TarInfo, tarfile.TarInfo]] = {}
     labels_used = set()
@@ -118,15 +149,3 @@ def _members(path: Path) -> list[tarfile.TarInfo]:
         raise ShardError(f"{path} is not a readable tar file ({error})") from None
     except OSError as error:
         raise ShardError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _checksums(path: Path, *members: tarfile.TarInfo) -> list[int]:
-    sums = []
-    with path.open("rb") as file:
-        for member in members:
-            file.seek(member.offset_data)
-            content = file.read(member.size)
-            if len(content) != member.size:
-                raise ShardError(f"{path} ends inside {member.name}; copy it again")
-            sums.append(zlib.crc32(content))
-    return sums

@@ -1,71 +1,91 @@
 """What a set of WebDataset shards is: its manifest and its index.
 
 A set `train` is made of `train-000000.tar ...` (standard WebDataset: `<key>.jpg` and `<key>.png` side by side),
-`train.index.npy` (where each member's bytes lie, memory-mapped) and `train.json` (the manifest, written last).
-`shard_reader.py` reads samples by position, which is what makes the sample order a pure function and a run resumable at
-any step. A manifest may also be a URL: index and shards then lie beside it, and come through a `ShardCache`.
+`train.index.npy` (where each member's bytes lie) and `train.json` (the manifest, written last). `reader.py` reads
+samples by position, which is what makes the sample order a pure function and a run resumable at any step. A manifest
+may also be a URL: index and shards then lie beside it, and come through a `ShardCache`.
+
+A manifest may come from anybody: every value is checked before it is used.
 """
 
-import hashlib
 import json
-import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.cache import ShardCache
+from dist_deeplab.data.shards.index_file import IndexFile, ShardError
 from dist_deeplab.downloads import is_url, join_url, shown
-from dist_deeplab.errors import UserError, first_line
 
-FORMAT = "dist_deeplab.shards/1"
+FORMAT: Final = "dist_deeplab.shards/2"
 MAX_KEY_HASHES = 2**20  # 8 MiB in a checkpoint
-INDEX_DTYPE = np.dtype(
-    [
-        *(("shard", "<i4"), ("header_offset", "<i8")),
-        *(("image_offset", "<i8"), ("image_size", "<i8"), ("label_offset", "<i8"), ("label_size", "<i8")),
-        *(("image_crc32", "<u4"), ("label_crc32", "<u4"), ("key_hash", "<u8")),
-    ]
-)
-"""header_offset: where the image's tar header begins, the extended one of a long or non-ASCII name included.
-crc32: of the member's bytes; a JPEG with a flipped bit decodes without complaint. key_hash: see `key_hash`."""
+_MAX_CLASSES = 255  # 8 bits less the void label
 
 
-class ShardError(UserError):
-    """A manifest, index or shard is missing, damaged, or does not belong to the others."""
+def _plain_name(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError("is not a plain name")
+    return name
+
+
+def _index_name(name: str) -> str:
+    if not name.endswith(".npy"):  # else it could take the place of the manifest's own copy in a cache
+        raise ValueError("is not the name of an index, .npy")
+    return _plain_name(name)
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 @dataclass(frozen=True)
 class Shard:
     """One tar file: its name beside the manifest, samples, bytes and SHA-256."""
 
-    name: str
-    num_samples: int
-    size_bytes: int
-    sha256: str
+    __pydantic_config__ = _STRICT
+
+    name: Annotated[str, AfterValidator(_plain_name)]
+    num_samples: _Count
+    size_bytes: _Count
+    sha256: _Digest
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a set of shards holds. `keys_sha256` (of the sorted keys) is the set's identity, however it is sharded.
+@dataclass(frozen=True, kw_only=True)
+class ManifestFile:
+    """What a manifest file holds. `keys_sha256` (of the sorted keys) is the set's identity, however it is sharded.
 
-    `path`, `url` and `cache` are not in the file: where the manifest lies on this machine, and, if they come from
-    elsewhere, its URL and where its shards go. `notes`: sentences on what packing did to the images. `tile_side`,
-    `tile_overlap`: pixels of the tiles that larger images were cut into; 0: images are whole.
+    `notes`: sentences on what packing did to the images. `tile_side`, `tile_overlap`: pixels of the tiles that larger
+    images were cut into; 0: images are whole.
     """
 
-    split: str
-    num_samples: int
-    num_classes: int
-    ignore_label: int
+    __pydantic_config__ = _STRICT
+
+    format: Literal["dist_deeplab.shards/1", "dist_deeplab.shards/2"] = FORMAT
+    split: Annotated[str, AfterValidator(_plain_name)]
+    num_samples: _Count
+    num_classes: Annotated[int, Field(ge=1, le=_MAX_CLASSES)]
+    ignore_label: Annotated[int, Field(ge=0, le=255)]
     class_names: tuple[str, ...]
-    class_pixels: tuple[int, ...]
-    keys_sha256: str
-    index: str
-    index_sha256: str
+    class_pixels: tuple[_Count, ...]
+    keys_sha256: _Digest
+    index: Annotated[str, AfterValidator(_index_name)]
+    index_sha256: _Digest
     shards: tuple[Shard, ...]
+    notes: tuple[str, ...] = ()
+    tile_side: _Count = 0
+    tile_overlap: _Count = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(ManifestFile):
+    """A set of shards and where it is: the manifest's path on this machine; its URL and cache if it has them."""
+
     path: Path
     url: str = ""
     cache: ShardCache | None = None
@@ -84,7 +104,7 @@ class Manifest:
         return self.path.with_name(self.index)
 
     def shard_name(self, number: int) -> str:
-        """Return where a shard comes from, for messages: its path, or its URL."""
+        """Where a shard comes from, for messages: its path, or its URL."""
         name = self.shards[number].name
         return shown(join_url(self.url, name)) if self.url else str(self.path.with_name(name))
 
@@ -92,37 +112,43 @@ class Manifest:
     def key_hashes(self) -> np.ndarray:
         """Sorted 64-bit hashes of the sample keys, uint64; of a set above 2**20 samples only so many, the smallest.
 
-        Two sets that are cut so still show what share they have in common.
+        Two sets that are cut so still show what share they have in common. Made in constant memory: 8 MiB at most.
         """
-        return np.sort(open_index(self)["key_hash"].astype(np.uint64))[:MAX_KEY_HASHES]
+        smallest = np.zeros(0, dtype=np.uint64)
+        for rows in self.open_index().chunks():
+            smallest = np.sort(np.concatenate([smallest, rows["key_hash"]]))[:MAX_KEY_HASHES].copy()
+        return smallest
+
+    def open_index(self) -> IndexFile:
+        """Where each sample lies.
+
+        Raises:
+            ShardError: missing, damaged, or of another set.
+        """
+        index = IndexFile(self.index_path)
+        if len(index) != self.num_samples:
+            raise ShardError(f"the index {self.index_path} does not belong to {self.path}; make the shards again")
+        return index
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the manifest file holds."""
-        values = {"format": FORMAT, **asdict(self)}
-        for key in ("path", "url", "cache"):
-            del values[key]
-        for key in ("notes", "tile_side", "tile_overlap"):  # ordinary sets can be read by older versions
-            if not values[key]:
-                del values[key]
-        return values
+        """What the manifest file holds."""
+        values = asdict(self)
+        optional = ("notes", "tile_side", "tile_overlap")
+        names = [field.name for field in fields(ManifestFile)]
+        return {name: values[name] for name in names if values[name] or name not in optional}
 
 
-def keys_digest(keys: list[str]) -> str:
-    """Return the SHA-256 of the sorted keys, one a line: the identity of a set of samples."""
-    return hashlib.sha256("".join(f"{key}\n" for key in sorted(keys)).encode()).hexdigest()
+_READER = TypeAdapter(ManifestFile)
 
 
-def key_hash(key: str) -> int:
-    """Return 64 bits of the BLAKE2b digest of a key."""
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
-
-
-def load_manifest(path: str | Path, *, cache: ShardCache | None = None) -> Manifest:
-    """Return the manifest, after checking that index and shards are there with the sizes it says.
+def load_manifest(path: str | Path, *, cache: ShardCache | None = None, check_shards: bool = True) -> Manifest:
+    """The manifest, after checking that it makes sense and that the index is there.
 
     Args:
         path: a file, or a URL of a kind that `downloads.fetch` takes.
         cache: where a URL's files come to lie; its shards come later, when they are read.
+        check_shards: look at each shard's size too (see `check_sizes`): two calls to the file system per shard, which
+            one process per node does for all.
 
     Raises:
         ShardError: no manifest there; not one; an index or shard missing or of another size; no samples; a URL and no
@@ -135,54 +161,85 @@ def load_manifest(path: str | Path, *, cache: ShardCache | None = None) -> Manif
                 f"{shown(str(path))} is a URL, and its shards need a place: set data.cache_dir to a folder on a disk "
                 "of each node"
             )
-        url = str(path)
-        manifest = _parse(cache.fetch_manifest(url), {"url": url, "cache": cache})
-        cache.fetch_index(url, manifest.index, sha256=manifest.index_sha256)
+        file = cache.fetch_manifest(str(path))
+        content = parse_manifest(file)
+        cache.fetch_index(str(path), content.index, sha256=content.index_sha256)
+        manifest = Manifest(**vars(content), path=file, url=str(path), cache=cache)
     else:
-        manifest = _parse(Path(path).expanduser(), {})
-        for number, shard in enumerate(manifest.shards):
-            file = manifest.path.with_name(shard.name)
-            size = file.stat().st_size if file.is_file() else None
-            if size != shard.size_bytes:
-                state = "is missing" if size is None else f"has {size:,} bytes, not {shard.size_bytes:,}"
-                where = manifest.shard_name(number)
-                raise ShardError(f"the shard {where} {state}; copy it again or make the shards again")
-    open_index(manifest)
+        file = Path(path).expanduser()
+        manifest = Manifest(**vars(parse_manifest(file)), path=file)
+    manifest.open_index()
+    if check_shards:
+        check_sizes(manifest)
     return manifest
 
 
-def _parse(path: Path, origin: dict[str, Any]) -> Manifest:
-    """Return the manifest that a file holds, its numbers and names checked; `origin`: its `url` and `cache`."""
+def check_sizes(manifest: Manifest) -> None:
+    """Check that all shards are there with the sizes of the manifest; those from a URL are checked when they come.
+
+    Raises:
+        ShardError: one is missing or of another size.
+    """
+    for number, shard in enumerate(() if manifest.cache else manifest.shards):
+        file = manifest.path.with_name(shard.name)
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard.size_bytes:
+            state = "is missing" if size is None else f"has {size:,} bytes, not {shard.size_bytes:,}"
+            raise ShardError(f"the shard {manifest.shard_name(number)} {state}; copy it again or make the shards again")
+
+
+def parse_manifest(path: Path) -> ManifestFile:
+    """What a manifest file holds, every value checked.
+
+    Raises:
+        ShardError: no file, not a manifest, or one with values that can't be.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        content = _READER.validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ShardError(
-            f"there is no manifest at {path}; tools/make_shards.py makes one from VOC folders (see README)"
+            f"there is no manifest at {path}; `{command_name('shards')}` makes one from VOC folders"
         ) from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+    except ValidationError as error:
+        raise ShardError(_explain(error, path)) from None
+    except OSError as error:
+        reason = error.strerror
         raise ShardError(f"{path} can't be read as a manifest ({reason}); give the .json beside the shards") from None
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise ShardError(f"{path} is not a {FORMAT!r} manifest; tools/make_shards.py writes one")
-    try:
-        shards = tuple(Shard(**shard) for shard in values.pop("shards"))
-        names, pixels = tuple(values.pop("class_names")), tuple(values.pop("class_pixels"))
-        values["notes"] = tuple(values.get("notes", ()))
-        manifest = Manifest(**values, class_names=names, class_pixels=pixels, shards=shards, path=path, **origin)
-    except (TypeError, KeyError) as error:  # "... missing 1 required positional argument: 'index_sha256'"
-        what = re.findall(r"'\w+'", str(error)) or [str(error)]
-        raise ShardError(
-            f"the manifest {path} does not fit this version of dist_deeplab (see {', '.join(what)}); make the shards "
-            "again"
-        ) from None
-    if not isinstance(manifest.num_samples, int) or not isinstance(manifest.num_classes, int):
-        raise ShardError(f"the manifest {path} holds a count that is no number; make the shards again")
-    if manifest.num_samples < 1:
+    if content.num_samples < 1:
         raise ShardError(f"the set {path} is empty; make the shards again from a list that names images")
-    for name in (manifest.index, *(shard.name for shard in manifest.shards)):
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ShardError(f"the manifest {path} names {name!r}, which is no file beside it; make the shards again")
-    return manifest
+    names = {shard.name for shard in content.shards}
+    counted = sum(shard.num_samples for shard in content.shards)
+    for wrong, problem in (
+        (len(content.class_names) != content.num_classes, f"{len(content.class_names)} class_names"),
+        (len(content.class_pixels) != content.num_classes, f"{len(content.class_pixels)} class_pixels"),
+        (len(names) != len(content.shards), "a shard named twice"),
+        (counted != content.num_samples, f"{counted} samples in its shards"),
+    ):
+        if wrong:
+            raise ShardError(
+                f"the manifest {path} of {content.num_classes} classes and {content.num_samples} samples has "
+                f"{problem}; make the shards again"
+            )
+    return content
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    """What is wrong with a file that is not a manifest, as a sentence."""
+    problems = error.errors(include_url=False)
+    kinds = {problem["type"] for problem in problems}
+    if "json_invalid" in kinds:
+        return f"{path} can't be read as a manifest (it is not JSON); give the .json beside the shards"
+    if ("dataclass_type" in kinds and problems[0]["loc"] == ()) or any(p["loc"] == ("format",) for p in problems):
+        return f"{path} is not a {FORMAT!r} manifest; `{command_name('shards')}` writes one"
+    where = [".".join(map(str, problem["loc"])) for problem in problems]
+    if kinds & {"missing", "unexpected_keyword_argument"}:
+        return (
+            f"the manifest {path} does not fit this version of dist_deeplab (see {', '.join(where[:5])}); make the "
+            "shards again"
+        )
+    value = json.dumps(problems[0]["input"], default=str)
+    reason = problems[0]["msg"].removeprefix("Value error, ")
+    return f"the manifest {path} has {where[0]} = {value[:80]}: {reason}; make the shards again"
 
 
 def require_fit(manifest: Manifest, *, num_classes: int, ignore_label: int) -> None:
@@ -201,19 +258,3 @@ def require_fit(manifest: Manifest, *, num_classes: int, ignore_label: int) -> N
             f"{manifest.path} marks void by {manifest.ignore_label}, not {ignore_label}; set "
             f"data.ignore_label={manifest.ignore_label}"
         )
-
-
-def open_index(manifest: Manifest) -> np.ndarray:
-    """Return where each sample lies, INDEX_DTYPE [num_samples], mapped into memory.
-
-    Raises:
-        ShardError: missing, damaged, or of another set.
-    """
-    path = manifest.index_path
-    try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy parses the header as Python, and lets through whatever that raises
-        raise ShardError(f"the index {path} can't be read ({first_line(error)}); make the shards again") from None
-    if index.dtype != INDEX_DTYPE or index.shape != (manifest.num_samples,):
-        raise ShardError(f"the index {path} does not belong to {manifest.path}; make the shards again")
-    return index

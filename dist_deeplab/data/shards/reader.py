@@ -8,15 +8,15 @@ import zlib
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from dist_deeplab.data.shards.manifest import Manifest, ShardError, open_index
+from dist_deeplab.data.shards.index_file import IndexFile, ShardError
+from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.downloads import join_url
 
-_MAX_OPEN_SHARDS = 64
+MAX_OPEN_SHARDS = 64
 _TAR_BLOCK = tarfile.BLOCKSIZE
 _PNG_HEADER = struct.Struct(">8s8xII")  # signature, IHDR's length and type, width, height
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_HEADER_BYTES = _PNG_HEADER.size
 
 
 class Sample(NamedTuple):
@@ -28,10 +28,10 @@ class Sample(NamedTuple):
 
 
 def _read_header(header: bytes) -> tuple[str, int]:
-    """Return name and size that a member's header blocks give, an extended header (PAX, GNU) included.
+    """Name and size that a member's header blocks give, an extended header (PAX, GNU) included.
 
     Raises:
-        tarfile.TarError: these are no header blocks.
+        tarfile.TarError: these are not header blocks.
     """
     last = tarfile.TarInfo.frombuf(header[-_TAR_BLOCK:], "utf-8", "surrogateescape")
     if len(header) == _TAR_BLOCK:
@@ -46,41 +46,45 @@ def _read_header(header: bytes) -> tuple[str, int]:
 class ShardReader:
     """Random access to the samples of a manifest, by `os.pread`: no seek state, so forked workers may share it.
 
-    Pickles as the manifest alone (spawned workers open their own files). Keeps at most 64 shards open.
+    Pickles without its open files (spawned workers open their own). Keeps at most `max_open` shards open.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, *, max_open: int = MAX_OPEN_SHARDS) -> None:
         self.manifest = manifest
-        self._index: np.ndarray | None = None
+        self.max_open = max_open
+        self._index: IndexFile | None = None
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return self.manifest.num_samples
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"manifest": self.manifest, "_index": None, "_files": OrderedDict()}
+        return {**vars(self), "_index": None, "_files": OrderedDict()}
 
     def __del__(self) -> None:
         for file in self._files.values():
             os.close(file)
 
     def read(self, index: int) -> Sample:
-        """Return the bytes of sample `index` (0 <= index < len).
+        """The bytes of sample `index` (0 <= index < len).
 
         Raises:
             ShardError: the shard has vanished, is not what its index says, or its bytes are damaged.
             DownloadError: the shard comes from a URL and can't be fetched.
         """
-        shard, header_offset, *places, _ = self._row(index)
-        image_offset, image_size, label_offset, label_size, image_crc32, label_crc32 = places
+        shard, header_offset, image_offset, image_size, label_offset, label_size, image_crc32, label_crc32, *_ = (
+            self._row(index)
+        )
         header_size = image_offset - header_offset
+        if header_size < _TAR_BLOCK:
+            raise self._mismatch(shard, index)
         image = self._pread(shard, header_offset, header_size + image_size, index)
         label = self._pread(shard, label_offset - _TAR_BLOCK, _TAR_BLOCK + label_size, index)
         try:
             name, size_in_header = _read_header(image[:header_size])
             if (size_in_header, _read_header(label[:_TAR_BLOCK])[1]) != (image_size, label_size):
                 raise tarfile.ReadError("other sizes")
-        except tarfile.TarError:
+        except (tarfile.TarError, ValueError):
             raise self._mismatch(shard, index) from None
         sample = Sample(split_name(name)[0], image[header_size:], label[_TAR_BLOCK:])
         if (zlib.crc32(sample.image), zlib.crc32(sample.label)) != (image_crc32, label_crc32):
@@ -91,11 +95,11 @@ class ShardReader:
         return sample
 
     def shard_name(self, index: int) -> str:
-        """Return the shard that sample `index` is in, for messages."""
+        """The shard that sample `index` is in, for messages."""
         return self.manifest.shard_name(self._row(index)[0])
 
     def key(self, index: int) -> str:
-        """Return the key of sample `index`, from its tar header alone."""
+        """The key of sample `index`, from its tar header alone."""
         shard, start, image_offset, image_size, *_ = self._row(index)
         try:
             name, size = _read_header(self._pread(shard, start, image_offset - start, index))
@@ -106,23 +110,30 @@ class ShardReader:
         return split_name(name)[0]
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Return height and width of sample `index` in pixels, from the first bytes of its label.
+        """Height and width of sample `index` in pixels: from the index, without reading a shard.
+
+        Sets of format 1 have them not there, but in the first bytes of the label.
 
         Raises:
             ShardError: there is no PNG; the shard has vanished or is shorter than its index says.
         """
-        shard, _, _, _, label_offset, *_ = self._row(index)
-        signature, width, height = _PNG_HEADER.unpack(self._pread(shard, label_offset, _PNG_HEADER.size, index))
-        if signature != _PNG_SIGNATURE:
+        shard, _, _, _, label_offset, *_, height, width = self._row(index)
+        if self._open_index().has_sizes and height > 0:
+            return height, width
+        size = png_size(self._pread(shard, label_offset, PNG_HEADER_BYTES, index))
+        if size is None:
             where = self.manifest.shard_name(shard)
-            raise ShardError(f"the label of sample {index} in {where} is no PNG; make the shards again")
-        return height, width
+            raise ShardError(f"the label of sample {index} in {where} is not a PNG; make the shards again")
+        return size
+
+    def _open_index(self) -> IndexFile:
+        if self._index is None:
+            self._index = self.manifest.open_index()
+        return self._index
 
     def _row(self, index: int) -> tuple[int, ...]:
-        """Return the index's entry of a sample, in the order of INDEX_DTYPE."""
-        if self._index is None:
-            self._index = open_index(self.manifest)
-        row: tuple[int, ...] = self._index[index].item()
+        """The index's entry of a sample, in the order of INDEX_DTYPE."""
+        row = self._open_index().row(index)
         if not 0 <= row[0] < len(self.manifest.shards):
             raise ShardError(f"sample {index} of {self.manifest.path} is in no shard of the set; make the shards again")
         return row
@@ -132,8 +143,8 @@ class ShardReader:
         return ShardError(f"{where}; copy or make the shards again")
 
     def _pread(self, shard: int, offset: int, size: int, index: int) -> bytes:
-        if min(offset, size) < 0 or offset + size > self.manifest.shards[shard].size_bytes:
-            raise self._mismatch(shard, index)  # pread would allocate what a damaged index claims
+        if not 0 <= offset < offset + size <= self.manifest.shards[shard].size_bytes:  # however large an index says
+            raise self._mismatch(shard, index)
         try:
             data = os.pread(self._open(shard), size, offset)
         except OSError as error:  # e.g. a network file system that lost its server
@@ -146,7 +157,7 @@ class ShardReader:
         file = self._files.get(shard)
         if file is None:
             file = self._files[shard] = open_shard(self.manifest, shard)
-            if len(self._files) > _MAX_OPEN_SHARDS:
+            if len(self._files) > self.max_open:
                 os.close(self._files.popitem(last=False)[1])
         else:
             self._files.move_to_end(shard)
@@ -154,10 +165,10 @@ class ShardReader:
 
 
 def open_shard(manifest: Manifest, number: int) -> int:
-    """Return a descriptor of a shard, brought into the cache first if it comes from a URL; the caller closes it.
+    """A descriptor of a shard, brought into the cache first if it comes from a URL; the caller closes it.
 
     Raises:
-        ShardError: it is not there.
+        ShardError: it is not there, or of another size than the manifest says.
         DownloadError: it can't be fetched.
     """
     shard = manifest.shards[number]
@@ -165,13 +176,29 @@ def open_shard(manifest: Manifest, number: int) -> int:
         url = join_url(manifest.url, shard.name)
         return manifest.cache.open_shard(url, sha256=shard.sha256, size=shard.size_bytes)
     try:
-        return os.open(manifest.path.with_name(shard.name), os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(manifest.path.with_name(shard.name), os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise ShardError(f"cannot open the shard {manifest.shard_name(number)}: {error.strerror}") from None
+    size = os.fstat(file).st_size
+    if size != shard.size_bytes:
+        os.close(file)
+        raise ShardError(
+            f"the shard {manifest.shard_name(number)} has {size:,} bytes, not {shard.size_bytes:,}; copy it again or "
+            "make the shards again"
+        )
+    return file
+
+
+def png_size(header: bytes) -> tuple[int, int] | None:
+    """Height and width that the first PNG_HEADER_BYTES of a PNG say; None for other files."""
+    if len(header) < PNG_HEADER_BYTES:
+        return None
+    signature, width, height = _PNG_HEADER.unpack(header[:PNG_HEADER_BYTES])
+    return (height, width) if signature == _PNG_SIGNATURE else None
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return key and ending of a member, as WebDataset has it: cut at the first dot of the last part of its path."""
+    """Key and ending of a member, as WebDataset has it: cut at the first dot of the last part of its path."""
     folder, slash, file = name.rpartition("/")
     stem, _, ending = file.partition(".")
     return f"{folder}{slash}{stem}", ending

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.tracking.journal import JOURNAL
 from dist_deeplab.tracking.run_files import read_mlflow_file, read_run_file
 
@@ -82,7 +83,8 @@ class UploaderProcess:
         if self.process.poll() is None:
             log.warning(
                 "MLflow has not taken everything yet%s%s; process %d goes on trying for 10 minutes, and "
-                "`python tools/sync_mlflow.py %s` sends the rest at any time",
+                "`%s %s` sends the rest at any time",
+                command_name("sync-mlflow"),
                 ", the model not either" if wants_model and not state.get("model") else "",
                 f" ({state['error']})" if state.get("error") else "",
                 self.process.pid,

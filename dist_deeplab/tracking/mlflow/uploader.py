@@ -6,7 +6,7 @@ Reads RUN_DIR/metrics.jsonl from where it stopped last time (kept in RUN_DIR/mlf
 journal's own times, so that sending one twice changes nothing. With --follow it goes on until the journal ends the run
 or process PID is gone. When the server can't be reached it waits and tries again; the journal is the queue.
 
-Training starts one for each run; tools/sync_mlflow.py does the same for many runs that could not be sent.
+Training starts one for each run; dist-deeplab sync-mlflow does the same for many runs that could not be sent.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.redaction import redact
 from dist_deeplab.tracking.journal import JOURNAL, read_records
 from dist_deeplab.tracking.mlflow.run import MlflowRun, UploadState
@@ -144,7 +145,7 @@ def upload_until_done(uploader: Uploader, *, is_running: Callable[[], bool], giv
             if not alive:
                 ended_at = ended_at or time.monotonic()
                 if time.monotonic() - ended_at >= give_up_s:
-                    log.warning("giving up; tools/sync_mlflow.py %s sends the rest", uploader.run_dir)
+                    log.warning("giving up; `%s %s` sends the rest", command_name("sync-mlflow"), uploader.run_dir)
                     return False
         time.sleep(_RETRY_S[min(failures, len(_RETRY_S)) - 1] if failures else _POLL_S)
 

@@ -139,7 +139,7 @@ def test_every_command_in_the_manual_is_accepted() -> None:
 )
 def test_wrong_arguments_end_with_2_and_a_sentence(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*shlex.split(arguments)) == 2
-    assert "dist-deeplab shards: error: " in capsys.readouterr().err
+    assert " shards: error: " in capsys.readouterr().err
 
 
 def test_a_missing_folder_list_or_names_file_ends_with_2_and_its_name(

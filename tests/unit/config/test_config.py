@@ -348,7 +348,7 @@ def test_a_value_that_is_not_yaml_is_named(override: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     message = message_of(path=tmp_path / "absent.yaml")
     assert str(tmp_path / "absent.yaml") in message
-    assert "configs/" in message
+    assert "voc_resnet101" in message
 
 
 def test_a_folder_instead_of_a_file_is_named(tmp_path: Path) -> None:
@@ -410,6 +410,9 @@ OTHER_VALUES: dict[str, Any] = {
     "data.crop_size": 33,
     "data.num_workers": 1,
     "data.access": "stream",
+    "data.shuffle": "blocks",
+    "data.window_shards": 2,
+    "data.canonical_groups": 8,
     "data.cache_dir": "/tmp/shards",
     "data.cache_gib": 1.5,
     "data.max_bad_samples": 3,

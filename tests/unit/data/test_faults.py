@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_deeplab.data import order
 from dist_deeplab.data.batch import Batch
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.data.shards.index_file import IndexFile
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.data.transforms import Augmentation
+from tests.unit.data import order_by_numpy
 
 SEED, NUM_STEPS, GLOBAL_SIZE = 3, 6, 4
 BAD_KEY, BAD_INDEX = "2007_000004", 4
@@ -99,7 +100,7 @@ def test_a_bad_sample_is_replaced_and_all_others_stay_as_they_were(
     FAULTS[fault][0](own_set)
     got = stream(load_manifest(own_set))
     positions = np.arange(len(expected))
-    indices = order.samples_at(positions, num_samples=8, seed=SEED)
+    indices = order_by_numpy.samples_at(positions, num_samples=8, seed=SEED)
     for position, (old, new) in enumerate(zip(expected, got, strict=True)):
         if indices[position] == BAD_INDEX:
             assert old.keys == [BAD_KEY] != new.keys
@@ -149,6 +150,11 @@ def test_a_file_system_that_fails_is_an_error_that_names_the_shard(
     def fail(*arguments: object) -> bytes:
         raise OSError(116, "Stale file handle")
 
+    reader = ShardReader(shard_set)
+    row = reader.manifest.open_index().row(0)
     monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(ShardError, match=r"the index .*train\.index\.npy can't be read: Stale file handle"):
+        reader.read(0)
+    monkeypatch.setattr(IndexFile, "row", lambda self, index: row)
     with pytest.raises(ShardError, match=r"cannot read the shard .*train-000000\.tar: Stale file handle"):
-        ShardReader(shard_set).read(0)
+        reader.read(0)

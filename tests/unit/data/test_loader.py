@@ -1,7 +1,6 @@
 """The training stream is the same pixels however it is split, loaded or resumed; evaluation shows each image once."""
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -28,9 +27,11 @@ from dist_deeplab.data.loader import (
     eval_loader,
 )
 from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.data.shards.index import build_index
-from dist_deeplab.data.shards.manifest import FORMAT, Manifest, ShardError, load_manifest
+from dist_deeplab.data.packing.labels import LabelSpace
+from dist_deeplab.data.packing.writer import Draft, write_manifest
+from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
 from dist_deeplab.data.transforms import Augmentation
+from tests.unit.data import order_by_numpy
 
 SEED, CROP, GLOBAL_SIZE, NUM_STEPS = 7, 33, 4, 5  # 20 positions of 8 samples: epochs change inside a step
 AUGMENTATION = Augmentation(CROP, (0.5, 1.5), True, 255)
@@ -78,7 +79,7 @@ def expected(shard_set: Manifest, voc_root: Path) -> list[Pixels]:
     keys = (voc_root / "ImageSets/Segmentation/train.txt").read_text().split()
     stream: list[Pixels] = []
     for position in range(GLOBAL_SIZE * NUM_STEPS):
-        index = order.samples_at(np.array([position]), num_samples=len(keys), seed=SEED)[0]
+        index = order_by_numpy.samples_at(np.array([position]), num_samples=len(keys), seed=SEED)[0]
         image = cv2.imread(str(voc_root / f"JPEGImages/{keys[index]}.jpg"))[:, :, ::-1]
         label = np.array(Image.open(voc_root / f"SegmentationClass/{keys[index]}.png"))
         draws = order.uniforms(SEED, position, 4)
@@ -250,13 +251,8 @@ def own_manifest(folder: Path, members: dict[str, tuple[bytes, bytes]]) -> Manif
     with webdataset.TarWriter(str(tar)) as writer:
         for key, (image, label) in members.items():
             writer.write({"__key__": key, "jpg": image, "png": label})
-    index, keys = build_index([tar])
-    np.save(folder / "mine.index.npy", index)
-    shard = {"name": tar.name, "num_samples": len(keys), "size_bytes": tar.stat().st_size, "sha256": ""}
-    values = {"format": FORMAT, "split": "mine", "num_samples": len(keys), "num_classes": 3, "ignore_label": 255}
-    values |= {"class_names": ["a", "b", "c"], "class_pixels": [0] * 3, "keys_sha256": "", "index": "mine.index.npy"}
-    values["index_sha256"] = ""
-    (folder / "mine.json").write_text(json.dumps(values | {"shards": [shard]}))
+    draft = Draft("mine", LabelSpace(("a", "b", "c"), 255), np.zeros(3, dtype=np.int64))
+    write_manifest([tar], folder / "mine.json", draft)
     return load_manifest(folder / "mine.json")
 
 
@@ -315,5 +311,5 @@ def test_a_bad_sample_ends_loading_with_the_same_one_sentence_from_any_process(w
 
 def test_the_classes_of_the_model_decide_which_labels_are_allowed(shard_set: Manifest) -> None:
     dataset = EvalDataset(shard_set, num_classes=2, ignore_label=255)
-    with pytest.raises(ShardError, match="is no class and not void"):
+    with pytest.raises(ShardError, match="is neither a class nor void"):
         list(eval_loader(dataset, [[index] for index in range(len(dataset.reader))], num_workers=0, pin_memory=False))

@@ -5,20 +5,20 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_deeplab.data.order import (
     BatchSplit,
+    FullShuffle,
     hash_integers,
-    hash_one,
     permute,
     replacement_at,
-    sample_at,
-    samples_at,
+    round_keys,
     uniforms,
 )
 from dist_deeplab.errors import UserError
+from tests.unit.data import order_by_numpy as reference
 
 MASK = 2**64 - 1
 seeds = st.integers(0, 2**63 - 1)
@@ -46,8 +46,9 @@ def slow_hash(*parts: int) -> int:
 
 
 def epoch_of(size: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the samples of one whole epoch, in order."""
-    return samples_at(np.arange(epoch * size, (epoch + 1) * size), num_samples=size, seed=seed)
+    """The samples of one whole epoch, in order."""
+    order = FullShuffle(size, seed)
+    return np.array([order.sample_at(position) for position in range(epoch * size, (epoch + 1) * size)], dtype=np.int64)
 
 
 # --- hashes -----------------------------------------------------------------------------------------------------------
@@ -55,12 +56,7 @@ def epoch_of(size: int, seed: int, epoch: int) -> np.ndarray:
 
 @given(parts=st.lists(st.integers(0, MASK), min_size=1, max_size=4))
 def test_the_hash_equals_splitmix64_in_plain_integers(parts: list[int]) -> None:
-    assert hash_integers(*parts).tolist() == [slow_hash(*parts)]
-
-
-def test_the_hash_broadcasts_and_gives_the_same_as_one_by_one() -> None:
-    together = hash_integers(3, np.arange(4)[:, None], np.arange(5)[None, :])
-    assert together.tolist() == [[slow_hash(3, a, b) for b in range(5)] for a in range(4)]
+    assert hash_integers(*parts) == slow_hash(*parts) == int(reference.hash_integers(*parts)[0])
 
 
 @given(seed=seeds, position=st.integers(0, 2**62), count=st.integers(0, 8))
@@ -73,26 +69,27 @@ def test_uniforms_lie_in_0_to_1_and_a_longer_draw_begins_with_the_shorter(seed: 
 
 
 def test_the_largest_hash_still_gives_a_number_below_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_deeplab.data.order.hash_one", lambda *parts: MASK)
+    monkeypatch.setattr("dist_deeplab.data.order.hash_integers", lambda *parts: MASK)
     assert uniforms(0, 0, 1)[0] == 1 - 2**-53
 
 
 def test_numbers_never_change_between_versions() -> None:
     """Recorded once. A change here means that every run, resumed or repeated, sees other pixels than before."""
-    assert hash_integers(0).tolist() == [SPLITMIX64_FIRST]
+    assert hash_integers(0) == SPLITMIX64_FIRST
     assert uniforms(0, 0, 4).tolist() == GOLDEN_FIRST
     assert uniforms(0, 123_456, 4).tolist() == GOLDEN_LATER
     assert epoch_of(10, 0, 0).tolist() == GOLDEN_ORDER_10
-    assert samples_at(np.arange(105_820, 105_825), num_samples=10_582, seed=0).tolist() == GOLDEN_ORDER_VOC
+    assert [FullShuffle(10_582, 0).sample_at(p) for p in range(105_820, 105_825)] == GOLDEN_ORDER_VOC
 
 
 def test_another_process_computes_the_same_numbers() -> None:
     code = (
-        "import numpy as np; from dist_deeplab.data.order import samples_at, uniforms; "
-        "print(samples_at(np.arange(40), num_samples=13, seed=7).tolist(), uniforms(7, 5, 3).tolist())"
+        "from dist_deeplab.data.order import FullShuffle, uniforms; order = FullShuffle(13, 7); "
+        "print([order.sample_at(p) for p in range(40)], uniforms(7, 5, 3).tolist())"
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    here = f"{samples_at(np.arange(40), num_samples=13, seed=7).tolist()} {uniforms(7, 5, 3).tolist()}\n"
+    order = FullShuffle(13, 7)
+    here = f"{[order.sample_at(p) for p in range(40)]} {uniforms(7, 5, 3).tolist()}\n"
     assert there == here
 
 
@@ -107,8 +104,8 @@ def test_the_draws_of_positions_are_spread_evenly() -> None:
 
 
 def test_order_and_augmentation_share_no_number() -> None:
-    order_hashes = {int(h) for h in hash_integers(0, 0, np.arange(1000)[:, None], np.arange(8)).ravel()}
-    augmentation_hashes = {int(h) for h in hash_integers(1, 0, np.arange(1000)[:, None], np.arange(8)).ravel()}
+    order_hashes = {hash_integers(0, 0, epoch, round_) for epoch in range(1000) for round_ in range(8)}
+    augmentation_hashes = {hash_integers(1, 0, position, draw) for position in range(1000) for draw in range(8)}
     assert len(order_hashes) == len(augmentation_hashes) == 8000
     assert not order_hashes & augmentation_hashes
 
@@ -133,7 +130,7 @@ def test_every_epoch_is_a_permutation_around_powers_of_two_too(size: int) -> Non
 def test_huge_sets_are_permuted_without_a_list(size: int) -> None:
     rng = np.random.default_rng(0)
     index = np.unique(np.concatenate([np.arange(1000), size - 1 - np.arange(1000), rng.integers(0, size, 3000)]))
-    samples = permute(index, size=size, seed=5, epoch=np.full(index.shape, 3))
+    samples = np.array([permute(int(i), size=size, keys=round_keys(0, 5, 3)) for i in index])
     assert samples.min() >= 0
     assert samples.max() < size
     assert len(np.unique(samples)) == len(index)
@@ -150,32 +147,23 @@ def test_epochs_and_seeds_have_orders_of_their_own(size: int, seed: int, epoch: 
 
 def test_every_sample_is_equally_often_at_every_place() -> None:
     size, epochs = 10, 4000
-    orders = samples_at(np.arange(size * epochs), num_samples=size, seed=0).reshape(epochs, size)
+    orders = reference.samples_at(np.arange(size * epochs), num_samples=size, seed=0).reshape(epochs, size)
     counts = np.array([np.bincount(place, minlength=size) for place in orders.T])
     chi_square = ((counts - epochs / size) ** 2 / (epochs / size)).sum()
     assert chi_square < 126.1, "81 degrees of freedom: exceeded once in 1000 by chance, and the numbers are fixed"
 
 
 def test_all_orders_of_a_tiny_set_occur() -> None:
-    orders = samples_at(np.arange(3 * 2000), num_samples=3, seed=1).reshape(2000, 3)
+    orders = reference.samples_at(np.arange(3 * 2000), num_samples=3, seed=1).reshape(2000, 3)
     counts = np.unique(orders, axis=0, return_counts=True)[1]
     assert len(counts) == 6
     assert counts.min() > 2000 / 6 * 0.8
 
 
-@settings(max_examples=25)
-@given(start=st.integers(0, 10**6), size=st.integers(1, 12), seed=seeds)
-def test_any_piece_of_the_stream_is_the_stream_read_one_by_one(start: int, size: int, seed: int) -> None:
-    positions = np.arange(start, start + 2 * size + 1)
-    one_by_one = [
-        int(permute(np.array([p % size]), size=size, seed=seed, epoch=np.array([p // size]))[0]) for p in positions
-    ]
-    assert samples_at(positions, num_samples=size, seed=seed).tolist() == one_by_one
-
-
 def test_a_batch_may_straddle_two_epochs() -> None:
     split = BatchSplit.derive(global_size=4, micro_size=None, world_size=1)
-    stream = np.concatenate([samples_at(split.positions(step, 0)[0], num_samples=6, seed=0) for step in range(3)])
+    order = FullShuffle(6, 0)
+    stream = np.array([order.sample_at(p) for step in range(3) for p in split.positions(step, 0)[0]])
     assert sorted(stream[:6]) == sorted(stream[6:]) == list(range(6))
     assert (stream[:6] != stream[6:]).any()
 
@@ -188,7 +176,7 @@ def splits(draw: st.DrawFn) -> BatchSplit:
     world_size = draw(st.integers(1, 12))
     global_size = draw(st.integers(world_size, 100))
     micro_size = draw(st.none() | st.integers(1, 5) | st.integers(1, 120))
-    return BatchSplit.derive(global_size=global_size, micro_size=micro_size, world_size=world_size)
+    return BatchSplit(global_size, micro_size or -(-global_size // world_size), world_size, draw(st.booleans()))
 
 
 def parts_of(split: BatchSplit, step: int) -> list[list[int]]:
@@ -199,12 +187,16 @@ def parts_of(split: BatchSplit, step: int) -> list[list[int]]:
 
 
 @given(split=splits(), step=st.integers(0, 10**9))
-def test_positions_equal_cutting_the_step_into_equal_parts_dealt_to_the_ranks_in_turns(
+def test_positions_equal_cutting_the_step_into_equal_parts_dealt_to_the_ranks_in_turns_or_rank_by_rank(
     split: BatchSplit, step: int
 ) -> None:
     everything = np.arange(step * split.global_size, (step + 1) * split.global_size)
     expected = np.array_split(everything, split.accumulation * split.world_size)  # the first ones get the rest
-    assert parts_of(split, step) == [part.tolist() for part in expected]
+    if split.contiguous:
+        found = [p for rank in range(split.world_size) for part in split.positions(step, rank) for p in part.tolist()]
+        assert found == everything.tolist(), "rank after rank, micro-batch after micro-batch"
+    else:
+        assert parts_of(split, step) == [part.tolist() for part in expected]
     assert {part.dtype for part in split.positions(step, 0)} == {np.dtype("int64")}
 
 
@@ -264,11 +256,10 @@ def test_a_split_says_its_arithmetic() -> None:
 @given(
     position=st.integers(0, 2**62), size=st.integers(1, 2**40), seed=st.integers(0, 2**63 - 1), count=st.integers(1, 6)
 )
-def test_one_position_at_a_time_is_what_many_at_once_are(position: int, size: int, seed: int, count: int) -> None:
-    """Loader workers take positions singly, in plain integers; everything else is vectorised."""
-    assert sample_at(position, num_samples=size, seed=seed) == samples_at([position], num_samples=size, seed=seed)[0]
-    assert hash_one(seed, position, size) == int(hash_integers(seed, position, size)[0])
-    bits = hash_integers(1, seed, position, np.arange(count)) >> np.uint64(11)
+def test_the_order_and_the_draws_equal_those_of_numpy(position: int, size: int, seed: int, count: int) -> None:
+    expected = reference.samples_at(np.array([position]), num_samples=size, seed=seed)[0]
+    assert FullShuffle(size, seed).sample_at(position) == expected
+    bits = reference.hash_integers(1, seed, position, np.arange(count)) >> np.uint64(11)
     assert uniforms(seed, position, count).tolist() == (bits.astype(np.float64) * 2.0**-53).tolist()
 
 

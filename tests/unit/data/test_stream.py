@@ -1,6 +1,10 @@
 """The stream deals all shards to all ranks and workers, never ends, and differs where it says so."""
 
+import hashlib
+import itertools
+import json
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -8,14 +12,16 @@ import numpy as np
 import pytest
 
 from dist_deeplab.data import stream as stream_module
+from dist_deeplab.data.blocks import BlockShuffle
 from dist_deeplab.data.loader import EvalDataset
-from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.data.order import BatchSplit, FullShuffle
 from dist_deeplab.data.shards.cache import ShardCache
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
-from dist_deeplab.data.shards.prefetch import Plan, start_prefetch
+from dist_deeplab.data.shards.prefetch import Plan, Prefetch
 from dist_deeplab.data.stream import Place, StreamDataset, StreamLoader
 from dist_deeplab.data.transforms import Augmentation
-from tests.file_server import serve
+from tests.file_server import FileServer, serve
+from tests.unit.data import order_by_numpy
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 WHOLE = Augmentation(81, (1.0, 1.0), False, 255)  # nothing is cut off
@@ -134,26 +140,66 @@ def test_shards_are_fetched_ahead_in_the_order_of_their_first_use(shard_set: Man
     with serve(shard_set.path.parent) as server:
         manifest = load_manifest(f"{server.url}/train.json", cache=ShardCache(tmp_path / "cache", 2**30))
         split = BatchSplit.derive(global_size=4, micro_size=1, world_size=2)
-        plan = Plan(manifest, split, rank=1, seed=5, start=3, stop=50)
-        process = start_prefetch(plan)
-        assert process.wait(60) == 0
+        plan = Plan(manifest, FullShuffle(8, 5), split, rank=1, start=3, stop=50)
+        prefetch = Prefetch(plan)
+        assert prefetch.process.wait(60) == 0
         assert [path for path, _ in server.requests if path.endswith(".tar")] == [
-            f"/train-00000{number}.tar" for number in plan.shards()
+            f"/train-00000{number}.tar" for _, number in plan.shards()
         ]
-    from dist_deeplab.data import order
-    from dist_deeplab.data.shards.manifest import open_index
-
     positions = np.concatenate([part for step in range(3, 50) for part in split.positions(step, 1)])
-    used = open_index(manifest)["shard"][order.samples_at(positions, num_samples=8, seed=5)].tolist()
-    assert plan.shards() == list(dict.fromkeys(used))
+    shard_of = manifest.open_index().rows(0, 8)["shard"]
+    used = shard_of[order_by_numpy.samples_at(positions, num_samples=8, seed=5)].tolist()
+    assert [shard for _, shard in plan.shards()] == list(dict.fromkeys(used))
+
+
+def test_fetching_ahead_of_blocks_stays_a_window_ahead_of_the_training(shard_set: Manifest, tmp_path: Path) -> None:
+    """16 copies of one shard at 16 names, each as large as a window: only those of the steps to come are fetched."""
+    root = tmp_path / "server"
+    root.mkdir()
+    values, tar = json.loads(shard_set.path.read_text()), shard_set.path.with_name("train-000000.tar").read_bytes()
+    shards = [values["shards"][0] | {"name": f"{number:02d}.tar"} for number in range(16)]
+    for shard in shards:
+        (root / shard["name"]).write_bytes(tar)
+        shard["sha256"] = hashlib.sha256(tar).hexdigest()
+    rows = np.tile(shard_set.open_index().rows(0, 3), 16)
+    rows["shard"] = np.repeat(np.arange(16), 3)
+    np.save(root / "train.index.npy", rows)
+    digest = hashlib.sha256((root / "train.index.npy").read_bytes()).hexdigest()
+    content = values | {"shards": shards, "num_samples": 48, "index_sha256": digest}
+    (root / "train.json").write_text(json.dumps(content))
+    with serve(root) as server:
+        manifest = load_manifest(f"{server.url}/train.json", cache=ShardCache(tmp_path / "cache", 2**30))
+        order = BlockShuffle([3] * 16, seed=1, window_shards=1, groups=1, global_size=1)
+        assert order.steps_ahead == 3
+        plan = Plan(manifest, order, BatchSplit(1, 1, 1, contiguous=True), rank=0, start=0, stop=10**6)
+        prefetch = Prefetch(plan)
+
+        def fetched(at_least: int) -> int:
+            until = time.monotonic() + 60
+            while len(asked(server)) < at_least and time.monotonic() < until:
+                time.sleep(0.02)
+            time.sleep(0.3)  # and no more come
+            return len(asked(server))
+
+        assert fetched(2) == 2, "the window of step 0, and that of step 3"
+        prefetch.at(2)
+        assert fetched(2) == 2
+        prefetch.at(12)
+        assert fetched(6) == 6
+        prefetch.close()
+        names = [f"/{shards[shard]['name']}" for _, shard in itertools.islice(plan.shards(), 6)]
+        assert asked(server) == names, "in the order of their use"
+
+
+def asked(server: FileServer) -> list[str]:
+    return [path for path, _ in server.requests if path.endswith(".tar")]
 
 
 def test_fetching_ahead_ends_with_the_run(shard_set: Manifest, tmp_path: Path) -> None:
     with serve(shard_set.path.parent) as server:
         manifest = load_manifest(f"{server.url}/train.json", cache=ShardCache(tmp_path / "cache", 2**30))
         server.statuses = [503] * 10**6  # it would try for long
-        process = start_prefetch(Plan(manifest, BatchSplit(1, 1, 1), rank=0, seed=0, start=0, stop=50))
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(30) == 0
+        prefetch = Prefetch(Plan(manifest, FullShuffle(8, 0), BatchSplit(1, 1, 1), rank=0, start=0, stop=50))
+        prefetch.close()
+        assert prefetch.process.returncode == 0
         assert not any(path.name.endswith(".tar") for path in os.scandir(tmp_path / "cache"))

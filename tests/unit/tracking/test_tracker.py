@@ -241,7 +241,7 @@ def test_a_model_is_waited_for_longer_unless_mlflow_is_away(
     uploader = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     UploaderProcess(tmp_path, uploader).wait("FINISHED")  # would take ten minutes
     assert "not taken everything yet, the model not either (connection refused)" in caplog.text
-    assert f"tools/sync_mlflow.py {tmp_path}" in caplog.text
+    assert f"sync-mlflow {tmp_path}" in caplog.text
     uploader.communicate(b"\n")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.preprocessing import CAFFE_ROUNDED, TORCHVISION
 from dist_deeplab.model.weights.formats.torch_file import KNOWN, NamedTensors
@@ -134,7 +135,7 @@ def _family(layout: Layout, prefix: str, tensors: dict[str, torch.Tensor], path:
         if f"{outside}head.branches.0.weight" in tensors:
             raise UserError(
                 f"{path} is a bare state dict of this project, which does not say what input its network wants; use "
-                "the checkpoint it came from, or what tools/convert_weights.py made of that"
+                f"the checkpoint it came from, or what `{command_name('convert-weights')}` made of that"
             )
     return Variant("torchvision ResNet", False, TORCHVISION)
 

@@ -27,6 +27,7 @@ from dist_deeplab.data.packing.lists import read_pair_list, read_voc_list
 from dist_deeplab.data.packing.sources import SourceSample
 from dist_deeplab.data.packing.writer import write_shards
 from dist_deeplab.data.shards.index import build_index
+from dist_deeplab.data.shards.keys import keys_digest
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
 
@@ -258,13 +259,26 @@ def test_a_mistake_while_replacing_a_set_leaves_the_old_one(own_samples: list[So
     assert read_tree(own_set.parent) == before
 
 
+def test_tars_of_somebody_else_are_never_replaced_unasked(samples: list[SourceSample], tmp_path: Path) -> None:
+    """Tars that webdataset's own ShardWriter made have the same names, and no manifest."""
+    (tmp_path / "train-000007.tar").write_bytes(b"mine")
+    with pytest.raises(ShardError, match=r"train-000007\.tar is there already, without a manifest .*--overwrite"):
+        pack(samples, tmp_path)
+    assert (tmp_path / "train-000007.tar").read_bytes() == b"mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000007.tar"]
+    (tmp_path / "val-000000.tar").write_bytes(b"another set's")
+    pack(samples, tmp_path, overwrite=True)
+    assert not (tmp_path / "train-000007.tar").exists()
+    assert (tmp_path / "val-000000.tar").exists()
+
+
 def test_a_full_disk_leaves_nothing(
     samples: list[SourceSample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_space(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", no_space)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", no_space)
     with pytest.raises(OSError, match="No space"):
         pack(samples, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -478,8 +492,9 @@ def test_the_index_points_at_the_bytes_of_tars_made_elsewhere(form: int, tmp_pat
         write_tar(tmp_path / "0.tar", {"b.png": b"2", "b.jpg": b"1" * 600, "b.json": b"{}"}, form=form),
         write_tar(tmp_path / "1.tar", {"x/c.jpg": b"", "x/c.png": b"4" * 512, "readme": b"?"}, form=form),
     ]
-    index, keys = build_index(tars)
-    assert keys == ["b", "x/c"]
+    indexed = build_index(tars, tmp_path / "index.npy")
+    assert indexed == ([1, 1], keys_digest(["x/c", "b"]))
+    index = np.load(tmp_path / "index.npy")
     assert index["shard"].tolist() == [0, 1]
     for row, (image, label) in zip(index, [(b"1" * 600, b"2"), (b"", b"4" * 512)], strict=True):
         content = tars[row["shard"]].read_bytes()
@@ -490,7 +505,7 @@ def test_the_index_points_at_the_bytes_of_tars_made_elsewhere(form: int, tmp_pat
 def test_a_sample_without_its_label_is_named(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "0.tar", {"a.jpg": b"1", "a.png": b"2", "b.jpg": b"3"})
     with pytest.raises(ShardError, match=r"0\.tar holds b\.jpg but not b\.png"):
-        build_index([tar])
+        build_index([tar], tmp_path / "index.npy")
 
 
 @pytest.mark.parametrize(
@@ -500,14 +515,14 @@ def test_a_sample_without_its_label_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_no_tar_is_named(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(content)
     with pytest.raises(ShardError, match=rf"0\.tar .*{reason}"):
-        build_index([tmp_path / "0.tar"])
+        build_index([tmp_path / "0.tar"], tmp_path / "index.npy")
 
 
 def test_a_tar_cut_inside_a_member_is_named(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "0.tar", {"a.jpg": b"1" * 2000, "a.png": b"2" * 3000})
     os.truncate(tar, 4500)
     with pytest.raises(ShardError, match=r"0\.tar"):
-        build_index([tar])
+        build_index([tar], tmp_path / "index.npy")
 
 
 def test_the_manifest_is_plain_json(shard_set: Manifest) -> None:

@@ -9,7 +9,9 @@ import random
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,7 +21,9 @@ from dist_deeplab.data import voc
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.lists import read_voc_list
 from dist_deeplab.data.packing.writer import write_shards
-from dist_deeplab.data.shards.manifest import Manifest, ShardError, keys_digest, load_manifest, require_fit
+from dist_deeplab.data.shards.index_file import INDEX_DTYPE_1
+from dist_deeplab.data.shards.keys import DuplicateKeyError, key_hash, keys_digest, unique_keys_digest
+from dist_deeplab.data.shards.manifest import FORMAT, Manifest, ShardError, check_sizes, load_manifest, require_fit
 from dist_deeplab.data.shards.reader import Sample, ShardReader
 from dist_deeplab.errors import UserError
 
@@ -67,7 +71,7 @@ def test_every_sample_equals_what_tarfile_reads(shard_set: Manifest) -> None:
 
 def test_a_manifest_reads_back_as_it_was_written(shard_set: Manifest) -> None:
     assert load_manifest(str(shard_set.path)) == shard_set
-    assert json.loads(shard_set.path.read_text())["format"] == "dist_deeplab.shards/1"
+    assert json.loads(shard_set.path.read_text())["format"] == FORMAT == "dist_deeplab.shards/2"
 
 
 def test_a_set_may_be_moved(shard_set: Manifest, own_set: Path) -> None:
@@ -119,11 +123,10 @@ def test_forked_processes_share_open_files_without_disturbing_each_other(shard_s
     assert [reader.read(index) for index in range(8)] == expected
 
 
-def test_a_reader_keeps_few_shards_open_and_closes_them(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_deeplab.data.shards.reader._MAX_OPEN_SHARDS", 2)
+def test_a_reader_keeps_few_shards_open_and_closes_them(shard_set: Manifest) -> None:
     folder = shard_set.path.parent
     before = open_shards(folder)
-    reader = ShardReader(shard_set)
+    reader = ShardReader(shard_set, max_open=2)
     expected = read_with_tarfile(shard_set)
     for index in [0, 3, 6, 0, 7, 4, 1, 6, 3]:
         assert reader.read(index) == expected[index]
@@ -136,7 +139,7 @@ def test_a_reader_keeps_few_shards_open_and_closes_them(shard_set: Manifest, mon
 
 
 def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"train\.json; tools/make_shards\.py") as caught:
+    with pytest.raises(ShardError, match=r"train\.json; `.* shards` makes one") as caught:
         load_manifest(tmp_path / "train.json")
     assert isinstance(caught.value, UserError)
 
@@ -284,3 +287,152 @@ def test_labels_for_another_model_are_refused_with_the_remedy(shard_set: Manifes
         require_fit(shard_set, num_classes=19, ignore_label=255)
     with pytest.raises(ShardError, match=r"void by 255, not 0; set data\.ignore_label=255"):
         require_fit(shard_set, num_classes=21, ignore_label=0)
+
+
+# --- manifests and indexes of strangers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_samples": -8}, "num_samples = -8"),
+        ({"num_samples": 8.0}, "num_samples"),
+        ({"num_samples": True}, "num_samples"),
+        ({"num_samples": 10**400}, "num_samples"),
+        ({"num_samples": 9}, "9 samples has 8 samples in its shards"),
+        ({"num_classes": 0}, "num_classes"),
+        ({"num_classes": 22}, "22 classes .* has 21 class_names"),
+        ({"class_pixels": [1]}, "has 1 class_pixels"),
+        ({"class_pixels": [-1] * 21}, r"class_pixels\.0 = -1"),
+        ({"ignore_label": 999}, "ignore_label = 999"),
+        ({"ignore_label": -1}, "ignore_label"),
+        ({"split": "../../x"}, "split"),
+        ({"keys_sha256": ""}, "keys_sha256"),
+        ({"index_sha256": ""}, "index_sha256"),
+        ({"index_sha256": None}, "index_sha256"),
+        ({"index": ".."}, "index"),
+        ({"index": "/etc/passwd"}, "index"),
+        ({"index": "manifest.json"}, "index"),
+        ({"index": "a\0.npy"}, "index"),
+        ({"shards": {}}, "shards"),
+        ({"shards": []}, "0 samples in its shards"),
+        ({"format": 1}, "not a 'dist_deeplab"),
+        ({"surprise": 1}, "does not fit this version .*surprise"),
+    ],
+)
+def test_values_that_can_not_be_are_named(changes: dict[str, Any], named: str, own_set: Path) -> None:
+    change_manifest(own_set, **changes)
+    with pytest.raises(ShardError, match=named) as caught:
+        load_manifest(own_set)
+    assert str(own_set) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"size_bytes": -1}, "size_bytes = -1"),
+        ({"num_samples": -3}, "num_samples"),
+        ({"sha256": None}, "sha256 = null"),
+        ({"sha256": ""}, "sha256"),
+        ({"sha256": "A" * 64}, "sha256"),
+        ({"sha256": "0" * 64 + "\n"}, "sha256"),
+        ({"name": ".."}, "name"),
+        ({"name": "."}, "name"),
+        ({"name": ""}, "name"),
+        ({"name": "../train-000000.tar"}, "name"),
+        ({"name": 7}, "name"),
+        ({"name": "train-000001.tar"}, "a shard named twice"),
+        ({"more": 1}, r"shards\.0\.more"),
+    ],
+)
+def test_shards_that_can_not_be_are_named(changes: dict[str, Any], named: str, own_set: Path) -> None:
+    shards = json.loads(own_set.read_text())["shards"]
+    change_manifest(own_set, shards=[shards[0] | changes, *shards[1:]])
+    with pytest.raises(ShardError, match=named):
+        load_manifest(own_set)
+
+
+@pytest.mark.parametrize("field", ["header_offset", "image_offset", "image_size", "label_offset", "label_size"])
+@pytest.mark.parametrize("value", [-1, -(2**62), 2**62, 2**40, 0])
+def test_an_index_of_a_stranger_never_takes_memory_or_crashes(field: str, value: int, own_set: Path) -> None:
+    path = own_set.with_name("train.index.npy")
+    index = np.load(path)
+    if index[field][0] == value:
+        return
+    index[field][0] = value
+    np.save(path, index)
+    reader = ShardReader(load_manifest(own_set))
+    with pytest.raises(ShardError, match="sample 0 is not where the index says"):
+        reader.read(0)
+    assert reader.read(1).key
+
+
+# --- format 1, key hashes ---------------------------------------------------------------------------------------------
+
+
+def as_format_1(path: Path) -> Path:
+    """Turn a set into one as it was written before: an index without sizes."""
+    index_path = path.with_name("train.index.npy")
+    index = np.load(index_path)
+    old = np.zeros(len(index), dtype=INDEX_DTYPE_1)
+    for name in INDEX_DTYPE_1.names or ():
+        old[name] = index[name]
+    np.save(index_path, old)
+    digest = hashlib.sha256(index_path.read_bytes()).hexdigest()
+    change_manifest(path, format="dist_deeplab.shards/1", index_sha256=digest)
+    return path
+
+
+def test_a_set_of_format_1_reads_as_the_same_set(own_set: Path, shard_set: Manifest) -> None:
+    new, old = ShardReader(shard_set), ShardReader(load_manifest(as_format_1(own_set)))
+    for index in range(8):
+        assert old.read(index) == new.read(index)
+        assert old.image_size(index) == new.image_size(index)
+    assert old.manifest.key_hashes.tolist() == shard_set.key_hashes.tolist()
+    assert old.manifest.keys_sha256 == shard_set.keys_sha256
+
+
+def test_sizes_come_from_the_index_without_opening_a_shard(own_set: Path, shard_set: Manifest) -> None:
+    manifest = load_manifest(own_set)
+    expected = [cv2.imdecode(np.frombuffer(s.label, np.uint8), 0).shape for s in read_with_tarfile(manifest)]
+    for shard in manifest.shards:
+        own_set.with_name(shard.name).unlink()
+    reader = ShardReader(manifest)
+    assert [reader.image_size(index) for index in range(8)] == expected
+    assert open_shards(own_set.parent) == 0
+
+
+def test_key_hashes_are_the_smallest_and_own_their_memory(own_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = sorted(key_hash(sample.key) for sample in read_with_tarfile(load_manifest(own_set)))
+    monkeypatch.setattr("dist_deeplab.data.shards.manifest.MAX_KEY_HASHES", 3)
+    monkeypatch.setattr("dist_deeplab.data.shards.index_file._CHUNK_ROWS", 2)
+    hashes = load_manifest(own_set).key_hashes
+    assert hashes.tolist() == every[:3]
+    assert hashes.base is None, "a view would keep the whole index alive"
+
+
+def test_a_rank_that_is_not_its_nodes_first_checks_a_shard_when_it_opens_it(own_set: Path) -> None:
+    shard = own_set.with_name("train-000001.tar")
+    shard.write_bytes(shard.read_bytes()[:-512])
+    manifest = load_manifest(own_set, check_shards=False)
+    reader = ShardReader(manifest)
+    assert reader.read(0).key
+    with pytest.raises(ShardError, match=r"train-000001\.tar has [\d,]+ bytes, not"):
+        reader.read(3)
+    with pytest.raises(ShardError, match=r"train-000001\.tar has [\d,]+ bytes, not"):
+        check_sizes(manifest)
+
+
+@given(keys=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n")), max_size=20))
+def test_keys_sorted_in_files_have_the_digest_of_those_sorted_in_memory(keys: list[str]) -> None:
+    expected = keys_digest(keys)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dist_deeplab.data.shards.keys._RUN", 3)
+        assert keys_digest(iter(keys)) == expected
+        if len(set(keys)) < len(keys):
+            with pytest.raises(DuplicateKeyError) as caught:
+                unique_keys_digest(keys)
+            assert keys.count(caught.value.args[0]) > 1
+        else:
+            assert unique_keys_digest(keys) == expected
