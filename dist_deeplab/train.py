@@ -42,6 +42,7 @@ from dist_deeplab.training.builders import (
     build_step,
     build_tracker,
     build_train_loader,
+    follow_manifest,
     images_per_s_at_peak,
     open_data,
     open_session,
@@ -77,6 +78,7 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
 def start(config: RunConfig, env: DistEnv, *, profile: bool = False) -> int:
     """Check all that can be checked before any heavy work, then train; return the exit code. Every rank calls it."""
     train_set, val_set = open_data(config, env)
+    config = follow_manifest(config, train_set)
     require_crf(config.eval.crf)
     require_known_store(resolve_uri(config.tracking.uri.real, config.output_dir))
     split = split_batch(config, env)

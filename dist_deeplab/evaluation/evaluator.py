@@ -75,7 +75,7 @@ def evaluate(
         session: this rank among the ranks; its stop request is looked at after each batch.
         num_workers: loader processes per rank.
         batch_size: images of a batch, at most.
-        num_panels: how many images, the set's first, to return for looking at.
+        num_panels: how many images, spread over the set, to return for looking at.
         crf: refines the predictions; None: the network's own count.
 
     Raises:
@@ -104,7 +104,7 @@ def evaluate(
         confusion=total.sum(0),
         num_images=len(images),
         ignore_label=manifest.ignore_label,
-        panels=draw_panels(predictor, manifest, env, range(min(num_panels, manifest.num_samples)), crf=crf),
+        panels=draw_panels(predictor, manifest, env, spread_over(manifest.num_samples, num_panels), crf=crf),
         trimap=total.cumsum(0)[:-1],
         images=images,
     )
@@ -125,6 +125,12 @@ def _in_the_sets_order(own: list[ImageScore], indices: list[int], manifest: Mani
             "be wrong"
         )
     return tuple(score for _, score in scored)
+
+
+def spread_over(num_samples: int, count: int) -> list[int]:
+    """Indices of `count` samples, evenly spread: neighbours, e.g. frames of a video, look alike."""
+    count = min(count, num_samples)
+    return [number * num_samples // count for number in range(count)]
 
 
 def draw_panels(
