@@ -5,10 +5,11 @@
     ... eval.scales=[0.5,0.75,1.0] eval.flip=true eval.crf=true        # as the paper's best row
 
 The checkpoint says which network and preprocessing it is of; nothing has to be repeated. Prints the table and writes
-metrics.json, classes.csv, images.csv, confusion.png, iou.png, trimap.png and panels of images spread over
-the set, of the best and the worst ones to --out (default: eval/<checkpoint>_<set>... in the run's folder). A warning
-says how many of the images the checkpoint was trained on. Where the checkpoint lies in its run's folder, scores and
-report go to the run's journal and MLflow page too, as eval/<set>.../*. Exit codes: 0 done, 1 error, 2 wrong arguments, checkpoint or data.
+metrics.json, classes.csv, images.csv, confusion.png, iou.png, trimap.png and panels of images spread over the set, of
+the best and the worst ones to --out (default: eval/<checkpoint>_<set>... in the run's folder). A warning says how many
+of the images the checkpoint was trained on. Where the checkpoint lies in its run's folder, scores and report go to the
+run's journal and MLflow page too, as eval/<set>.../*. Exit codes: 0 done, 1 error, 2 wrong arguments, checkpoint or
+data.
 """
 
 import argparse
