@@ -62,6 +62,8 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "filelock>=4.1",
+        "psutil>=5.9",
+        "nvidia-ml-py>=12",  # GPUs in the system metrics; imports as pynvml, and works without a GPU
         "scipy",  # SBD's labels; MLflow needs it anyway
         "safetensors>=0.4",
         "protobuf>=4.22",  # .caffemodel files and TensorFlow checkpoints; MLflow needs it anyway

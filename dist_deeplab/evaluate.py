@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab import config as configuration
+from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
 from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.cache import build_cache
 from dist_deeplab.data.shards.checks import require_scorable
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.distributed.launcher import hard_exit, run_command
-from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
 from dist_deeplab.distributed.session import Session, session
 from dist_deeplab.errors import UserError
@@ -35,14 +35,11 @@ from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.contamination import find_contamination
 from dist_deeplab.evaluation.crf import open_crf, require_crf
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel, draw_panels, evaluate
-from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings, load_network
+from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings
 from dist_deeplab.files import prepare_file, prepare_folder
-from dist_deeplab.logs import format_count, setup_logging
-from dist_deeplab.model.weights import Variant
+from dist_deeplab.logs import format_count
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.post_training import add_to_run
-from dist_deeplab.training.precision import allow_tf32
-from dist_deeplab.training.resume import read_checkpoint
 
 log = logging.getLogger("dist_deeplab.evaluate")
 
@@ -53,40 +50,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(arguments: argparse.Namespace, env: DistEnv) -> int:
-    """Check all that can be checked before any heavy work, then score; return the exit code."""
-    saved = read_checkpoint(arguments.checkpoint)
-    settings = inference_settings(saved, arguments.overrides)
+    """Check all that can be checked before any heavy work, then score; the exit code."""
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    settings = inference_settings(checkpoint, arguments.overrides)
     manifest = load_manifest(arguments.data, cache=build_cache(settings.data.cache_dir, settings.data.cache_gib))
     require_crf(settings.eval.crf)
-    check_classes(saved, manifest, arguments.checkpoint)
+    check_classes(checkpoint, manifest)
     require_scorable(manifest)
     prepare_folder(report_folder(arguments, settings), remedy="choose another --out")
     if arguments.json:
         prepare_file(arguments.json, remedy="choose another --json")
     with session(env) as ranks:
-        score(ranks, saved, settings, manifest, arguments)
+        score(ranks, checkpoint, settings, manifest, arguments)
     return 0
 
 
 def score(
     ranks: Session,
-    saved: dict[str, Any],
+    checkpoint: Checkpoint,
     settings: configuration.RunConfig,
     manifest: Manifest,
     arguments: argparse.Namespace,
 ) -> None:
     """Evaluate, print the table and write the report; every rank calls it."""
     env = ranks.env
-    setup_logging(to_terminal=env.is_main, rank=env.rank, folder=None)
-    variant, overlap = Variant.from_plain(saved["variant"]), find_contamination(saved, manifest)
+    overlap = find_contamination(checkpoint, manifest)
     notes = [str(overlap)] if overlap and overlap.num_images else []
-    if variant.note:
-        notes.append(f"NOTE on these weights: {variant.note}")
+    if checkpoint.variant.note:
+        notes.append(f"NOTE on these weights: {checkpoint.variant.note}")
     for note in notes:
         log.warning("%s", note)
-    allow_tf32(settings.precision.dtype)
-    net = place_model(load_network(saved), env.device)
-    predictor = Predictor.build(net, variant.preprocessing, settings.eval)
+    predictor = Predictor.from_checkpoint(checkpoint, settings, env.device)
     num_panels, num_workers, batch_size = settings.eval.num_panels, settings.data.num_workers, settings.eval.batch_size
     with open_crf(settings.eval.crf, settings.crf, ranks_on_host=ranks_on_host()) as crf:
         evaluation = evaluate(
@@ -98,12 +92,12 @@ def score(
     names = manifest.class_names
     per_class = settings.eval.table == "classes"
     text = report.describe(scores(evaluation.confusion), names, per_class=per_class, notes=notes)
-    source = f"{arguments.checkpoint}, step {saved['step']}"
+    source = f"{checkpoint}, step {checkpoint.step}"
     images = format_count(evaluation.num_images, "image")
     log.info("%s, on %s of %s: %s", source, images, manifest.path, text)
     about = {
         "checkpoint": str(arguments.checkpoint),
-        "step": saved["step"],
+        "step": checkpoint.step,
         "data": str(manifest.path),
         "keys_sha256": manifest.keys_sha256,
         "inference": configuration.score_settings(settings),
@@ -115,7 +109,7 @@ def score(
     if arguments.mlflow:
         group = f"eval/{manifest.split}{inference_name(settings.eval)}"
         values = report.metric_values(scores(evaluation.confusion), names, group=group)
-        env.on_main(add_to_run, arguments.checkpoint.parent.parent, saved["step"], values, folder)
+        env.on_main(add_to_run, arguments.checkpoint.parent.parent, checkpoint.step, values, folder)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -149,13 +143,13 @@ def report_folder(arguments: argparse.Namespace, settings: configuration.RunConf
     return arguments.out or checkpoint.parent.parent / "eval" / name
 
 
-def check_classes(saved: dict[str, Any], manifest: Manifest, checkpoint: Path) -> None:
+def check_classes(checkpoint: Checkpoint, manifest: Manifest) -> None:
     """Check that checkpoint and set mean the same by a label.
 
     Raises:
         UserError: another number of classes, or other names.
     """
-    known, labelled = saved["class_names"], list(manifest.class_names)
+    known, labelled = checkpoint.class_names, tuple(manifest.class_names)
     if len(known) != len(labelled):
         raise UserError(
             f"{checkpoint} knows {len(known)} classes but {manifest.path} has {len(labelled)}; give the checkpoint or "

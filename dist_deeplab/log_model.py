@@ -2,8 +2,8 @@
 
     python -m dist_deeplab.log_model runs/voc_resnet101 [--register-as voc-deeplab] [--uri URI]
 
-The run must be in MLflow already (training sends it, or dist-deeplab sync-mlflow later). `tracking.log_model=true`
-does this at the end of a run. Then, anywhere:
+The run must be in MLflow already: training sends it, or `dist-deeplab sync-mlflow` does later.
+`tracking.log_model=true` logs the model at the end of a run. Then, anywhere:
 
     mlflow.pyfunc.load_model("models:/voc-deeplab/1").predict(pandas.DataFrame({"image": [jpeg_bytes]}))
     mlflow models serve -m models:/voc-deeplab/1 --env-manager local --port 8080
@@ -26,15 +26,21 @@ import torch
 from PIL import Image
 
 import dist_deeplab
+from dist_deeplab.checkpointing.checkpoint import Checkpoint, find_best, read_checkpoint
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import config_from_dict
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import serving
-from dist_deeplab.redaction import redact
-from dist_deeplab.tracking.mlflow.run import UploadState
-from dist_deeplab.tracking.mlflow.store import explain, full_uri, no_telemetry, require_known_store, take_credentials
-from dist_deeplab.tracking.run_files import RUN_FILE, mlflow_run_id, read_mlflow_file
-from dist_deeplab.training.resume import read_checkpoint
+from dist_deeplab.redaction import redact, shown_url
+from dist_deeplab.tracking.mlflow.state import UploadState
+from dist_deeplab.tracking.mlflow.store import (
+    choose_store,
+    explain,
+    no_telemetry,
+    require_known_store,
+    take_credentials,
+)
+from dist_deeplab.tracking.run_files import read_run_file
 
 _LIBRARIES = ("torch", "numpy", "opencv-python-headless", "Pillow", "pydantic", "pyyaml", "pandas", "filelock", "rich")
 _NAME = "best"
@@ -51,11 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--uri", default="", help="MLflow store, where not the one that the run is in")
     arguments = parser.parse_args(argv)
     try:
-        uri = arguments.uri or str(read_mlflow_file(arguments.run_dir).get("uri", ""))
-        require_known_store(full_uri(uri))
+        require_known_store(arguments.uri)
         config_from_dict({"tracking": {"register_as": arguments.register_as}}, where="--register-as")
+        uri = choose_store(arguments.run_dir, read_run_file(arguments.run_dir).tracking.uri, arguments.uri)
         os.environ.update(environment())
-        print(log_best(arguments.run_dir, uri=full_uri(uri), register_as=arguments.register_as))
+        print(log_best(arguments.run_dir, uri=uri, register_as=arguments.register_as))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -80,12 +86,14 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
     Raises:
         UserError: no run is there, or it is not in MLflow, or has no checkpoint.
     """
-    if not (run_dir / RUN_FILE).is_file():
-        raise UserError(f"{run_dir} is no run's folder: it has no {RUN_FILE}; give one that training has made")
-    run_id = mlflow_run_id(run_dir)
+    state = UploadState(run_dir, uri)
+    run_id = state["run_id"]
     if not run_id:
-        raise UserError(f"{run_dir} is not in MLflow yet; send it with {command_name('sync-mlflow')} {run_dir}")
-    saved = read_checkpoint(find_best(run_dir))
+        raise UserError(
+            f"{run_dir} is not in the MLflow store {shown_url(uri)} yet; send it: "
+            f"{command_name('sync-mlflow')} {run_dir}"
+        )
+    checkpoint = read_checkpoint(find_best(run_dir))
     no_telemetry()
     import mlflow
 
@@ -94,7 +102,7 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
     before = client.get_run(run_id).info
     try:
         with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id):
-            torch.save({key: saved[key] for key in serving.NEEDED}, Path(folder) / serving.WEIGHTS)
+            torch.save(checkpoint.for_inference(), Path(folder) / serving.WEIGHTS)
             info = mlflow.pyfunc.log_model(
                 name=_NAME,
                 loader_module=serving.__name__,
@@ -103,8 +111,8 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
                 signature=signature(),
                 input_example=input_example(),
                 pip_requirements=requirements(),
-                metadata=metadata(saved),
-                step=saved["step"],  # so that the model's page has the scores of this step
+                metadata=metadata(checkpoint),
+                step=checkpoint.step,  # so that the model's page has the scores of this step
                 registered_model_name=register_as or None,
             )
     finally:
@@ -112,21 +120,8 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
             client.set_terminated(run_id, status=before.status, end_time=before.end_time)
     version = info.registered_model_version
     address = f"models:/{register_as}/{version}" if register_as else redact(str(info.model_uri))
-    UploadState(run_dir, redact(uri)).save(model=address)  # sync-mlflow need not log it again
+    state.save(model=address)  # sync-mlflow need not log it again
     return address
-
-
-def find_best(run_dir: Path) -> Path:
-    """Return the best checkpoint, or the newest where nothing was scored.
-
-    Raises:
-        UserError: there is none.
-    """
-    folder = run_dir / "checkpoints"
-    found = [folder / "best.pt"] if (folder / "best.pt").exists() else sorted(folder.glob("step_*.pt"))
-    if not found:
-        raise UserError(f"no checkpoint in {folder}; train first")
-    return found[-1]
 
 
 def signature() -> Any:
@@ -152,13 +147,13 @@ def requirements() -> list[str]:
     return [f"{name}=={importlib.metadata.version(name)}" for name in _LIBRARIES]
 
 
-def metadata(saved: dict[str, Any]) -> dict[str, Any]:
+def metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what a user of the model must know: the classes that a mask's indices mean, and which weights it has."""
     return {
-        "class_names": saved["class_names"],
-        "step": saved["step"],
-        "best_mIoU": saved["best_miou"],
-        "backbone": saved["config"]["model"]["backbone"],
+        "class_names": list(checkpoint.class_names),
+        "step": checkpoint.step,
+        "best_mIoU": checkpoint.best_miou,
+        "backbone": checkpoint.config.model.backbone,
     }
 
 

@@ -15,31 +15,26 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.image_file import MAX_PIXELS, DecodeOptions
 from dist_deeplab.distributed.launcher import hard_exit, run_command
-from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks_on_host
 from dist_deeplab.distributed.session import Session, session
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import submission
 from dist_deeplab.evaluation.crf import CrfPool, open_crf, require_crf
 from dist_deeplab.evaluation.images import Source, find_images
-from dist_deeplab.evaluation.inference import Predictor, inference_settings, load_network
+from dist_deeplab.evaluation.inference import Predictor, inference_settings
 from dist_deeplab.evaluation.prediction import Prediction, Workload, predict_images
 from dist_deeplab.evaluation.result_files import EXTRAS, ResultFiles
 from dist_deeplab.files import prepare_folder
-from dist_deeplab.logs import setup_logging
-from dist_deeplab.model.weights import Variant
-from dist_deeplab.training.precision import allow_tf32
-from dist_deeplab.training.resume import read_checkpoint
 
 _SHOWN = 50  # unreadable files listed in the terminal; unreadable.txt has all
 
@@ -52,28 +47,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(arguments: argparse.Namespace, env: DistEnv) -> int:
-    """Check all that can be checked before any heavy work, then predict; return the exit code."""
-    saved = read_checkpoint(arguments.checkpoint)
-    settings = inference_settings(saved, arguments.overrides)
+    """Check all that can be checked before any heavy work, then predict; the exit code."""
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    settings = inference_settings(checkpoint, arguments.overrides)
     require_crf(settings.eval.crf)
     if arguments.voc_submission:
-        submission.require_voc_classes(saved["class_names"])
+        submission.require_voc_classes(checkpoint.class_names)
     sources = find_images(arguments.images, outside=arguments.out)
     if arguments.list:
         sources = listed(sources, arguments.list)
-    results = result_files(arguments, saved["class_names"])
+    results = result_files(arguments, checkpoint.class_names)
     prepare_folder(arguments.out, remedy="choose another --out")
     with session(env) as ranks:
         wanted = results.wanted(sources, overwrite=arguments.overwrite, skip_existing=arguments.skip_existing)
         sources = gather_to_all(wanted)[0]  # every rank has looked before one writes
-        problems = predict(ranks, saved, settings, sources, results, arguments)
+        problems = predict(ranks, checkpoint, settings, sources, results, arguments)
         env.on_main(report, problems, len(sources), arguments)
     return 1 if problems else 0
 
 
 def predict(
     ranks: Session,
-    saved: dict[str, Any],
+    checkpoint: Checkpoint,
     settings: RunConfig,
     sources: Sequence[Source],
     results: ResultFiles,
@@ -81,10 +76,7 @@ def predict(
 ) -> list[str]:
     """Predict this rank's share, write the results, and return what could not be read on any rank."""
     env = ranks.env
-    setup_logging(to_terminal=env.is_main, rank=env.rank, folder=None)
-    variant = Variant.from_plain(saved["variant"])
-    allow_tf32(settings.precision.dtype)
-    net = place_model(load_network(saved), env.device)
+    predictor = Predictor.from_checkpoint(checkpoint, settings, env.device)
     own = sources[env.rank :: env.world_size]
     log.info("%d images (%d on this rank) to %s", len(sources), len(own), arguments.out)
     work = Workload(
@@ -94,7 +86,7 @@ def predict(
         with_probabilities=settings.eval.crf or arguments.probabilities,
         decoding=DecodeOptions(max_pixels=round(arguments.max_megapixels * 1e6)),
     )
-    predictions = predict_images(Predictor.build(net, variant.preprocessing, settings.eval), own, work)
+    predictions = predict_images(predictor, own, work)
     problems = []
     with open_crf(settings.eval.crf, settings.crf, ranks_on_host=ranks_on_host()) as crf, ThreadPoolExecutor(2) as pool:
         writing = None

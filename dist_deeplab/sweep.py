@@ -14,7 +14,6 @@ launch/sweep.sh sets the environment up and runs this; slurm/sweep.sh makes an a
 
 import argparse
 import logging
-import re
 import signal
 import subprocess
 import sys
@@ -29,7 +28,6 @@ from rich.console import Console
 from dist_deeplab import config as configuration
 from dist_deeplab.command_line import command_name
 from dist_deeplab.comparison import report
-from dist_deeplab.comparison.pages import sweep_pages
 from dist_deeplab.comparison.record import read_folder
 from dist_deeplab.config import RunConfig
 from dist_deeplab.config.grid import expand
@@ -37,9 +35,11 @@ from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import STOPPED_EARLY, UserError
 from dist_deeplab.files import prepare_folder
 from dist_deeplab.logs import format_count, setup_logging
-from dist_deeplab.redaction import redact
 from dist_deeplab.tracking import run_files
-from dist_deeplab.tracking.tracker import JOURNAL, open_tracker, resolve_uri
+from dist_deeplab.tracking.journal import JOURNAL
+from dist_deeplab.tracking.mlflow.pages import server_of, sweep_pages
+from dist_deeplab.tracking.mlflow.state import UploadState
+from dist_deeplab.tracking.tracker import Reporting, open_tracker, resolve_uri
 
 log = logging.getLogger("dist_deeplab.sweep")
 
@@ -147,27 +147,30 @@ def recipe_changes(child: Child) -> list[str]:
 def prepare(sweep: Sweep) -> None:
     """Make the folder of the sweep's own run; a larger grid under the same name adds to it."""
     prepare_folder(sweep.folder, remedy="choose another output_dir=")
-    attempt = run_files.read_run_file(sweep.folder).get("attempt", 0)
-    run_files.write_run_file(sweep.folder, attempt=attempt, **about(sweep))
+    attempt, reported = run_files.known_run_file(sweep.folder).attempt, reporting(sweep)
+    run_files.write_run_file(
+        sweep.folder, uri=reported.uri, experiment=reported.experiment, attempt=attempt, run_info=run_info(sweep)
+    )
 
 
-def about(sweep: Sweep) -> dict[str, Any]:
-    """Content of `run.json` of the sweep's own run."""
+def reporting(sweep: Sweep) -> Reporting:
+    """Where the sweep's own run is reported."""
     config = sweep.children[0].config
-    before = run_files.read_run_file(sweep.folder).get("children", [])
+    return Reporting(resolve_uri(config.tracking.uri.real, config.output_dir), config.tracking.experiment)
+
+
+def run_info(sweep: Sweep) -> dict[str, Any]:
+    """Content of `run.json` of the sweep's own run."""
+    before = run_files.known_run_file(sweep.folder).children or []
     names = list(dict.fromkeys([*before, *(child.config.name for child in sweep.children)]))
     what = f"A sweep over {format_count(len(names), 'run')}: `{' '.join(sweep.grid)}`."
     grid = {key: value for key, _, value in (argument.partition("=") for argument in sweep.grid)}
     return {
-        "uri": resolve_uri(config.tracking.uri.real, config.output_dir),
-        "experiment": config.tracking.experiment,
-        "run_info": {
-            "name": sweep.folder.name,
-            "parameters": {**configuration.flatten(config), **grid, "name": sweep.folder.name},
-            "tags": {"sweep": " ".join(sweep.grid)},
-            "description": f"{what} It has no result yet.",
-            "children": names,
-        },
+        "name": sweep.folder.name,
+        "parameters": {**configuration.flatten(sweep.children[0].config), **grid, "name": sweep.folder.name},
+        "tags": {"sweep": " ".join(sweep.grid)},
+        "description": f"{what} It has no result yet.",
+        "children": names,
     }
 
 
@@ -261,9 +264,12 @@ def conclude(sweep: Sweep) -> int:
     records = [read_folder(folder) for folder in begun]
     everything_done = all(is_finished(child) for child in sweep.children)
     report.print_report(records, Console(width=None if sys.stdout.isatty() else 160))
-    config = sweep.children[0].config
     tracker = open_tracker(
-        sweep.folder, env=DistEnv(), config_yaml=configuration.config_to_yaml(config), **about(sweep)
+        sweep.folder,
+        env=DistEnv(),
+        reporting=reporting(sweep),
+        config_yaml=configuration.config_to_yaml(sweep.children[0].config),
+        run_info=run_info(sweep),
     )
     num_finished = sum(record.status == "FINISHED" for record in records)
     tracker.log(num_finished, report.summary(records))
@@ -276,17 +282,13 @@ def conclude(sweep: Sweep) -> int:
 
 def where_to_look(sweep: Sweep, folders: Sequence[Path]) -> str:
     """How to open MLflow's pages that compare the runs: a command, and addresses."""
-    config = sweep.children[0].config
-    uri = redact(resolve_uri(config.tracking.uri.real, config.output_dir))
-    copies = [run_files.read_mlflow_file(folder) for folder in folders]
-    ids = [copy["run_id"] for copy in copies if copy.get("run_id")]
-    if uri == "none" or len(ids) < 2:
+    uri = reporting(sweep).uri
+    copies = [state for state in (UploadState(folder, uri) for folder in folders) if state["run_id"]]
+    if uri == "none" or len(copies) < 2:
         return f"in MLflow: nothing yet (tracking.uri=none, or no store: {command_name('sync-mlflow')} sends it later)"
-    is_server = uri.startswith("http")
-    server = re.sub(r"//[^/]*@", "//", uri).rstrip("/") if is_server else "http://127.0.0.1:5000"
-    experiment, own = copies[0]["experiment_id"], run_files.mlflow_run_id(sweep.folder)
-    pages = sweep_pages(server, experiment, own, ids)
-    head = "in MLflow:" if is_server else "in MLflow: ./launch/mlflow_ui.sh, then"
+    ids, own = [state["run_id"] for state in copies], UploadState(sweep.folder, uri)["run_id"]
+    pages = sweep_pages(server_of(uri), copies[0]["experiment_id"], own, ids)
+    head = "in MLflow:" if uri.startswith("http") else "in MLflow: ./launch/mlflow_ui.sh, then"
     return "\n".join([head, *(f"    {name}: {address}" for name, address in pages.items())])
 
 

@@ -11,34 +11,32 @@ Exit codes: 0 done, 1 error, 2 wrong arguments or configuration, 75 stopped earl
 """
 
 import argparse
-import functools
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from dist_deeplab import config as configuration
-from dist_deeplab.checkpointing.folder import CheckpointFolder
 from dist_deeplab.command_line import command_name
 from dist_deeplab.comparison.record import read_folder
 from dist_deeplab.comparison.report import save_figure
 from dist_deeplab.config import RunConfig
-from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.launcher import hard_exit, refuse_restart, run_command
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.distributed.session import TrainingSession
 from dist_deeplab.errors import STOPPED_EARLY
 from dist_deeplab.evaluation import validation
 from dist_deeplab.evaluation.crf import require_crf
+from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.logs import setup_logging
-from dist_deeplab.model.weights import Variant
 from dist_deeplab.tracking.mlflow.store import require_known_store
-from dist_deeplab.tracking.tracker import Tracker, resolve_uri
+from dist_deeplab.tracking.tracker import resolve_uri
 from dist_deeplab.training.assembly import assemble
 from dist_deeplab.training.bad_samples import BadSamples
 from dist_deeplab.training.builders import (
-    build_checkpoints,
     build_step,
     build_tracker,
     build_train_loader,
@@ -48,13 +46,14 @@ from dist_deeplab.training.builders import (
     open_session,
     split_batch,
 )
-from dist_deeplab.training.dry_run import rehearse
+from dist_deeplab.training.dry_run import dry_run
 from dist_deeplab.training.memory import explained_out_of_memory
 from dist_deeplab.training.optim import poly_lr, set_lr
 from dist_deeplab.training.profiling import profiled
-from dist_deeplab.training.resume import find_checkpoint, forget_lost_best, save_checkpoint
+from dist_deeplab.training.resume import forget_lost_best, save_checkpoint
+from dist_deeplab.training.run import Run
 from dist_deeplab.training.state import TrainState
-from dist_deeplab.training.summary import describe, log_progress, run_info, window_values
+from dist_deeplab.training.summary import describe, log_progress, window_values
 
 log = logging.getLogger("dist_deeplab.train")
 
@@ -65,101 +64,138 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(arguments: argparse.Namespace, env: DistEnv) -> int:
-    """Do what the arguments ask for and return the exit code."""
+    """Do what the arguments ask for; the exit code."""
     config = configuration.load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         env.on_main(sys.stdout.write, configuration.config_to_yaml(config))
         return 0
     if arguments.dry_run:
-        return rehearse(config, env, start)
+        return dry_run(config, env, start)
     return start(config, env, profile=arguments.profile)
 
 
 def start(config: RunConfig, env: DistEnv, *, profile: bool = False) -> int:
-    """Check all that can be checked before any heavy work, then train; return the exit code. Every rank calls it."""
-    train_set, val_set = open_data(config, env)
-    config = follow_manifest(config, train_set)
+    """Check all that can be checked before any heavy work, then train; the exit code. Every rank calls it."""
+    data = open_data(config, env)
+    config = follow_manifest(config, data[0])
     require_crf(config.eval.crf)
     require_known_store(resolve_uri(config.tracking.uri.real, config.output_dir))
     split = split_batch(config, env)
-    with open_session(config, env) as run:
+    with open_session(config, env) as session:
+        setup_logging(to_terminal=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
+        run, model, state = assemble(config, env, split, data, session)
         trace = config.run_dir / "profile" / f"rank_{env.rank}.json.gz" if profile else None
-        exit_code = train(config, env, split, train_set, val_set, run, trace=trace)
-    if exit_code == STOPPED_EARLY and run.stop.ends_launch:
+        exit_code = train(run, model, state, trace=trace)
+    if exit_code == STOPPED_EARLY and session.stop.ends_launch:
         refuse_restart()
     return exit_code
 
 
-def train(
-    config: RunConfig,
-    env: DistEnv,
-    split: BatchSplit,
-    train_set: Manifest,
-    val_set: Manifest | None,
-    run: TrainingSession,
-    *,
-    trace: Path | None = None,
-) -> int:
-    """Train to `config.max_steps` and return the exit code; every rank calls it. `trace`: file to profile to."""
-    # --- 1. Where to start from ---------------------------------------------------------------------------------------
-    setup_logging(to_terminal=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
-    meter, stop = run.meter, run.stop
-    checkpoints = build_checkpoints(config, env)
-    saved = find_checkpoint(config, checkpoints, train_set)
+def train(run: Run, model: nn.Module, state: TrainState, *, trace: Path | None = None) -> int:
+    """Train to `max_steps`; the exit code. Every rank calls it.
 
-    # --- 2. Network, optimizer, state ---------------------------------------------------------------------------------
-    split, variant, model, state = assemble(config, env, split, saved, val_set)
-    describe(config, env, split, train_set, val_set, state, variant)
-    run.report("running", state.step)
-    if state.step >= config.max_steps and not state.owes_evaluation:
+    Args:
+        run: what is trained, on what, and where its results go.
+        model: the network as it is trained, with the other ranks.
+        state: weights, optimizer and progress, which this changes.
+        trace: file to profile to.
+    """
+    config, meter, stop = run.config, run.session.meter, run.session.stop
+
+    # --- 1. What is about to happen, if anything ----------------------------------------------------------------------
+    describe(run, state)
+    run.session.report("running", state.step)
+    if state.step >= config.max_steps and not state.pending_evaluation:
         log.info("nothing to do: %s is done (step %d of %d)", config.run_dir, state.step, config.max_steps)
-        run.report("done", state.step)
+        run.session.report("done", state.step)
         return 0
 
-    # --- 3. Data, update, tracking ------------------------------------------------------------------------------------
-    batches = build_train_loader(config, env, split, train_set, start=state.step)
-    update = build_step(config, env, split, state, model, variant)
-    bad_samples = BadSamples.open(config.run_dir, config.data.max_bad_samples, env, start=state.step)
-    tracker = build_tracker(config, env, run_info(config, env, split, train_set, val_set))
-    score = functools.partial(validate, config, env, state, variant, val_set, tracker, run, checkpoints)
-    save = functools.partial(save_checkpoint, config, checkpoints, state, variant, train_set)
+    # --- 2. Data, update, tracking ------------------------------------------------------------------------------------
+    batches = build_train_loader(run, start=state.step)
+    update = build_step(run, state, model)
+    bad_samples = BadSamples.open(config.run_dir, config.data.max_bad_samples, run.env, start=state.step)
+    run = replace(run, tracker=build_tracker(run))
 
-    # --- 4. The loop: one turn is one optimizer step ------------------------------------------------------------------
-    status = "FAILED"
-    try:
-        if state.owes_evaluation:
-            save(is_best=score(), wait=True)
-            if state.owes_evaluation:
-                status = "KILLED"
-                return stop_early(run, state)
-        meter.start(images_per_s_at_peak(config, env, state.net))
-        for _, micro_batches in run.steps(profiled(batches, trace)):
+    # --- 3. The loop: one iteration is one optimizer step -------------------------------------------------------------
+    with run.tracker, contextlib.closing(run.checkpoints):
+        if state.pending_evaluation and evaluate_and_save(run, state):
+            return stop_early(run, state)
+        meter.start(images_per_s_at_peak(run, state.net))
+        for _, micro_batches in run.session.steps(profiled(batches, trace)):
             rates = set_lr(state.optimizer, poly_lr(state.schedule_step, config.optim, max_steps=config.max_steps))
-            with explained_out_of_memory(config, split):
+            with explained_out_of_memory(config, run.split):
                 result = update(micro_batches, stop=bool(stop))
             meter.waited(result.wait_s)
             state.advance(result, micro_batches)
             bad_samples.take(state.step, micro_batches, result.num_bad)
-            last = state.step == config.max_steps
-            if last or is_due(state.step, config.tracking.log_every):
-                values = window_values(state, run, rates, images_per_step=split.global_size, env=env)
-                tracker.log(state.step, values | bad_samples.values())
+            if state.step == config.max_steps or is_due(state.step, config.tracking.log_every):
+                values = window_values(run, state, rates)
+                run.tracker.log(state.step, values | bad_samples.values())
                 log_progress(state.step, config.max_steps, values)
-            with run.paused():
-                is_best = (last or is_due(state.step, config.eval.every)) and score()
-                stopping = (result.stop and not last) or state.owes_evaluation
-                ending = last or stopping
-                if ending or is_best or is_due(state.step, config.checkpoint.every):
-                    save(is_best=is_best, wait=ending)
-                tracker.log(state.step, checkpoints.pop_values())
+            with run.session.paused():
+                stopping = evaluate_and_save(run, state, asked_to_stop=result.stop)
             if stopping:
-                status = "KILLED"
                 return stop_early(run, state)
-        status = "FINISHED"
-        return finish(config, run, state, tracker)
-    finally:
-        checkpoints.close()
-        tracker.close(status)
+        return finish(run, state)
+
+
+def evaluate_and_save(run: Run, state: TrainState, *, asked_to_stop: bool = False) -> bool:
+    """Evaluate and save what is due after the step; whether the run is to stop now. Every rank calls it.
+
+    A run that ends, or that makes up for an evaluation that was cut short, waits until the checkpoint is on disk.
+    """
+    config, was_pending = run.config, state.pending_evaluation
+    last = state.step >= config.max_steps
+    is_best = (was_pending or last or is_due(state.step, config.eval.every)) and validate(run, state)
+    stopping = (asked_to_stop and not last) or state.pending_evaluation
+    wait = last or stopping or was_pending
+    if wait or is_best or is_due(state.step, config.checkpoint.every):
+        save_checkpoint(run, state, is_best=is_best, wait=wait)
+    run.tracker.log(state.step, run.checkpoints.pop_values())
+    return stopping
+
+
+def validate(run: Run, state: TrainState) -> bool:
+    """Score the network on the validation set, if there is one; whether it is the best so far. Every rank calls it.
+
+    Asked to stop meanwhile, it ends early and leaves the evaluation pending in `state`, for the next start.
+    """
+    if run.val_set is None:
+        return False
+    predictor = Predictor.build(state.net, run.variant.preprocessing, run.config.eval)
+    scored = validation.Validation(run.val_set, run.config, run.session, run.tracker)
+    miou = validation.score(scored, predictor, step=state.step)
+    state.pending_evaluation = miou is None
+    forget_lost_best(run, state)
+    if miou is None:
+        return False
+    is_best = state.update_best(miou, run.val_set.keys_sha256)
+    run.tracker.log(state.step, {"val/best_mIoU": state.best_miou})
+    return is_best
+
+
+def finish(run: Run, state: TrainState) -> int:
+    """Say that the run is done and draw its curves; the exit code."""
+    folder = run.config.run_dir
+    run.session.report("done", state.step)
+    run.tracker.log_files(state.step, lambda: [save_figure([read_folder(folder)], folder / "curves.png")])
+    run.tracker.finished()
+    log.info("done: %d steps; the run is in %s", state.step, folder)
+    return 0
+
+
+def stop_early(run: Run, state: TrainState) -> int:
+    """Say that the run was asked to stop and is saved; the exit code."""
+    reason = run.session.stop.reason
+    run.session.report("stopped", state.step)
+    run.tracker.stopped()
+    log.warning("stopped (%s), saved step %d; the same command continues from there", reason, state.step)
+    return STOPPED_EARLY
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -176,51 +212,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key, e.g. optim.lr=1e-3")
     return parser.parse_intermixed_args(argv)
-
-
-def validate(
-    config: RunConfig,
-    env: DistEnv,
-    state: TrainState,
-    variant: Variant,
-    val_set: Manifest | None,
-    tracker: Tracker,
-    run: TrainingSession,
-    checkpoints: CheckpointFolder,
-) -> bool:
-    """Score the network on `val_set`, if there is one, and return whether it is the best so far; every rank calls it.
-
-    Asked to stop meanwhile, it leaves off, and `state` owes an evaluation to the next start.
-    """
-    if val_set is None:
-        return False
-    miou = validation.score(state.net, val_set, config, variant.preprocessing, tracker, step=state.step, session=run)
-    state.owes_evaluation = miou is None
-    forget_lost_best(state, checkpoints)
-    is_best = miou is not None and state.take_score(miou, val_set.keys_sha256)
-    if miou is not None:
-        tracker.log(state.step, {"val/best_mIoU": state.best_miou})
-    return is_best
-
-
-def finish(config: RunConfig, run: TrainingSession, state: TrainState, tracker: Tracker) -> int:
-    """Say that the run is done, draw its curves, and return the exit code."""
-    run.report("done", state.step)
-    tracker.log_files(state.step, lambda: [save_figure([read_folder(config.run_dir)], config.run_dir / "curves.png")])
-    log.info("done: %d steps; the run is in %s", state.step, config.run_dir)
-    return 0
-
-
-def stop_early(run: TrainingSession, state: TrainState) -> int:
-    """Say that the run was asked to stop and is saved, and return the exit code."""
-    run.report("stopped", state.step)
-    log.warning("stopped (%s), saved step %d; the same command goes on from there", run.stop.reason, state.step)
-    return STOPPED_EARLY
-
-
-def is_due(step: int, every: int) -> bool:
-    """Return whether something that happens each `every` steps (0: never) happens after this one."""
-    return every > 0 and step % every == 0
 
 
 if __name__ == "__main__":

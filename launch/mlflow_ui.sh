@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 #
-# Browse and compare the runs of ./runs in MLflow's pages: curves, settings, pictures.
+# Browse and compare the runs of ./runs in MLflow's pages: curves, settings, images.
 #
-#     ./launch/mlflow_ui.sh                           # then open http://127.0.0.1:5000
+#     ./launch/mlflow_ui.sh                           # then open one of the addresses that it prints
 #     PORT=5001 ./launch/mlflow_ui.sh                 # where 5000 is taken
 #     ssh -L 5000:127.0.0.1:5000 CLUSTER              # on your own machine, to look at a cluster's runs
 #
@@ -21,6 +21,9 @@ need_command mlflow
 # Its background jobs are for language-model applications: several processes more, for nothing here.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=${MLFLOW_SERVER_ENABLE_JOB_EXECUTION:-false}
 export MLFLOW_DISABLE_TELEMETRY=${MLFLOW_DISABLE_TELEMETRY:-true}
+
+echo "The runs, best mIoU first, once the server is up (\"Application startup complete\"):"
+python -m dist_deeplab.tracking.mlflow.pages runs/mlflow.db "http://127.0.0.1:${PORT:-5000}" | sed 's/^/    /'
 
 # The client has written the artifacts into runs/mlartifacts by itself and the store knows their paths, so the server
 # only reads them there; --artifacts-destination is for runs logged through this server.

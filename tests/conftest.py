@@ -17,6 +17,14 @@ for _name in [name for name in os.environ if name.startswith("PET_")]:
     del os.environ[_name]  # what launch/test.sh would have torchrun do; a test says itself what it wants
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder of the tests' own for what the package keeps for its user, e.g. the known MLflow stores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _fresh_logging() -> Iterator[None]:
     """Undo what a command run in this process did to the package's logger."""

@@ -19,7 +19,7 @@ from dist_deeplab.model.weights.formats.torch_file import load_plain
 FORMAT = "dist_deeplab.checkpoint/1"
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_content(path: Path) -> dict[str, Any]:
     """Return the content of a verified checkpoint, tensors on the CPU; no code in the file is run.
 
     Raises:

@@ -20,21 +20,20 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
+from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
 from dist_deeplab.command_line import command_name
+from dist_deeplab.config import EvalConfig, RunConfig
 from dist_deeplab.data.transforms import next_grid_size, pad_to
 from dist_deeplab.errors import TrainingError, UserError
 from dist_deeplab.evaluation.exportable import Exportable
 from dist_deeplab.evaluation.images import find_images, read_image
-from dist_deeplab.evaluation.inference import Predictor, load_network
+from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.files import prepare_file
-from dist_deeplab.model.weights import Variant
-from dist_deeplab.training.resume import read_checkpoint
 
 Model = Callable[[np.ndarray], np.ndarray]
 """float32 [B, 3, H, W] -> logits float32 [B, C, H, W]."""
@@ -49,13 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         prepare(arguments)
-        saved = read_checkpoint(arguments.checkpoint)
-        variant = Variant.from_plain(saved["variant"])
-        predictor = Predictor(load_network(saved), variant.preprocessing)
+        checkpoint = read_checkpoint(arguments.checkpoint)
+        predictor = Predictor.from_checkpoint(checkpoint, one_scale(checkpoint.config), torch.device("cpu"))
         sources = find_images(arguments.check, outside=Path("/nowhere")) if arguments.check else []
-        metadata = describe(saved, variant, arguments.checkpoint)
+        metadata = describe(checkpoint)
         write = write_onnx if arguments.out.suffix == ".onnx" else write_program
-        model = write(Exportable(predictor.net, variant.preprocessing).eval(), arguments.out, metadata)
+        model = write(Exportable(predictor.net, predictor.preprocessing).eval(), arguments.out, metadata)
         pictures = {f"drawn {width} x {height}": draw(height, width) for height, width in _SIZES}
         pictures |= {str(source.path): read_image(source.path) for source in sources}
         worst = compare(model, predictor, pictures)
@@ -90,15 +88,20 @@ def prepare(arguments: argparse.Namespace) -> None:
     prepare_file(arguments.out, remedy="choose another OUT")
 
 
-def describe(saved: dict[str, Any], variant: Variant, checkpoint: Path) -> dict[str, str]:
-    """Return the metadata, {name: text}."""
+def one_scale(config: RunConfig) -> RunConfig:
+    """The configuration asked for at one scale: what an exported program computes."""
+    return config.model_copy(update={"eval": EvalConfig()})
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, str]:
+    """The metadata, {name: text}."""
     return {
         "input": "image: float32 RGB values of 0..255, [B, 3, H, W], any size; preprocessing is inside",
         "output": "logits: float32 [B, classes, H, W]; the class is the argmax, probabilities the softmax over axis 1",
-        "class_names": json.dumps(saved["class_names"]),
-        "preprocessing": json.dumps(variant.to_plain()["preprocessing"]),
-        "network": f"DeepLab-v2 {saved['config']['model']['backbone']}, {variant.family}",
-        "checkpoint": f"{checkpoint.name}, step {saved['step']}",
+        "class_names": json.dumps(checkpoint.class_names),
+        "preprocessing": json.dumps(checkpoint.variant.to_plain()["preprocessing"]),
+        "network": f"DeepLab-v2 {checkpoint.config.model.backbone}, {checkpoint.variant.family}",
+        "checkpoint": f"{checkpoint.path.name if checkpoint.path else ''}, step {checkpoint.step}",
     }
 
 

@@ -15,7 +15,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,23 +22,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import CrfConfig, RunConfig, load_config
 from dist_deeplab.data.loader import EvalDataset
 from dist_deeplab.data.shards.cache import build_cache
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
-from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation.confusion import count_pixels, scores
 from dist_deeplab.evaluation.crf import open_crf, require_crf
 from dist_deeplab.evaluation.evaluator import content_of
-from dist_deeplab.evaluation.inference import Predictor, inference_settings, load_network
+from dist_deeplab.evaluation.inference import Predictor, inference_settings
 from dist_deeplab.evaluation.prediction import probabilities_of_one
 from dist_deeplab.files import prepare_file
-from dist_deeplab.model.weights import Variant
-from dist_deeplab.training.precision import allow_tf32
-from dist_deeplab.training.resume import read_checkpoint
 
 DEFAULT_GRID = ("crf.bi_w=3,4,5", "crf.bi_xy_std=50,67,80", "crf.bi_rgb_std=3,5")
 SHOWN = 20
@@ -53,16 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_crf()
         grid = parse_grid(arguments.grid or DEFAULT_GRID)
-        saved = read_checkpoint(arguments.checkpoint)
-        settings = inference_settings(saved, arguments.overrides)
+        checkpoint = read_checkpoint(arguments.checkpoint)
+        settings = inference_settings(checkpoint, arguments.overrides)
         manifest = load_manifest(arguments.data, cache=build_cache(settings.data.cache_dir, settings.data.cache_gib))
-        if list(manifest.class_names) != saved["class_names"]:
+        if tuple(manifest.class_names) != checkpoint.class_names:
             raise UserError(f"{arguments.checkpoint} and {manifest.path} name other classes")
         if arguments.json:
             prepare_file(arguments.json, remedy="choose another --json")
         points = [base_point(settings) | point for point in grid]
         print(f"{len(points)} points on {min(arguments.num_images, manifest.num_samples)} images of {manifest.path}")
-        mious, without = search(saved, settings, manifest, points, num_images=arguments.num_images)
+        mious, without = search(checkpoint, settings, manifest, points, num_images=arguments.num_images)
         order = sorted(range(len(points)), key=lambda number: -mious[number])
         show([(grid[number], mious[number]) for number in order], without)
         best = grid[order[0]]
@@ -133,13 +129,11 @@ def base_point(settings: RunConfig) -> Point:
 
 
 def search(
-    saved: dict[str, Any], settings: RunConfig, manifest: Manifest, points: Sequence[Point], *, num_images: int
+    checkpoint: Checkpoint, settings: RunConfig, manifest: Manifest, points: Sequence[Point], *, num_images: int
 ) -> tuple[list[float], float]:
     """Return the mIoU of each point, and the one without a CRF."""
     device = DistEnv().device
-    allow_tf32(settings.precision.dtype)
-    net = place_model(load_network(saved), device)
-    predictor = Predictor.build(net, Variant.from_plain(saved["variant"]).preprocessing, settings.eval)
+    predictor = Predictor.from_checkpoint(checkpoint, settings, device)
     dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)
     count = min(num_images, manifest.num_samples)
     indices = np.linspace(0, manifest.num_samples - 1, count).round().astype(int).tolist()

@@ -70,7 +70,7 @@ class Store:
         return RunRecord(
             name=run.info.run_name,
             source=run.info.run_id,
-            status=run.info.status,
+            status="KILLED" if run.info.status == "SCHEDULED" else run.info.status,  # stopped, and to be resumed
             settings=dict(run.data.params),
             curves=curves,
             tags=dict(run.data.tags),

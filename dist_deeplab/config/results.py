@@ -102,6 +102,9 @@ class TrackingConfig(Section):
     parent: Annotated[Text, NOTHING] = ""
     """Folder of the sweep that this run is of, seen from its own; a sweep sets it."""
 
+    on_event: Annotated[Text, NOTHING] = ""
+    """Shell command for alerts, run when training starts, finishes, fails or stops: $DIST_DEEPLAB_EVENT says which."""
+
     @field_validator("uri")
     @classmethod
     def _without_secrets(cls, value: Location) -> Location:

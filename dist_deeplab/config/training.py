@@ -84,6 +84,11 @@ class ModelConfig(Section):
     restore_last: Annotated[bool, ORIGIN] = True
     """Take the last layer from `init` too; false for a data set with other classes (not_restore_last)."""
 
+    @property
+    def batch_norm_used(self) -> Literal["sync", "frozen", "local"]:
+        """`batch_norm`, but frozen with a frozen backbone, as DrSleep's fine_tune.py has it by default."""
+        return "frozen" if self.train_only == "head" else self.batch_norm
+
 
 class BatchConfig(Section):
     global_size: Annotated[Positive, RECIPE] = 10

@@ -19,6 +19,7 @@ from dist_deeplab.distributed.failure import OtherRankFailed
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
 from dist_deeplab.files import NonEssentialWrites, replace_text
+from dist_deeplab.logs import setup_logging
 
 STATUS_VARIABLE = "DIST_DEEPLAB_OUTCOME"
 _GRACE_S = 3.0  # how long other ranks leave the main rank to report an error that all of them have
@@ -35,6 +36,7 @@ def run_command(work: Callable[[DistEnv], int]) -> int:
     env = DistEnv()
     try:
         env = DistEnv.from_environ()
+        setup_logging(to_terminal=env.is_main, rank=env.rank, folder=None)
         return work(env)
     except UserError as error:
         return exit_with_error(env, error)

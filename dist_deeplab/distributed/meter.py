@@ -1,9 +1,9 @@
-"""Where the time between two log lines went, and what the run has cost so far."""
+"""Where the time between two log lines went, and what the main thread is at."""
 
 import contextlib
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -74,26 +74,6 @@ class Meter:
             values["mfu"] = values["images_per_s"] / self.images_per_s_at_peak
         self._reset()
         return values
-
-
-class Cost:
-    """What a run has cost so far, over all attempts, work that was lost included: seconds, and hours of devices."""
-
-    def __init__(self, points: Mapping[tuple[str, int], float], world_size: int) -> None:
-        self._before = {
-            key: max((value for (name, _), value in points.items() if name == key), default=0.0)
-            for key in ("cost/total_s", "cost/device_hours")
-        }
-        self._world_size = world_size
-        self._opened = time.monotonic()
-
-    def now(self) -> dict[str, float]:
-        """Metric points `cost/total_s` and `cost/device_hours` (processes times hours)."""
-        seconds = time.monotonic() - self._opened
-        return {
-            "cost/total_s": self._before["cost/total_s"] + seconds,
-            "cost/device_hours": self._before["cost/device_hours"] + seconds * self._world_size / 3600,
-        }
 
 
 def peak_memory_bytes(device: torch.device) -> int:

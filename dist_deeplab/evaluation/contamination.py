@@ -1,10 +1,10 @@
 """Contamination: how many of the scored images the network was trained on."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from dist_deeplab.checkpointing.checkpoint import Checkpoint
 from dist_deeplab.data.shards.checks import count_shared
 from dist_deeplab.data.shards.manifest import Manifest
 
@@ -24,9 +24,9 @@ class Contamination:
         )
 
 
-def find_contamination(saved: dict[str, Any], manifest: Manifest) -> Contamination | None:
+def find_contamination(checkpoint: Checkpoint, manifest: Manifest) -> Contamination | None:
     """The images that a checkpoint was trained on and a set holds; None where the checkpoint does not say."""
-    if "train_key_hashes" not in saved:
+    if checkpoint.train_key_hashes is None:
         return None
-    trained = saved["train_key_hashes"].numpy().view(np.uint64)
+    trained = checkpoint.train_key_hashes.numpy().view(np.uint64)
     return Contamination(count_shared(trained, manifest), manifest.num_samples)

@@ -3,35 +3,38 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from dist_deeplab.checkpointing.checkpoint import Checkpoint
 from dist_deeplab.config import AFFECTS, EvalConfig, RunConfig, config_from_dict, config_to_dict, load_config
 from dist_deeplab.data.windows import DEFAULT_WINDOWS, Windows
-from dist_deeplab.errors import UserError
+from dist_deeplab.distributed.parallel import place_model
+from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, upsample
+from dist_deeplab.model.numerics import allow_tf32
 from dist_deeplab.model.preprocessing import Preprocessing
-from dist_deeplab.model.weights import Variant
 
 
-def load_network(saved: dict[str, Any]) -> DeepLabV2:
-    """Return a checkpoint's network in eval mode, on the CPU.
+def load_network(checkpoint: Checkpoint) -> DeepLabV2:
+    """A checkpoint's network in eval mode, on the CPU.
 
-    saved: a checkpoint's content (`training.resume.read_checkpoint`): `model`, `variant` and `config` are used. What
-    the network expects of its input is `Variant.from_plain(saved["variant"]).preprocessing`, its classes are named by
-    `saved["class_names"]`.
+    Raises:
+        UserError: its tensors are not those of its configuration's network.
     """
     norm = norm_factory("frozen")  # all modes are alike in evaluation and share their names
-    variant, config = Variant.from_plain(saved["variant"]), saved["config"]
-    net = DeepLabV2(config["model"]["backbone"], config["data"]["num_classes"], norm=norm, **variant.geometry)
-    net.load_state_dict(saved["model"])
+    config = checkpoint.config
+    net = DeepLabV2(config.model.backbone, config.data.num_classes, norm=norm, **checkpoint.variant.geometry)
+    try:
+        net.load_state_dict(checkpoint.network)
+    except RuntimeError as error:
+        raise UserError(f"the tensors of {checkpoint} are not those of its network ({first_line(error)})") from None
     return net.eval()
 
 
-def inference_settings(saved: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+def inference_settings(checkpoint: Checkpoint, overrides: Sequence[str]) -> RunConfig:
     """The configuration of a checkpoint's run, with overrides of what does not belong to its weights.
 
     What only says where things are and how much of the machine is used (folders, sizes, processes) is not taken from
@@ -46,7 +49,7 @@ def inference_settings(saved: dict[str, Any], overrides: Sequence[str]) -> RunCo
             raise UserError(
                 f"{override!r} has no meaning here: the checkpoint fixes all but data.num_workers, crf.* and eval.*"
             )
-    base = config_to_dict(config_from_dict(saved["config"], where="the checkpoint"))
+    base = config_to_dict(checkpoint.config)
     for key, mark in AFFECTS.items():
         section, _, name = key.rpartition(".")
         if mark.what in ("execution", "nothing"):
@@ -92,9 +95,27 @@ class Predictor:
 
     @classmethod
     def build(cls, net: DeepLabV2, preprocessing: Preprocessing, config: EvalConfig) -> "Predictor":
-        """Return the predictor of a configuration; `net` is on its device."""
+        """The predictor of a configuration; `net` is on its device."""
         windows = Windows(config.window, config.overlap)
         return cls(net, preprocessing, config.scales, config.flip, config.fusion, config.align_corners, windows)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, settings: RunConfig, device: torch.device) -> "Predictor":
+        """The one way from a checkpoint to predictions, for evaluation, prediction, export and serving alike.
+
+        Sets torch's arithmetic to the run's own (`precision.dtype`): its defaults round fp32 convolutions to tf32.
+
+        Args:
+            checkpoint: the network, its preprocessing and classes.
+            settings: how the network is asked (`inference_settings`).
+            device: where it computes.
+
+        Raises:
+            UserError: see `load_network`.
+        """
+        allow_tf32(settings.precision.dtype)
+        net = place_model(load_network(checkpoint), device)
+        return cls.build(net, checkpoint.variant.preprocessing, settings.eval)
 
     @torch.inference_mode()
     def logits(self, image: torch.Tensor, content: torch.Tensor) -> torch.Tensor:

@@ -8,19 +8,19 @@ Over HTTP both are base64.
 """
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from dist_deeplab.config import config_from_dict
+from dist_deeplab.checkpointing.checkpoint import Checkpoint
 from dist_deeplab.data import voc
 from dist_deeplab.data.decode import decode_image
 from dist_deeplab.data.image_file import DecodeOptions
-from dist_deeplab.evaluation.inference import Predictor, load_network
+from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.evaluation.prediction import classes_of_one
-from dist_deeplab.model.weights import Variant
 
 if TYPE_CHECKING:
     import pandas
@@ -30,17 +30,16 @@ SERVED = DecodeOptions(
     formats=("JPEG", "PNG", "WEBP"), max_pixels=50_000_000, if_too_large="send it in parts, or use dist-deeplab predict"
 )
 """What strangers may send: 50 megapixels decode in some 0.6 GB."""
-NEEDED = ("model", "variant", "config", "class_names")  # of a checkpoint; no optimizer state
 
 
 class SegmentationModel:
     """A network that takes encoded images; on a GPU where there is one."""
 
-    def __init__(self, saved: dict[str, Any]) -> None:
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        """content: what `Checkpoint.for_inference` gave."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        settings = config_from_dict(saved["config"], where="the model").eval
-        preprocessing = Variant.from_plain(saved["variant"]).preprocessing
-        self.predictor = Predictor.build(load_network(saved).to(self.device), preprocessing, settings)
+        checkpoint = Checkpoint.from_content(content)
+        self.predictor = Predictor.from_checkpoint(checkpoint, checkpoint.config, self.device)
 
     def predict(self, model_input: "pandas.DataFrame", params: dict[str, Any] | None = None) -> "pandas.DataFrame":
         """A frame with a column `mask` for one with a column `image`.

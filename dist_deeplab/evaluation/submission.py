@@ -1,6 +1,7 @@
 """What the PASCAL VOC evaluation server takes: a tree of palette PNGs in a tar."""
 
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_deeplab.data import voc
@@ -14,7 +15,7 @@ def masks_folder(out: Path, competition: str) -> Path:
     return out / "results" / "VOC2012" / "Segmentation" / f"{competition}_test_cls"
 
 
-def require_voc_classes(class_names: list[str]) -> None:
+def require_voc_classes(class_names: Sequence[str]) -> None:
     """Check that a checkpoint knows VOC's classes.
 
     Raises:

@@ -1,7 +1,8 @@
-"""Evaluation in the course of a run: scores to its tracker, pictures to its folder, a table to the log."""
+"""Evaluation in the course of a run: scores to its tracker, figures to its folder, a table to the log."""
 
 import logging
 import time
+from dataclasses import dataclass
 
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.shards.manifest import Manifest
@@ -14,37 +15,36 @@ from dist_deeplab.evaluation.crf import open_crf
 from dist_deeplab.evaluation.evaluator import EvaluationStopped, evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.logs import format_count, format_duration
-from dist_deeplab.model.deeplabv2 import DeepLabV2
-from dist_deeplab.model.preprocessing import Preprocessing
 from dist_deeplab.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
 
-def score(
-    net: DeepLabV2,
-    val_set: Manifest,
-    config: RunConfig,
-    preprocessing: Preprocessing,
-    tracker: Tracker,
-    *,
-    step: int,
-    session: Session,
-) -> float | None:
-    """Evaluate on all of `val_set`, record and report the scores, and return the mIoU; every rank calls it.
+@dataclass(frozen=True)
+class Validation:
+    """What a run is scored on, how, by which ranks, and where the scores go."""
+
+    val_set: Manifest
+    config: RunConfig
+    session: Session
+    tracker: Tracker
+
+
+def score(validation: Validation, predictor: Predictor, *, step: int) -> float | None:
+    """The mIoU (0..1) on all of the set, recorded and reported; every rank calls it.
 
     None where a rank was asked to stop meanwhile: then nothing was recorded.
     """
+    config, val_set, tracker = validation.config, validation.val_set, validation.tracker
     started = time.perf_counter()
     if config.model.batch_norm == "local":
-        share_buffers(net)
-    predictor = Predictor.build(net, preprocessing, config.eval)
+        share_buffers(predictor.net)
     try:
         with open_crf(config.eval.crf, config.crf, ranks_on_host=ranks_on_host()) as crf:
             evaluation = evaluate(
                 predictor,
                 val_set,
-                session,
+                validation.session,
                 num_workers=config.data.num_workers,
                 batch_size=config.eval.batch_size,
                 num_panels=config.eval.num_panels,
@@ -56,8 +56,10 @@ def score(
     seconds = time.perf_counter() - started
     tracker.log(step, report.metric_values(result, names) | {"time/eval_s": seconds})
     folder = config.run_dir / "eval" / f"step_{step:08d}"
-    tracker.log_files(step, lambda: report.write_report(evaluation, names, folder))
-    tracker.log_images(step, lambda: report.write_series(evaluation, names, folder))
+    tracker.log_files(step, lambda: report.write_numbers(evaluation, names, folder))
+    # Drawn beside the next steps: the other ranks would wait for the main one.
+    tracker.log_files(step, lambda: report.write_figures(evaluation, names, folder), in_background=True)
+    tracker.log_images(step, lambda: report.write_series(evaluation, names, folder), in_background=True)
     text = report.describe(result, names, per_class=config.eval.table == "classes")
     images = format_count(evaluation.num_images, "image")
     log.info("evaluation at step %d: %s in %s, %s", step, images, format_duration(seconds), text)

@@ -1,4 +1,4 @@
-"""The switch that makes a run repeat itself bit by bit on the same hardware and number of ranks, at a price."""
+"""Torch's global switches of arithmetic: deterministic algorithms, and tf32 in products and convolutions."""
 
 import os
 
@@ -22,3 +22,11 @@ def set_determinism(enabled: bool) -> None:
     torch.use_deterministic_algorithms(enabled)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads it
     torch.backends.cudnn.deterministic = enabled
+
+
+def allow_tf32(dtype: str) -> None:
+    """Set torch's global matmul and convolution precision for a `precision.dtype`; its own defaults differ for the two.
+
+    Whoever scores a finished network calls this too, so that it is the arithmetic of the run's own evaluations.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"

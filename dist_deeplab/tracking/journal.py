@@ -6,13 +6,14 @@
     {"step": 12, "time": 1790000000.4, "file": "eval/.../2007_000033.png", "image": "panels/2007_000033"}
     {"time": 1790000000.5, "tags": {"diverged": "..."}}                                             a fact about the run
 
-A file with `image` is one picture of a series that shows something evolving; a record with `late` was added after the
-end, by an evaluation. Times are seconds since 1970.
+A file with `image` is one image of a series over the steps; a record with `late` was added after the end of training,
+by an evaluation. Times are seconds since 1970.
 """
 
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,32 +21,53 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 JOURNAL = "metrics.jsonl"
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "time": (int, float),
+    "step": int,
+    "attempt": int,
+    "key": str,
+    "value": (int, float),
+    "file": str,
+    "image": str,
+    "status": str,
+    "tags": dict,
+}
+_NEEDED = {"key": ("step", "value"), "file": ("step",), "status": ("attempt",)}
+_END_OF_TIME = 1e11  # seconds since 1970; MLflow keeps milliseconds in 64 bits
 
 
 class Journal:
     """The journal of a run's folder, opened by the one process that writes it.
 
-    points: {(key, step): value} of all attempts so far. attempt: the number of this attempt. A full disk keeps lines
-    waiting in memory, and costs no more than a warning.
+    points: {(key, step): value} of all attempts so far. attempt: the number of this attempt. On a full disk lines wait
+    in memory, at the cost of one warning.
+
+    Raises:
+        OSError: the file can't be opened or made, or is not a regular file of its own (a link, a pipe).
     """
 
     def __init__(self, path: Path) -> None:
-        self.points, self.attempt = _repair(path)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        self._descriptor = os.open(path, flags, 0o644)
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            os.close(self._descriptor)
+            raise OSError(f"{path} is not a regular file")
+        self.points, self.attempt, end = _read_points(path)
+        os.ftruncate(self._descriptor, end)  # an unfinished last line
         self._path = path
         self._waiting = b""
         self._failing = False
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Write records, and what is waiting from before, at once: nothing stays in this process, it may be killed."""
-        self._waiting += "".join(json.dumps(record) + "\n" for record in records).encode()
+        self._waiting += _lines(records)
         try:
             while self._waiting:  # a disk that fills up takes a part; the rest of the line follows later
                 self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
         except OSError as error:
             if not self._failing:
                 log.warning(
-                    "cannot write to %s (%s); training goes on, and the points wait in memory for space",
+                    "cannot write to %s (%s); training continues, and the points wait in memory for space",
                     self._path,
                     error.strerror,
                 )
@@ -55,23 +77,50 @@ class Journal:
             log.warning("%s can be written again; nothing was lost", self._path)
         self._failing = False
 
+    def append_or_fail(self, *records: Mapping[str, Any]) -> None:
+        """Write all of the records or none: for a process that ends soon, whose memory is no place to wait.
+
+        Raises:
+            OSError: e.g. a full disk.
+        """
+        content, size = _lines(records), os.fstat(self._descriptor).st_size
+        try:
+            while content:
+                content = content[os.write(self._descriptor, content) :]
+        except OSError:
+            os.ftruncate(self._descriptor, size)
+            raise
+
     def close(self) -> None:
-        """Close the file."""
+        """Try once more to write what is waiting, say what is lost, and close the file."""
+        if self._waiting:
+            self.append()
+        if self._waiting:
+            log.warning("%d records are lost: %s has no space", self._waiting.count(b"\n"), self._path)
         os.close(self._descriptor)
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
-    """Return a journal line's record; an empty one where the line is damaged, e.g. by a power cut."""
+    """The record of a journal's line; an empty one where the line is damaged (e.g. by a power cut) or foreign."""
     try:
         record = json.loads(line.decode("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return record if isinstance(record, dict) and _is_well_formed(record) else {}
+
+
+def _is_well_formed(record: dict[str, Any]) -> bool:
+    has_types = all(
+        isinstance(value, _TYPES.get(name, object)) and not (name in _TYPES and isinstance(value, bool))
+        for name, value in record.items()
+    )
+    has_fields = all(each in record for name, needed in _NEEDED.items() if name in record for each in needed)
+    return has_types and has_fields and 0 <= record.get("time", 0) < _END_OF_TIME and abs(record.get("step", 0)) < 2**63
 
 
 def read_records(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the complete records from byte `start` on, each with the offset behind it; none without a journal."""
-    if not path.exists():
+    """The complete records from byte `start` on, each with the offset behind it; none without a journal."""
+    if path.is_symlink() or not path.is_file():
         return
     with path.open("rb") as file:
         end = file.seek(min(start, path.stat().st_size))
@@ -82,8 +131,8 @@ def read_records(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], i
             yield parse_record(line), end
 
 
-def _repair(path: Path) -> tuple[dict[tuple[str, int], float], int]:
-    """Cut an unfinished last line off the journal; return the points in it and the number of this attempt."""
+def _read_points(path: Path) -> tuple[dict[tuple[str, int], float], int, int]:
+    """The points in a journal, the number of the attempt that opens it now, and where its last whole line ends."""
     points: dict[tuple[str, int], float] = {}
     attempt = end = 0
     for record, offset in read_records(path):
@@ -91,6 +140,8 @@ def _repair(path: Path) -> tuple[dict[tuple[str, int], float], int]:
         attempt = max(attempt, record.get("attempt", 0) + 1)
         if "key" in record:
             points[record["key"], record["step"]] = record["value"]
-    if path.exists():
-        os.truncate(path, end)
-    return points, attempt
+    return points, attempt, end
+
+
+def _lines(records: tuple[Mapping[str, Any], ...]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()

@@ -10,100 +10,98 @@ point's step is the seconds since the run began.
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
+from dist_deeplab.files import NonEssentialWrites
 from dist_deeplab.tracking.journal import JOURNAL, Journal, read_records
 
 FOLDER = "system"
 _EVERY_S = 10.0
-_SECTOR_BYTES = 512  # of /proc/diskstats
-_GPU_FIELDS = {
-    "utilization.gpu": "utilization_percentage",
-    "memory.used": "memory_usage_megabytes",
-    "power.draw": "power_usage_watts",
-}
 
 
 class Sampler:
-    """Reads Linux's counters; rates are means since the call before."""
+    """Reads the counters of this node; rates are means since the call before."""
 
-    def __init__(self, proc: Path = Path("/proc")) -> None:
-        self._proc = proc
-        self._before = self._counters()
+    def __init__(self) -> None:
+        psutil.cpu_percent()  # the first call only begins to count
+        self._before = _bytes_so_far()
         self._asked = time.monotonic()
 
     def sample(self) -> dict[str, float]:
-        """Return {name: value} since the last call: percentages, megabytes, and megabytes a second."""
-        now, counters, elapsed = time.monotonic(), self._counters(), time.monotonic() - self._asked
-        change = {name: value - self._before[name] for name, value in counters.items()}
-        self._before, self._asked = counters, now
-        memory = self._memory_kib()
-        used = memory["MemTotal"] - memory["MemAvailable"]
-        per_s = {name: change[name] / 1e6 / max(elapsed, 1e-9) for name in change if name.endswith("_megabytes_per_s")}
+        """{name: value} since the last call: percentages, megabytes, megabytes per second, watts."""
+        counters, elapsed = _bytes_so_far(), max(1e-9, time.monotonic() - self._asked)
+        change = {name: (value - self._before.get(name, value)) / 1e6 / elapsed for name, value in counters.items()}
+        self._before, self._asked = counters, time.monotonic()
+        memory = psutil.virtual_memory()
         return {
-            "cpu_utilization_percentage": 100 * change["busy"] / max(1.0, change["busy"] + change["idle"]),
-            "system_memory_usage_megabytes": used * 1024 / 1e6,
-            "system_memory_usage_percentage": 100 * used / memory["MemTotal"],
-            **per_s,
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": (memory.total - memory.available) / 1e6,
+            "system_memory_usage_percentage": memory.percent,
+            **change,
             **gpu_values(),
         }
 
-    def _counters(self) -> dict[str, float]:
-        """Return processor time (ticks) and bytes since the machine started; loopback and partitions are left out."""
-        ticks = [float(value) for value in self._lines("stat")[0].split()[1:9]]
-        idle = ticks[3] + ticks[4]  # idle and waiting for the disk (man 5 proc)
-        network = [line.partition(":")[::2] for line in self._lines("net/dev")[2:]]
-        fields = [values.split() for name, values in network if name.strip() != "lo"]
-        disks = [line.split() for line in self._lines("diskstats")]
-        whole = [disk for disk in disks if (Path("/sys/block") / disk[2]).exists()]
-        return {
-            "busy": sum(ticks) - idle,
-            "idle": idle,
-            "network_receive_megabytes_per_s": sum(float(each[0]) for each in fields),
-            "network_transmit_megabytes_per_s": sum(float(each[8]) for each in fields),
-            "disk_read_megabytes_per_s": sum(float(disk[5]) * _SECTOR_BYTES for disk in whole),
-            "disk_write_megabytes_per_s": sum(float(disk[9]) * _SECTOR_BYTES for disk in whole),
-        }
 
-    def _memory_kib(self) -> dict[str, float]:
-        pairs = (line.split()[:2] for line in self._lines("meminfo"))
-        return {name.rstrip(":"): float(value) for name, value in pairs}
-
-    def _lines(self, name: str) -> list[str]:
-        return (self._proc / name).read_text().splitlines()
+def _bytes_so_far() -> dict[str, float]:
+    """{name of the rate: bytes since the machine started}; loopback left out, a counter that is missing too."""
+    network = [values for name, values in psutil.net_io_counters(pernic=True).items() if not name.startswith("lo")]
+    disk = psutil.disk_io_counters()  # None where there is no disk, as in some containers
+    return {
+        "network_receive_megabytes_per_s": sum(values.bytes_recv for values in network),
+        "network_transmit_megabytes_per_s": sum(values.bytes_sent for values in network),
+        **(
+            {"disk_read_megabytes_per_s": disk.read_bytes, "disk_write_megabytes_per_s": disk.write_bytes}
+            if disk
+            else {}
+        ),
+    }
 
 
 def gpu_values() -> dict[str, float]:
-    """Return {"gpu_0_utilization_percentage": ...} of this node's NVIDIA GPUs, as nvidia-smi tells; none without it."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return {}
-    command = [program, f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    """{"gpu_0_utilization_percentage": ...} of this node's NVIDIA GPUs; what a GPU does not tell is left out."""
+    import pynvml
+
+    values: dict[str, float] = {}
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver
         return {}
-    values = {}
-    for index, line in enumerate(lines):
-        for name, text in zip(_GPU_FIELDS.values(), line.split(","), strict=True):
-            if text.strip().replace(".", "", 1).isdigit():  # else "[N/A]"
-                values[f"gpu_{index}_{name}"] = float(text)
+    try:
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+            for name, read in (
+                ("utilization_percentage", lambda gpu: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu),
+                ("memory_usage_megabytes", lambda gpu: pynvml.nvmlDeviceGetMemoryInfo(gpu).used / 1e6),
+                ("power_usage_watts", lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3),
+            ):
+                try:
+                    values[f"gpu_{index}_{name}"] = float(read(gpu))
+                except pynvml.NVMLError:  # e.g. utilization under MIG
+                    continue
+    except pynvml.NVMLError:
+        pass
+    finally:
+        pynvml.nvmlShutdown()
     return values
 
 
-def start_system_metrics(run_dir: Path, node: str) -> "subprocess.Popen[bytes]":
-    """Start this node's process; it ends with the one that called."""
-    (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+def start_system_metrics(run_dir: Path, node: str) -> "subprocess.Popen[bytes] | None":
+    """Start this node's process, which ends with the caller's; None where the disk has no space for its files."""
     command = [sys.executable, "-m", "dist_deeplab.tracking.system_metrics", str(run_dir), "--node", node]
-    with (run_dir / FOLDER / f"{node}.log").open("ab") as output:
-        return subprocess.Popen(
-            [*command, "--follow", str(os.getpid())], stdout=output, stderr=output, start_new_session=True
-        )
+    process = None
+    with NonEssentialWrites("the record of system metrics")():
+        (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+        with (run_dir / FOLDER / f"{node}.log").open("ab") as output:
+            process = subprocess.Popen(
+                [*command, "--follow", str(os.getpid())], stdout=output, stderr=output, start_new_session=True
+            )
+    return process
 
 
 def main() -> int:
@@ -118,7 +116,7 @@ def main() -> int:
 
 
 def follow(run_dir: Path, node: str, *, is_running: Callable[[], bool], every_s: float = _EVERY_S) -> None:
-    """Append this node's points while the run goes on."""
+    """Append this node's points as long as the run continues."""
     journal = Journal(run_dir / FOLDER / f"{node}.jsonl")
     sampler = Sampler()
     while is_running():

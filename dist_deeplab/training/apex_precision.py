@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_deeplab.training.apex import INSTEAD_OF_AMP, require_apex
-from dist_deeplab.training.precision import Precision, poisoned
+from dist_deeplab.training.precision import Precision, propagate_nan
 
 
 class ApexPrecision(Precision):
@@ -31,7 +31,7 @@ class ApexPrecision(Precision):
 
     def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
         """See Precision. Gradients are unscaled and checked once, after the last micro-batch: when they are summed."""
-        with self.amp.scale_loss(poisoned(loss), self.optimizer, delay_unscale=not last) as scaled:
+        with self.amp.scale_loss(propagate_nan(loss), self.optimizer, delay_unscale=not last) as scaled:
             scaled.backward()
 
     def step(self, optimizer: Optimizer, clip_norm: float) -> tuple[torch.Tensor, torch.Tensor]:

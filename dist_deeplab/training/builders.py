@@ -1,8 +1,7 @@
-"""What `train.py` is made of: a section of the configuration in, a room's object out."""
+"""What a run is made of: a section of the configuration in, an object of a package out."""
 
 import logging
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,14 +28,17 @@ from dist_deeplab.model.flops import training_flops
 from dist_deeplab.model.numerics import set_determinism
 from dist_deeplab.model.peak import peak_flops
 from dist_deeplab.model.weights import Variant, Weights, fit_weights, load_weights
-from dist_deeplab.tracking.tracker import Tracker, open_tracker, resolve_uri
+from dist_deeplab.tracking.tracker import Reporting, Tracker, open_tracker, resolve_uri
 from dist_deeplab.training.apex import INSTEAD_OF_AMP, INSTEAD_OF_SGD, require_apex
 from dist_deeplab.training.apex_precision import ApexPrecision
 from dist_deeplab.training.loss_window import LossWindow
-from dist_deeplab.training.nonfinite import Evidence
+from dist_deeplab.training.memory import explained_out_of_memory
+from dist_deeplab.training.nonfinite import NonFiniteDump
 from dist_deeplab.training.precision import Precision
+from dist_deeplab.training.run import Run
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.step import TrainStep
+from dist_deeplab.training.summary import run_info
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +71,20 @@ def build_checkpoints(config: RunConfig, env: DistEnv) -> CheckpointFolder:
     )
 
 
-def build_tracker(config: RunConfig, env: DistEnv, info: dict[str, object]) -> Tracker:
-    """Return the tracker, which knows everything about the run that MLflow should show."""
+def build_tracker(run: Run) -> Tracker:
+    """The tracker, which knows everything about the run that MLflow should show; every rank must call it."""
+    config = run.config
+    tracking = config.tracking
+    reporting = Reporting(
+        uri=resolve_uri(tracking.uri.real, config.output_dir),
+        experiment=tracking.experiment,
+        system_metrics=tracking.system_metrics,
+        log_model=tracking.log_model,
+        register_as=tracking.register_as,
+        on_event=tracking.on_event,
+    )
     return open_tracker(
-        config.run_dir,
-        env=env,
-        uri=resolve_uri(config.tracking.uri.real, config.output_dir),
-        experiment=config.tracking.experiment,
-        config_yaml=config_to_yaml(config),
-        run_info=info,
-        system_metrics=config.tracking.system_metrics,
+        config.run_dir, env=run.env, reporting=reporting, config_yaml=config_to_yaml(config), run_info=run_info(run)
     )
 
 
@@ -156,14 +162,12 @@ def split_batch(config: RunConfig, env: DistEnv) -> BatchSplit:
     )
 
 
-def starting_weights(config: RunConfig, saved: dict[str, Any] | None) -> Weights | None:
-    """Return the weights of `model.init`, or None where a checkpoint was found or random weights are wanted.
+def starting_weights(config: RunConfig) -> Weights | None:
+    """The weights of `model.init`, or None where random ones are wanted.
 
     Raises:
-        UserError: no such weights, or only the last layers shall be trained and nothing says on what backbone.
+        UserError: no such weights, or only the last layers are to be trained and nothing says on what backbone.
     """
-    if saved is not None:
-        return None
     if config.model.init:
         return load_weights(config.model.init.real)
     if config.model.train_only == "head":
@@ -172,22 +176,20 @@ def starting_weights(config: RunConfig, saved: dict[str, Any] | None) -> Weights
 
 
 def build_network(config: RunConfig, split: BatchSplit, variant: Variant, weights: Weights | None) -> DeepLabV2:
-    """Return the network with weights that depend on seed and `weights` alone.
+    """The network, with weights that depend on seed and `weights` alone.
 
     Raises:
         UserError: a batch norm that cannot be had here, or not with this split.
     """
     torch.manual_seed(config.seed)
     model = config.model
-    # A backbone that stands still does so with its statistics, as DrSleep's fine_tune.py has it by default.
-    batch_norm = "frozen" if model.train_only == "head" else model.batch_norm
-    if split.has_empty_parts and batch_norm == "sync" and (config.speed.compile or model.sync_bn == "torch"):
+    if split.has_empty_parts and model.batch_norm_used == "sync" and (config.speed.compile or model.sync_bn == "torch"):
         what, instead = ("speed.compile", "false") if config.speed.compile else ("model.sync_bn", "own")
         raise UserError(
             f"synchronised batch norm with {what} takes no empty micro-batches, which {split.global_size} images one "
             f"by one on {split.world_size} processes have; use batch.micro_size=2 or more, or {what}={instead}"
         )
-    norm = norm_factory(batch_norm, sync_bn=model.sync_bn, accumulation=split.accumulation)
+    norm = norm_factory(model.batch_norm_used, sync_bn=model.sync_bn, accumulation=split.accumulation)
     net = DeepLabV2(
         model.backbone, config.data.num_classes, norm=norm, recompute=config.speed.recompute, **variant.geometry
     )
@@ -199,7 +201,7 @@ def build_network(config: RunConfig, split: BatchSplit, variant: Variant, weight
 
 
 def build_model(config: RunConfig, env: DistEnv, net: DeepLabV2) -> nn.Module:
-    """Return the network as it is trained: at all scales, on this rank's device, together with the other ranks."""
+    """The network as it is trained: at all scales, on this rank's device, together with the other ranks."""
     speed = config.speed
     # Measured algorithms would be other ones after a restart.
     torch.backends.cudnn.benchmark = speed.cudnn_benchmark and not config.deterministic
@@ -213,30 +215,38 @@ def build_model(config: RunConfig, env: DistEnv, net: DeepLabV2) -> nn.Module:
     )
 
 
-def build_train_loader(
-    config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifest, *, start: int
-) -> TrainLoader | StreamLoader:
-    """Return the stream of this rank's micro-batches from step `start` on."""
-    data = config.data
-    what: dict[str, Any] = {
-        "num_classes": data.num_classes,
-        "augmentation": Augmentation(data.crop_size, data.scale_range, data.flip, data.ignore_label),
-        "max_bad_samples": data.max_bad_samples,
-    }
-    how: dict[str, Any] = {"num_workers": data.num_workers, "pin_memory": env.device.type == "cuda"}
+def build_train_loader(run: Run, *, start: int) -> TrainLoader | StreamLoader:
+    """The stream of this rank's micro-batches from step `start` on."""
+    config, rank = run.config, run.env.rank
+    data, pin_memory = config.data, run.env.device.type == "cuda"
+    augmentation = Augmentation(data.crop_size, data.scale_range, data.flip, data.ignore_label)
     if data.access == "stream":
         if start:
             log.warning("data.access=stream: from step %d on other samples come than without the interruption", start)
-        place = Place(config.seed, start, env.rank, env.world_size)
-        stream = StreamDataset(train_set, place=place, sizes=split.sizes(env.rank), **what)
-        return StreamLoader(stream, stop=config.max_steps, **how)
-    sampler = StepSampler(start, config.max_steps, split=split, rank=env.rank)
-    blocks = _build_blocks(config, train_set) if data.shuffle == "blocks" else None
-    return TrainLoader(TrainDataset(train_set, seed=config.seed, sample_order=blocks, **what), sampler, **how)
+        stream = StreamDataset(
+            run.train_set,
+            place=Place(config.seed, start, rank, run.env.world_size),
+            sizes=run.split.sizes(rank),
+            num_classes=data.num_classes,
+            augmentation=augmentation,
+            max_bad_samples=data.max_bad_samples,
+        )
+        return StreamLoader(stream, stop=config.max_steps, num_workers=data.num_workers, pin_memory=pin_memory)
+    dataset = TrainDataset(
+        run.train_set,
+        seed=config.seed,
+        num_classes=data.num_classes,
+        augmentation=augmentation,
+        max_bad_samples=data.max_bad_samples,
+        sample_order=_build_blocks(config, run.train_set) if data.shuffle == "blocks" else None,
+    )
+    sampler = StepSampler(start, config.max_steps, split=run.split, rank=rank)
+    return TrainLoader(dataset, sampler, num_workers=data.num_workers, pin_memory=pin_memory)
 
 
-def images_per_s_at_peak(config: RunConfig, env: DistEnv, net: DeepLabV2) -> float | None:
-    """Return how fast all GPUs together could be at their data sheet's rate; nobody knows that of a CPU."""
+def images_per_s_at_peak(run: Run, net: DeepLabV2) -> float | None:
+    """How fast all GPUs together could be at their data sheet's rate; nobody knows that of a CPU."""
+    config, env = run.config, run.env
     if env.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(env.device), config.precision.dtype)
@@ -256,22 +266,26 @@ def build_precision(config: RunConfig, env: DistEnv, net: DeepLabV2, optimizer: 
 
 def build_loss_window(config: RunConfig, env: DistEnv) -> LossWindow:
     """Return what keeps losses until a log line, and saves the samples of steps that were not finite."""
-    evidence = Evidence(config.run_dir / "nonfinite", {"config": config_to_dict(config)}, env.rank)
-    return LossWindow(max_nonfinite_steps=config.precision.max_nonfinite_steps, evidence=evidence)
+    dump = NonFiniteDump(config.run_dir / "nonfinite", {"config": config_to_dict(config)}, env.rank)
+    return LossWindow(max_nonfinite_steps=config.precision.max_nonfinite_steps, dump=dump)
 
 
-def build_step(
-    config: RunConfig, env: DistEnv, split: BatchSplit, state: TrainState, model: nn.Module, variant: Variant
-) -> TrainStep:
-    """Return the optimizer update, rehearsed where there are several ranks."""
+def build_step(run: Run, state: TrainState, model: nn.Module) -> TrainStep:
+    """The optimizer update, warmed up where there are several ranks.
+
+    Raises:
+        TrainingError: out of memory.
+    """
+    config = run.config
     step = TrainStep(
         model,
         state.optimizer,
         state.precision,
-        variant.preprocessing,
+        run.variant.preprocessing,
         config.data.ignore_label,
         config.optim.clip_norm,
     )
-    if env.world_size > 1:
-        step.rehearse(micro_size=split.largest, crop_size=config.data.crop_size)
+    if run.env.world_size > 1:
+        with explained_out_of_memory(config, run.split):
+            step.warm_up(micro_size=run.split.largest, crop_size=config.data.crop_size)
     return step

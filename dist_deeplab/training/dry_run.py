@@ -8,16 +8,15 @@ from pathlib import Path
 
 import torch
 
-from dist_deeplab.checkpointing.file import load_checkpoint
+from dist_deeplab.checkpointing.checkpoint import read_checkpoint
 from dist_deeplab.config import RunConfig
 from dist_deeplab.config.section import Location
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
 from dist_deeplab.logs import format_duration
-from dist_deeplab.model.weights import Variant
 from dist_deeplab.tracking.journal import read_records
 from dist_deeplab.training.memory import CPU_SHARE, GPU_SPARE, free_memory_bytes
-from dist_deeplab.training.memory_estimate import Footprint, count_footprint, gib, images_that_fit
+from dist_deeplab.training.memory_estimate import MemoryEstimate, estimate_memory, gib, images_that_fit
 
 STEPS = 6
 _SETTLE = 2  # of them, in which libraries load and choose algorithms
@@ -25,7 +24,7 @@ _SETTLE = 2  # of them, in which libraries load and choose algorithms
 log = logging.getLogger(__name__)
 
 
-def rehearse(config: RunConfig, env: DistEnv, run: Callable[[RunConfig, DistEnv], int]) -> int:
+def dry_run(config: RunConfig, env: DistEnv, run: Callable[[RunConfig, DistEnv], int]) -> int:
     """Let `run` train for some steps in a folder that goes away, log a forecast, and return its exit code.
 
     Data, weights, devices, batch split and the writing of a checkpoint are the real ones; nothing goes to MLflow, and
@@ -35,12 +34,12 @@ def rehearse(config: RunConfig, env: DistEnv, run: Callable[[RunConfig, DistEnv]
         short = _shortened(config, Path(folder))
         exit_code = run(short, env)
         if exit_code == 0:
-            env.on_main(_tell, config, short, env)
+            env.on_main(_report, config, short, env)
     return exit_code
 
 
 def _shortened(config: RunConfig, folder: Path) -> RunConfig:
-    """Return the configuration of the rehearsal, which starts at step 0, from the weights of `resume=PATH`."""
+    """The configuration of the dry run, which starts at step 0, from the weights of `resume=PATH`."""
     starts_elsewhere = config.resume not in ("auto", "never") and not any(config.run_dir.glob("checkpoints/step_*.pt"))
     init = Location(config.resume) if starts_elsewhere else config.model.init
     return config.model_copy(
@@ -58,18 +57,18 @@ def _shortened(config: RunConfig, folder: Path) -> RunConfig:
     )
 
 
-def _tell(config: RunConfig, short: RunConfig, env: DistEnv) -> None:
+def _report(config: RunConfig, short: RunConfig, env: DistEnv) -> None:
     points = [record for record, _ in read_records(short.run_dir / "metrics.jsonl")]
 
     def of(key: str) -> list[float]:
         return [point["value"] for point in points if point.get("key") == key and point["step"] > _SETTLE]
 
-    saved = load_checkpoint(short.run_dir / "checkpoints" / f"step_{STEPS:08d}.pt")
-    footprint = count_footprint(config, Variant.from_plain(saved["variant"]))
+    saved = read_checkpoint(short.run_dir / "checkpoints" / f"step_{STEPS:08d}.pt")
+    estimate = estimate_memory(config, saved.variant)
     peak = max(of("memory/peak_gib")) * 2**30
     log.info("%s", forecast(config, of("time/step_s"), of("time/data_s")))
-    largest = BatchSplit(config.batch.global_size, saved["micro_size"], env.world_size).largest
-    log.info("%s", memory_report(config, footprint, peak, micro_size=largest, device=env.device))
+    largest = BatchSplit(config.batch.global_size, saved.micro_size, env.world_size).largest
+    log.info("%s", memory_report(config, estimate, peak, micro_size=largest, device=env.device))
 
 
 def forecast(config: RunConfig, step_s: Sequence[float], data_s: Sequence[float]) -> str:
@@ -83,7 +82,7 @@ def forecast(config: RunConfig, step_s: Sequence[float], data_s: Sequence[float]
 
 
 def memory_report(
-    config: RunConfig, footprint: Footprint, peak: float, *, micro_size: int, device: torch.device
+    config: RunConfig, estimate: MemoryEstimate, peak: float, *, micro_size: int, device: torch.device
 ) -> str:
     """Return sentences on the peak memory in bytes: measured, of each image, and how many images would fit.
 
@@ -93,19 +92,19 @@ def memory_report(
     images = "1 image" if micro_size == 1 else f"{micro_size} images"
     what = f"micro-batches of {images} of {config.data.crop_size} in {config.precision.dtype}"
     if device.type == "cuda":
-        each = max(1.0, (peak - footprint.fixed_bytes) / micro_size)
+        each = max(1.0, (peak - estimate.fixed_bytes) / micro_size)
         total = torch.cuda.mem_get_info(device)[1]
-        fit = images_that_fit((1 - GPU_SPARE) * total, footprint.fixed_bytes, each)
+        fit = images_that_fit((1 - GPU_SPARE) * total, estimate.fixed_bytes, each)
         return (
-            f"peak memory of the main rank's GPU, measured with {what}: {gib(peak)} GiB = {gib(footprint.fixed_bytes)} "
-            f"GiB fixed + {gib(each)} GiB an image ({gib(footprint.image_bytes)} counted); of its {gib(total)} GiB, "
+            f"peak memory of the main rank's GPU, measured with {what}: {gib(peak)} GiB = {gib(estimate.fixed_bytes)} "
+            f"GiB fixed + {gib(each)} GiB an image ({gib(estimate.image_bytes)} counted); of its {gib(total)} GiB, "
             f"batch.micro_size of up to {fit} would take {100 * (1 - GPU_SPARE):.0f}%"
         )
     allowed = CPU_SHARE * free_memory_bytes() / ranks_on_host()
-    fit = images_that_fit(allowed, 0, footprint.image_bytes)
-    step = footprint.fixed_bytes + micro_size * footprint.image_bytes
+    fit = images_that_fit(allowed, 0, estimate.image_bytes)
+    step = estimate.fixed_bytes + micro_size * estimate.image_bytes
     return (
         f"peak memory of the main rank, measured with {what}: {gib(peak)} GiB, Python and libraries included; counted "
-        f"of it: {gib(step)} GiB = {gib(footprint.fixed_bytes)} GiB fixed + {gib(footprint.image_bytes)} GiB an image; "
+        f"of it: {gib(step)} GiB = {gib(estimate.fixed_bytes)} GiB fixed + {gib(estimate.image_bytes)} GiB an image; "
         f"batch.micro_size of up to {fit} would take half of the memory that is free"
     )

@@ -10,7 +10,7 @@ import torch
 from dist_deeplab.data.batch import Batch
 from dist_deeplab.distributed.process_group import all_reduce_sum, gather_to_all
 from dist_deeplab.errors import TrainingError
-from dist_deeplab.training.nonfinite import Evidence
+from dist_deeplab.training.nonfinite import NonFiniteDump
 from dist_deeplab.training.step import StepResult
 
 _MAX_NAMED = 8  # sample keys in a message
@@ -26,9 +26,9 @@ class LossWindow:
     large, or because a loss or gradient was not finite.
     """
 
-    def __init__(self, *, max_nonfinite_steps: int = 1, evidence: Evidence | None = None) -> None:
+    def __init__(self, *, max_nonfinite_steps: int = 1, dump: NonFiniteDump | None = None) -> None:
         self.max_nonfinite_steps = max_nonfinite_steps
-        self.evidence = evidence
+        self.dump = dump
         self.rows: list[dict[str, Any]] = []
         self.num_skipped = 0
         self.num_nonfinite = 0
@@ -38,8 +38,8 @@ class LossWindow:
     def add(self, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
         """Take what step `step` did, and the micro-batches it was made of."""
         self._pending.append((result, [batch.keys for batch in micro_batches]))
-        if self.evidence:
-            self.evidence.hold(step, micro_batches, result.skipped)
+        if self.dump:
+            self.dump.hold(step, micro_batches, result.skipped)
 
     def reduce(self, step: int) -> None:
         """Turn what is pending into numbers: one all-reduce, one wait for the device; every rank must call it.
@@ -69,8 +69,8 @@ class LossWindow:
             elif not skipped:
                 self.nonfinite_in_a_row = 0
         self._pending.clear()
-        if self.evidence:
-            self.evidence.forget()
+        if self.dump:
+            self.dump.forget()
 
     def _report(self, step: int, row: dict[str, Any], micro_losses: list[float], keys: list[list[str]]) -> None:
         """Say which samples a bad step was made of and save them; every rank calls it, as all hold the same row."""
@@ -79,8 +79,8 @@ class LossWindow:
         # Where all losses were finite, the gradient was not, and any sample may be the cause.
         which = bad if any(everybodys) else list(range(len(keys)))
         saved = None
-        if self.evidence:
-            saved = self.evidence.save(step, which, {**row, "micro_losses": micro_losses})
+        if self.dump:
+            saved = self.dump.save(step, which, {**row, "micro_losses": micro_losses})
         named = [f"{key} (rank {rank})" for rank, own in enumerate(everybodys) for key in own]
         more = f" and {len(named) - _MAX_NAMED} more" if len(named) > _MAX_NAMED else ""
         samples = (
@@ -89,7 +89,7 @@ class LossWindow:
         what = f"step {step}: loss {_text(row['losses'])}, gradient norm {row['grad_norm']:g}: {samples}"
         log.warning("%s; update skipped%s", what, f", saved as {saved}" if saved else "")
         if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
-            folder = f"; look into {self.evidence.folder}" if self.evidence else ""
+            folder = f"; look into {self.dump.folder}" if self.dump else ""
             raise TrainingError(
                 f"precision.max_nonfinite_steps={self.max_nonfinite_steps} is reached, the last one {what}{folder}; "
                 "start under another name= with a lower optim.lr, with optim.clip_norm or with precision.dtype=fp32 "

@@ -1,11 +1,11 @@
 """How many images a step may take at once, found out by trying, and what to set where memory was not enough."""
 
 import contextlib
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +16,7 @@ from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.weights import Variant
-from dist_deeplab.training.memory_estimate import count_footprint, throwaway_network
+from dist_deeplab.training.memory_estimate import estimate_memory, temporary_network
 from dist_deeplab.training.precision import Precision
 
 log = logging.getLogger(__name__)
@@ -25,18 +25,17 @@ CPU_SHARE = 0.5  # of the free memory that activations may take: the loader, the
 GPU_SPARE = 0.05  # of the GPU's memory that a dry run must leave free
 
 
-def settle_micro_size(
-    config: RunConfig, env: DistEnv, split: BatchSplit, variant: Variant, saved: dict[str, Any] | None
+def find_micro_batch_size(
+    config: RunConfig, env: DistEnv, split: BatchSplit, variant: Variant, before: int = 0
 ) -> BatchSplit:
-    """Return the split with `batch.micro_size: auto` found out, and say so; every rank calls it.
+    """The split with `batch.micro_size: auto` found out, which is said; every rank calls it.
 
     It is the largest size that fits into every rank's memory: on a GPU by trying with a network that is thrown away,
     on the CPU (which has no such error, but starts to swap) by the count of activations against half of the memory that
-    is free. A run that goes on keeps the size it had.
+    is free. A resumed run keeps the size it had `before`.
     """
     if config.batch.micro_size != "auto":
         return split
-    before = saved.get("micro_size", 0) if saved else 0
     if before:
         log.info("batch.micro_size=auto: at most %d images at once, as before", before)
         return replace(split, micro_size=before)
@@ -44,7 +43,7 @@ def settle_micro_size(
     if env.device.type == "cuda":
         largest, how = largest_fitting(sizes, _gpu_trial(config, variant, env.device)), "by trying"
     else:
-        needed = count_footprint(config, variant).image_bytes
+        needed = estimate_memory(config, variant).image_bytes
         allowed = CPU_SHARE * free_memory_bytes() / ranks_on_host()
         largest, how = largest_fitting(sizes, lambda size: size * needed <= allowed), "by half of the free memory"
     agreed = min(gather_to_all(largest))
@@ -57,7 +56,7 @@ def settle_micro_size(
 
 
 def largest_fitting(sizes: list[int], fits: Callable[[int], bool]) -> int:
-    """Return the first of `sizes` (largest first) that fits, or 0; running out of memory means that it does not."""
+    """The first of `sizes` (largest first) that fits, or 0; running out of memory means that it does not."""
     for size in sizes:
         try:
             if fits(size):
@@ -65,6 +64,10 @@ def largest_fitting(sizes: list[int], fits: Callable[[int], bool]) -> int:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+        # Not inside the except clause: the error's traceback holds what the trial had allocated.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return 0
 
 
@@ -116,7 +119,7 @@ def _gpu_trial(config: RunConfig, variant: Variant, device: torch.device) -> Cal
         crop = config.data.crop_size
         try:
             with torch.random.fork_rng([device]):
-                net = throwaway_network(config, variant)
+                net = temporary_network(config, variant)
                 scales, channels_last = config.multi_scale.scales, config.speed.channels_last
                 model = place_model(MultiScale(net, scales), device, channels_last=channels_last)
                 precision = Precision(config.precision.dtype, device)
@@ -130,6 +133,5 @@ def _gpu_trial(config: RunConfig, variant: Variant, device: torch.device) -> Cal
             return free >= GPU_SPARE * total
         finally:
             net = model = outputs = None  # type: ignore[assignment]
-            torch.cuda.empty_cache()
 
     return fits

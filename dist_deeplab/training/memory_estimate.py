@@ -17,7 +17,7 @@ LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes that a rank's step needs, but for what exists for a moment only.
 
     fixed: {what: bytes}, however many images a micro-batch has. images: {output name: bytes that are kept for the
@@ -50,10 +50,10 @@ class Footprint:
         )
 
 
-def count_footprint(config: RunConfig, variant: Variant) -> Footprint:
-    """Return the footprint of a run's step; nothing is computed, and no random numbers are drawn."""
+def estimate_memory(config: RunConfig, variant: Variant) -> MemoryEstimate:
+    """Return the estimate of a run's step; nothing is computed, and no random numbers are drawn."""
     with torch.device("meta"):
-        net = throwaway_network(config, variant)
+        net = temporary_network(config, variant)
     parameters, trained = _bytes(net.parameters()), _bytes(p for p in net.parameters() if p.requires_grad)
     buffers = _bytes(net.buffers())
     lower = LOWER.get(config.precision.dtype)
@@ -69,16 +69,16 @@ def count_footprint(config: RunConfig, variant: Variant) -> Footprint:
         "statistics": 2 * buffers,  # and the copy that a skipped step takes back
         "copies of weights": sum(weights for weights, _ in kept.values()) + (_autocast_bytes(net) if lower else 0),
     }
-    return Footprint(fixed, {name: image for name, (_, image) in kept.items()})
+    return MemoryEstimate(fixed, {name: image for name, (_, image) in kept.items()})
 
 
-def throwaway_network(config: RunConfig, variant: Variant) -> DeepLabV2:
+def temporary_network(config: RunConfig, variant: Variant) -> DeepLabV2:
     """Return a network of the run's size whose batch norm talks to nobody."""
-    stands_still = config.model.train_only == "head" or config.model.batch_norm == "frozen"
+    frozen = config.model.batch_norm_used == "frozen"
     net = DeepLabV2(
         config.model.backbone,
         config.data.num_classes,
-        norm=norm_factory("frozen" if stands_still else "local"),
+        norm=norm_factory("frozen" if frozen else "local"),
         recompute=config.speed.recompute,
         **variant.geometry,
     )

@@ -1,7 +1,7 @@
 """What a step whose loss or gradient was not finite was made of, saved so that somebody can look at it.
 
 The device tells that a step was bad only after the host has gone on. So the micro-batches of a step are held until its
-verdict has arrived by itself, and longer only if it was bad.
+flag has arrived by itself, and longer only if it was bad.
 """
 
 import json
@@ -23,7 +23,7 @@ _MAX_SAVED = 16  # files of a process: a run that goes bad over and over must no
 log = logging.getLogger(__name__)
 
 
-class Verdict:
+class DeviceFlag:
     """A bool [] on the device, on its way to the host."""
 
     def __init__(self, flag: torch.Tensor) -> None:
@@ -46,10 +46,10 @@ class Verdict:
 class _Held:
     step: int
     batches: Sequence[Batch]
-    verdict: Verdict
+    flag: DeviceFlag
 
 
-class Evidence:
+class NonFiniteDump:
     """Holds the micro-batches of this rank's last steps, and writes those of a bad step to a folder."""
 
     def __init__(self, folder: Path, about: Mapping[str, Any], rank: int) -> None:
@@ -62,10 +62,10 @@ class Evidence:
 
     def hold(self, step: int, batches: Sequence[Batch], skipped: torch.Tensor) -> None:
         """Keep a step's micro-batches (on the CPU) until `skipped` (bool [] on the device) is known to be false."""
-        known = [one for one in self._held if one.verdict.has_arrived()]
-        bad = [one for one in known if one.verdict.is_bad()][:_MAX_HELD]
-        unknown = [one for one in self._held if not one.verdict.has_arrived()]
-        self._held = [*bad, *unknown, _Held(step, batches, Verdict(skipped))]
+        known = [one for one in self._held if one.flag.has_arrived()]
+        bad = [one for one in known if one.flag.is_bad()][:_MAX_HELD]
+        unknown = [one for one in self._held if not one.flag.has_arrived()]
+        self._held = [*bad, *unknown, _Held(step, batches, DeviceFlag(skipped))]
 
     def save(self, step: int, which: Sequence[int], values: Mapping[str, Any]) -> Path | None:
         """Write the micro-batches number `which` of a held step, and `values` about it; return the .pt file.

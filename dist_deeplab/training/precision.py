@@ -7,6 +7,7 @@ import torch
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
+from dist_deeplab.model.numerics import allow_tf32
 from dist_deeplab.training.optim import update_unless
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,7 +33,7 @@ class Precision:
     @record_function("backward")
     def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
         """Add the (scaled) gradient of a micro-batch's loss to the parameters'; `last`: of a step's micro-batches."""
-        self.scaler.scale(poisoned(loss)).backward()
+        self.scaler.scale(propagate_nan(loss)).backward()
 
     @record_function("update")
     def step(self, optimizer: Optimizer, clip_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,15 +69,7 @@ class Precision:
             self.scaler.load_state_dict(state)
 
 
-def allow_tf32(dtype: str) -> None:
-    """Set torch's global matmul and convolution precision for a `precision.dtype`; its own defaults differ for the two.
-
-    Whoever scores a finished network calls this too, so that it is the arithmetic of the run's own evaluations.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
-
-
-def poisoned(loss: torch.Tensor) -> torch.Tensor:
+def propagate_nan(loss: torch.Tensor) -> torch.Tensor:
     """Return the loss, made so that its gradient is NaN where it is not finite itself.
 
     The sum over the ranks then tells all of them about it, without a message of its own.

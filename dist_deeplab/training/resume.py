@@ -1,60 +1,45 @@
-"""What a checkpoint of a run holds beside its state, and which one a run goes on from."""
+"""Which checkpoint a run continues from, what is taken from it, and how the run is saved."""
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from dist_deeplab.checkpointing.file import load_checkpoint
+from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
 from dist_deeplab.checkpointing.folder import CheckpointFolder
-from dist_deeplab.config import RunConfig, config_from_dict, config_to_dict, recipe_differences, score_settings
+from dist_deeplab.config import RunConfig, recipe_differences, score_settings
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.parallel import share_buffers
 from dist_deeplab.distributed.replicas import check_replicas
 from dist_deeplab.errors import UserError, first_line
-from dist_deeplab.model.weights import Variant
-from dist_deeplab.redaction import shown_url
+from dist_deeplab.tracking.mlflow.state import mlflow_run_id
 from dist_deeplab.tracking.provenance import installed_versions
-from dist_deeplab.tracking.run_files import mlflow_run_id
+from dist_deeplab.training.run import Run
 from dist_deeplab.training.state import TrainState
 
-_NEEDED = ("model", "optimizer", "step", "variant", "config", "class_names", "train_keys_sha256")
 _LIBRARIES = ("torch", "numpy", "opencv-python-headless")  # those that a run's numbers depend on
 
 log = logging.getLogger(__name__)
 
 
-def checkpoint_content(config: RunConfig, state: TrainState, variant: Variant, train_set: Manifest) -> dict[str, Any]:
-    """Return tensors and plain values: the state, and what evaluation, prediction and a resume need to know."""
-    return {
-        **state.state_dict(),
-        "variant": variant.to_plain(),
-        "config": config_to_dict(config),
-        "class_names": list(train_set.class_names),
-        "train_keys_sha256": train_set.keys_sha256,
-        "train_key_hashes": torch.from_numpy(train_set.key_hashes.view(np.int64)),  # for evaluation/contamination.py
-        "mlflow_run_id": mlflow_run_id(config.run_dir),
-        "versions": installed_versions(_LIBRARIES),
-    }
+def checkpoint_of(run: Run, state: TrainState) -> Checkpoint:
+    """The run as it stands, for a file. The hashes of the training samples' keys are the writer's alone."""
+    is_writer = run.checkpoints.is_writer
+    return Checkpoint(
+        state=state.state_dict(),
+        config=run.config,
+        variant=run.variant,
+        class_names=tuple(run.train_set.class_names),
+        train_keys_sha256=run.train_set.keys_sha256,
+        train_key_hashes=torch.from_numpy(run.train_set.key_hashes.view(np.int64)) if is_writer else None,
+        mlflow_run_id=mlflow_run_id(run.config.run_dir),
+        versions=installed_versions(_LIBRARIES),
+    )
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return a verified checkpoint that holds all that a run, evaluation and prediction need.
-
-    Raises:
-        UserError: missing, damaged or incomplete.
-    """
-    content = load_checkpoint(path)
-    missing = [key for key in _NEEDED if key not in content]
-    if missing:
-        raise UserError(f"the checkpoint {path} lacks {', '.join(missing)}; use another one")
-    return content
-
-
-def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Manifest) -> dict[str, Any] | None:
-    """Return the checkpoint to go on from, the same on all ranks, or None to start at step 0.
+def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Manifest) -> Checkpoint | None:
+    """The checkpoint to continue from, the same on all ranks, or None to start at step 0.
 
     Raises:
         UserError: resume=never in a used folder; no readable checkpoint among those there; one of another recipe or
@@ -65,84 +50,75 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
     path = folder.newest()
     if path is None:
         if folder.has_any():
-            raise UserError(f"no checkpoint in {folder.path} can be read; move them away to start anew under this name")
+            raise UserError(
+                f"no checkpoint in {folder.path} can be read; move them away to start again under this name"
+            )
         if config.resume in ("auto", "never"):
             return None
         path = Path(config.resume).expanduser()  # a start for an empty folder; from then on its own checkpoints count
     saved = read_checkpoint(path)
     if path.parent.resolve() != folder.path.resolve():
-        saved["best_miou"] = -1.0  # the file with that score stays behind; this folder gets a best.pt of its own
-    changes = recipe_differences(config_from_dict(saved["config"], where="the checkpoint"), config)
-    if saved["train_keys_sha256"] != train_set.keys_sha256:
+        saved = saved.without_score()  # that file stays behind; this folder gets a best.pt of its own
+    changes = recipe_differences(saved.config, config)
+    if saved.train_keys_sha256 != train_set.keys_sha256:
         changes.append("data.train: other samples")
     if changes and not config.resume_anyway:
         raise UserError(
-            f"{path} is of another recipe ({'; '.join(changes)}); undo that, choose another name=, or go on with the "
-            "changes by resume_anyway=true"
+            f"{path} is of another recipe ({'; '.join(changes)}); restore these settings, choose another name=, or "
+            "continue with the changes by resume_anyway=true"
         )
     for change in changes:
-        log.warning("going on from %s with a change: %s", path, change)
-    if config.model.init and str(config.model.init) != shown_url(saved["config"]["model"]["init"]):
-        log.warning("model.init is not read by a run that goes on: its weights are those of %s", path)
+        log.warning("continuing from %s with a change: %s", path, change)
+    if config.model.init and str(config.model.init) != str(saved.config.model.init):
+        log.warning("model.init is not read by a run that resumes: its weights are those of %s", path)
     return saved
 
 
-def restore(state: TrainState, saved: dict[str, Any], config: RunConfig, val_set: Manifest | None) -> None:
-    """Set `state` to a checkpoint's. A best score of other images, or by other means, is no measure and is forgotten.
+def restore(state: TrainState, saved: Checkpoint, config: RunConfig, val_set: Manifest | None) -> None:
+    """Set `state` to a checkpoint's. A best score of other images, or by other means, is dropped: it is no measure.
 
     Raises:
         UserError: it is of a network or optimizer of another shape (possible with resume_anyway only).
     """
     try:
-        state.load_state_dict(saved)
+        state.load_state_dict(saved.state)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
-            f"the checkpoint of step {saved['step']} does not fit this network and optimizer ({first_line(error)}); to "
+            f"the checkpoint of step {saved.step} does not fit this network and optimizer ({first_line(error)}); to "
             "start from its weights alone choose another name= and set model.init to it"
         ) from None
-    state.owes_evaluation = state.owes_evaluation and val_set is not None
+    state.pending_evaluation = state.pending_evaluation and val_set is not None
     other_images = val_set and state.scored_keys_sha256 not in ("", val_set.keys_sha256)
-    other_means = score_settings(config_from_dict(saved["config"], where="the checkpoint")) != score_settings(config)
-    if state.best_miou >= 0 and (other_images or other_means):
+    if state.best_miou >= 0 and (other_images or score_settings(saved.config) != score_settings(config)):
         what = "the validation images are other ones" if other_images else "eval.* or crf.* scores in another way"
         log.warning("%s than before: the best score so far no longer counts", what)
         state.best_miou = -1.0
     versions = installed_versions(_LIBRARIES)
-    for name, old in saved.get("versions", {}).items():
+    for name, old in saved.versions.items():
         if versions.get(name) != old:
             log.warning("%s is %s now, it was %s: numbers may differ in the last digits", name, versions.get(name), old)
 
 
-def save_checkpoint(
-    config: RunConfig,
-    checkpoints: CheckpointFolder,
-    state: TrainState,
-    variant: Variant,
-    train_set: Manifest,
-    *,
-    is_best: bool,
-    wait: bool,
-) -> None:
+def save_checkpoint(run: Run, state: TrainState, *, is_best: bool, wait: bool) -> None:
     """Save, once losses are known to be finite and the ranks' networks to be the same; every rank calls it.
 
     Written in the background, or with `wait`, for a run about to end, before this returns.
     """
     state.losses.reduce(state.step)
-    local = config.model.batch_norm == "local"
+    local = run.config.model.batch_norm == "local"
     check_replicas(state.net, buffers=not local, when=f"at step {state.step}")
     if local:
         share_buffers(state.net)
-    forget_lost_best(state, checkpoints)
-    content = checkpoint_content(config, state, variant, train_set)
-    checkpoints.save(content, step=state.step, is_best=is_best, wait=wait)
+    forget_lost_best(run, state)
+    run.checkpoints.save(checkpoint_of(run, state).to_content(), step=state.step, is_best=is_best, wait=wait)
 
 
-def forget_lost_best(state: TrainState, checkpoints: CheckpointFolder) -> None:
+def forget_lost_best(run: Run, state: TrainState) -> None:
     """Take the best score back where its checkpoint could not be written; every rank calls it.
 
     Otherwise a run would wait for a still higher one, and until then have no `best.pt`, or one that is not the best.
     """
-    if checkpoints.lost_best():
+    if run.checkpoints.lost_best():
         log.warning(
             "the best score so far, mIoU %.4f, no longer counts: its checkpoint could not be written, best.pt is %s",
             state.best_miou,

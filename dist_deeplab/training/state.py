@@ -5,7 +5,7 @@ skipped updates, best score, whether an evaluation was cut short. Not held, beca
 and the step: learning rate, sample order, augmentation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class TrainState:
     best_miou: float = -1.0
     best_before: float = -1.0
     scored_keys_sha256: str = ""
-    owes_evaluation: bool = False  # asked to stop in the midst of one: the next start makes up for it
+    pending_evaluation: bool = False  # asked to stop during one: the next start makes up for it
 
     @property
     def schedule_step(self) -> torch.Tensor | int:
@@ -54,7 +54,7 @@ class TrainState:
         self.step += 1
         self.num_skipped = self.num_skipped + result.skipped.long()
 
-    def take_score(self, miou: float, keys_sha256: str) -> bool:
+    def update_best(self, miou: float, keys_sha256: str) -> bool:
         """Remember the best mIoU, and of which images; return whether this is it."""
         self.scored_keys_sha256 = keys_sha256
         if miou <= self.best_miou:
@@ -74,10 +74,10 @@ class TrainState:
             "num_skipped": int(self.num_skipped),
             "best_miou": self.best_miou,
             "val_keys_sha256": self.scored_keys_sha256,
-            "owes_evaluation": self.owes_evaluation,
+            "owes_evaluation": self.pending_evaluation,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned.
 
         Raises:
@@ -91,4 +91,4 @@ class TrainState:
         self.num_skipped = state["num_skipped"]
         self.best_miou = state["best_miou"]
         self.scored_keys_sha256 = state.get("val_keys_sha256", "")
-        self.owes_evaluation = state.get("owes_evaluation", False)
+        self.pending_evaluation = state.get("owes_evaluation", False)

@@ -16,7 +16,6 @@ from dist_deeplab.model.preprocessing import Preprocessing
 from dist_deeplab.training.device_copy import Uploader
 from dist_deeplab.training.loss import cross_entropy_sum, num_valid, sample_label
 from dist_deeplab.training.precision import Precision
-from dist_deeplab.training.undo import copy_buffers, put_back
 
 
 @dataclass
@@ -64,10 +63,10 @@ class TrainStep:
 
         Each rank has the same number of them, at least one; they may be of any sizes, also of no images.
 
-        `stop` is this rank's wish to stop. There is no host-device synchronisation.
+        `stop` says that this rank was asked to stop. There is no host-device synchronisation.
         """
         # 1. Count valid pixels of all ranks before the first backward, on the CPU where the labels still are: one
-        #    small gloo all-reduce, which also carries the wishes to stop and the number of bad samples.
+        #    small gloo all-reduce, which also carries stop requests and the number of bad samples.
         sizes = self._output_sizes(micro_batches[0])
         labels = [{name: sample_label(b.label, size) for name, size in sizes.items()} for b in micro_batches]
         counts = [sum(num_valid(label[name], self.ignore_label) for label in labels) for name in sizes]
@@ -80,7 +79,7 @@ class TrainStep:
         world_size = get_world_size()
         weights = {name: world_size / max(1, count) for name, count in zip(sizes, counts, strict=True)}
         # 3. Forward and backward; gradients are reduced on the last micro-batch only.
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()  # sets None; apex's FusedSGD takes no argument
         buffers = copy_buffers(self.model)
         sums: dict[str, torch.Tensor] = {}
         micro_losses = []
@@ -96,12 +95,12 @@ class TrainStep:
         # 4. Update; a skipped one leaves no trace, in the running statistics neither.
         scale = self.precision.loss_scale()
         skipped, grad_norm = self.precision.step(self.optimizer, self.clip_norm)
-        put_back(self.model, buffers, where=skipped)
+        restore_buffers(self.model, buffers, where=skipped)
         shares = {name: loss / world_size for name, loss in sums.items()}
         return StepResult(shares, micro_losses, grad_norm, scale, skipped, stops > 0, num_bad, wait_s)
 
-    def rehearse(self, *, micro_size: int, crop_size: int) -> None:
-        """Run one forward and backward on blank images and undo all that it did; every rank must call it.
+    def warm_up(self, *, micro_size: int, crop_size: int) -> None:
+        """Run one forward and backward on blank images and restore all that they changed; every rank must call it.
 
         DDP reduces the gradients of a process's first backward in other buckets than the later ones, so in another
         order of summation. Without this the first step after a restart would differ in its last bits.
@@ -112,8 +111,8 @@ class TrainStep:
         buffers = copy_buffers(self.model)
         losses = self._forward(blank, label, dict.fromkeys(sizes, 0.0))
         self.precision.backward(torch.stack(list(losses.values())).sum())
-        self.optimizer.zero_grad(set_to_none=True)
-        put_back(self.model, buffers, where=torch.tensor(True, device=self.precision.device))
+        self.optimizer.zero_grad()  # sets None; apex's FusedSGD takes no argument
+        restore_buffers(self.model, buffers, where=torch.tensor(True, device=self.precision.device))
 
     def _output_sizes(self, batch: Batch) -> dict[str, tuple[int, int]]:
         net = unwrap(self.model)
@@ -133,3 +132,28 @@ class TrainStep:
             name: cross_entropy_sum(logits, on_device[name], self.ignore_label) * weights[name]
             for name, logits in outputs.items()
         }
+
+
+@torch.no_grad()
+def copy_buffers(module: nn.Module) -> dict[torch.dtype, torch.Tensor]:
+    """All buffers of a module, in one flat tensor per dtype."""
+    return {dtype: torch.cat([b.flatten() for b in buffers]) for dtype, buffers in _by_dtype(module).items()}
+
+
+@torch.no_grad()
+def restore_buffers(module: nn.Module, copies: dict[torch.dtype, torch.Tensor], *, where: torch.Tensor) -> None:
+    """Give a module's buffers the copied values if `where` (bool [] on their device) is true, unseen by the host.
+
+    Otherwise a NaN of a skipped update would stay in the running statistics.
+    """
+    for dtype, buffers in _by_dtype(module).items():
+        now = torch.cat([b.flatten() for b in buffers])
+        chosen = torch.where(where, copies[dtype], now).split([b.numel() for b in buffers])
+        torch._foreach_copy_(buffers, [part.view(b.shape) for part, b in zip(chosen, buffers, strict=True)])
+
+
+def _by_dtype(module: nn.Module) -> dict[torch.dtype, list[torch.Tensor]]:
+    groups: dict[torch.dtype, list[torch.Tensor]] = {}
+    for buffer in module.buffers():
+        groups.setdefault(buffer.dtype, []).append(buffer)
+    return groups

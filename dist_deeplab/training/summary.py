@@ -10,42 +10,35 @@ from typing import Any
 import torch
 
 from dist_deeplab.config import RunConfig, changed_from_defaults, flatten
-from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards.checks import count_shared
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all
-from dist_deeplab.distributed.session import TrainingSession
 from dist_deeplab.logs import format_duration
-from dist_deeplab.model.weights import SCRATCH, Variant
+from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.redaction import redact
 from dist_deeplab.tracking.provenance import git_revision, host_name, library_versions, summarize
-from dist_deeplab.training.memory_estimate import count_footprint
+from dist_deeplab.training.memory_estimate import estimate_memory
 from dist_deeplab.training.optim import describe_groups
+from dist_deeplab.training.run import Run
 from dist_deeplab.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
 
-def describe(
-    config: RunConfig,
-    env: DistEnv,
-    split: BatchSplit,
-    train_set: Manifest,
-    val_set: Manifest | None,
-    state: TrainState,
-    variant: Variant,
-) -> None:
+def describe(run: Run, state: TrainState) -> None:
     """Log what is about to happen."""
+    config, env, split = run.config, run.env, run.split
+    train_set, val_set, variant = run.train_set, run.val_set, run.variant
     log.info("run %s on %d x %s (%s)", config.run_dir, env.world_size, device_name(env), env.launcher)
     log.info(
         "network %s, %s batch norm, %s, %s",
         config.model.backbone,
-        "frozen" if config.model.train_only == "head" else config.model.batch_norm,
+        config.model.batch_norm_used,
         config.precision.dtype,
         variant.family,
     )
     if config.model.train_only == "head":
-        log.info("model.train_only=head: only the last layers learn; the backbone and its statistics stand still")
+        log.info("model.train_only=head: only the last layers learn; the backbone and its statistics are frozen")
     if config.deterministic:
         log.info("deterministic: the same hardware and number of ranks repeat this run bit by bit, at lower speed")
     if config.model.init and not state.step:
@@ -65,7 +58,7 @@ def describe(
             val_set.num_samples if val_set else 0,
         )
     log.info("%s", split)
-    log.info("%s", count_footprint(config, variant).describe(split.largest, config.data.crop_size))
+    log.info("%s", estimate_memory(config, variant).describe(split.largest, config.data.crop_size))
     recipe = RunConfig()
     if split.global_size != recipe.batch.global_size:
         suggestion = recipe.optim.lr * split.global_size / recipe.batch.global_size
@@ -85,14 +78,12 @@ def shared_images(train_set: Manifest, val_set: Manifest | None) -> int:
     return count_shared(train_set.key_hashes, val_set) if val_set else 0
 
 
-def window_values(
-    state: TrainState, run: TrainingSession, rates: dict[str, torch.Tensor], *, images_per_step: int, env: DistEnv
-) -> dict[str, float]:
-    """Return what the steps since the last log line were like; every rank calls it, and waits for its device."""
+def window_values(run: Run, state: TrainState, rates: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """What the steps since the last log line were like; every rank calls it, and waits for its device."""
     state.losses.reduce(state.step)
     values = state.losses.pop_mean() | {f"lr/{group}": float(rate) for group, rate in rates.items()}
-    values |= run.meter.pop(images_per_step=images_per_step, device=env.device)
-    return values | run.rank_times.record(state.step, values)
+    values |= run.session.meter.pop(images_per_step=run.split.global_size, device=run.env.device)
+    return values | run.session.rank_times.record(state.step, values)
 
 
 def log_progress(step: int, max_steps: int, values: dict[str, float]) -> None:
@@ -112,18 +103,17 @@ def log_progress(step: int, max_steps: int, values: dict[str, float]) -> None:
     )
 
 
-def run_info(
-    config: RunConfig, env: DistEnv, split: BatchSplit, train_set: Manifest, val_set: Manifest | None
-) -> dict[str, Any]:
-    """Return what MLflow should know about the run, as plain values for run.json; every rank must call it."""
-    ranks = gather_to_all((host_name(), device_name(env)))
+def run_info(run: Run) -> dict[str, Any]:
+    """What MLflow should know about the run, as plain values for run.json; every rank must call it."""
+    config, train_set, val_set = run.config, run.train_set, run.val_set
+    ranks = gather_to_all((host_name(), device_name(run.env)))
     changed = changed_from_defaults(config)
     tags = {
         "command": shlex.join(redact(argument) for argument in sys.argv),
-        "world_size": env.world_size,
+        "world_size": run.env.world_size,
         "hosts": summarize(host for host, _ in ranks),
         "device": summarize(device for _, device in ranks),
-        "accumulation": split.accumulation,
+        "accumulation": run.split.accumulation,
         "train_samples": train_set.num_samples,
         **library_versions(),
         **git_revision(),
@@ -139,17 +129,9 @@ def run_info(
         "description": _description(changed),
         "datasets": [_dataset(context, manifest) for context, manifest in sets.items()],
         "parent": config.tracking.parent,
-        "model_command": _model_command(config),
+        "log_model": config.tracking.log_model or bool(config.tracking.register_as),
+        "register_as": config.tracking.register_as,
     }
-
-
-def _model_command(config: RunConfig) -> list[str]:
-    """Return the arguments of Python that log the best checkpoint as a model, or nothing where that is not wanted."""
-    tracking = config.tracking
-    if not (tracking.log_model or tracking.register_as):
-        return []
-    register = ["--register-as", tracking.register_as] if tracking.register_as else []
-    return ["-m", "dist_deeplab.log_model", *register]
 
 
 def _description(changed: Mapping[str, Any]) -> str:

@@ -21,12 +21,10 @@ import torch
 import uvicorn
 from PIL import Image
 
-from dist_deeplab.config import config_from_dict
+from dist_deeplab.checkpointing.checkpoint import read_checkpoint
 from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.evaluation.images import read_image
 from dist_deeplab.evaluation.inference import Predictor, load_network
-from dist_deeplab.model.weights import Variant
-from dist_deeplab.training.resume import read_checkpoint
 from tests.conftest import command_environ
 from tests.tracking.conftest import Server, training
 
@@ -80,14 +78,13 @@ def expected_mask(run: Path, picture: Path) -> np.ndarray:
     _, height, width = image.shape
     padded = torch.zeros(1, 3, height + (1 - height) % 8, width + (1 - width) % 8, dtype=torch.uint8)
     padded[0, :, :height, :width] = image
-    settings = config_from_dict(saved["config"], where="test").eval
-    predictor = Predictor.build(load_network(saved), Variant.from_plain(saved["variant"]).preprocessing, settings)
+    predictor = Predictor.build(load_network(saved), saved.variant.preprocessing, saved.config.eval)
     logits = predictor.logits(padded, torch.tensor([[height, width]]))
     return logits[0, :, :height, :width].argmax(0).numpy()
 
 
 def logged_best(run: Path) -> float:
-    return float(read_checkpoint(run / "checkpoints" / "best.pt")["best_miou"])
+    return float(read_checkpoint(run / "checkpoints" / "best.pt").best_miou)
 
 
 def read_mask(encoded: str) -> np.ndarray:

@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 
 from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking import run_files
 from dist_deeplab.tracking.mlflow import uploader
+from dist_deeplab.tracking.mlflow.private import remember_store
+from dist_deeplab.tracking.mlflow.process import Upload
+from dist_deeplab.tracking.mlflow.state import UploadState
 from dist_deeplab.tracking.mlflow.uploader import Uploader, upload_until_done
-from dist_deeplab.tracking.tracker import open_tracker
+from dist_deeplab.tracking.tracker import Reporting, open_tracker
 from tests.tracking.conftest import Proxy, Server
 
 STEPS = range(1, 41)
@@ -40,11 +44,12 @@ def start_run(folder: Path, uri: str, *, with_uploader: bool = False, **tags: st
     folder.mkdir()
     info = {"name": folder.name, "parameters": {"seed": 1}, "tags": tags}
     tracker = open_tracker(
-        folder, env=DistEnv(), uri="none", experiment="outages", config_yaml="seed: 1\n", run_info=info
+        folder, env=DistEnv(), reporting=Reporting("none", "outages"), config_yaml="seed: 1\n", run_info=info
     )
     run_files.write_run_file(folder, uri=uri, experiment="outages", attempt=0, run_info=info)
+    remember_store(shown_url(uri))  # as one that was set for a run
     if with_uploader:
-        tracker.start_uploader()
+        tracker.start_uploader(Upload(folder, uri))
     return tracker
 
 
@@ -93,7 +98,7 @@ def test_training_goes_on_while_the_server_hangs_and_says_so_once(
     log_steps(tracker, STEPS[:30])
     assert proxy.num_requests <= 2, "the server has answered nothing"
     assert (folder / "metrics.jsonl").read_text().count('"train/loss"') == 30
-    wait_for(lambda: run_files.read_mlflow_file(folder).get("error"))
+    wait_for(lambda: UploadState(folder)["error"])
     log_steps(tracker, STEPS[30:])
     assert caplog.text.count("MLflow does not take points") == 1
     proxy.mode = "ok"
@@ -116,7 +121,7 @@ def test_what_was_not_sent_is_sent_by_hand_once_a_killed_server_is_back(server: 
     server.start()
     sync = [sys.executable, "-m", "dist_deeplab", "sync-mlflow", str(folder), str(tmp_path)]
     done = subprocess.run(sync, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == [f"{folder}: sent", "1 of 1 runs are in MLflow"], done.stderr
+    assert done.stdout.splitlines() == [f"{folder}: sent to {server.uri}", "1 of 1 runs are in MLflow"], done.stderr
     assert_complete(server, "killed_server")
 
 

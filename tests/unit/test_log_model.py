@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from dist_deeplab.command_line import command_name
 from dist_deeplab.log_model import main
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "is no run's folder: it has no run.json"),
+        ([], "is not a run's folder: it has no run.json"),
         (
             ["--register-as", "a/b"],
             "configuration from --register-as: tracking.register_as = 'a/b': must not hold / or :",
@@ -33,4 +32,4 @@ def test_a_run_that_is_not_in_mlflow_yet_says_how_to_send_it(
 ) -> None:
     (tmp_path / "run.json").write_text("{}")
     assert main([str(tmp_path)]) == 2
-    assert f"send it with {command_name('sync-mlflow')} {tmp_path}" in capsys.readouterr().err
+    assert f"sync-mlflow {tmp_path}" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def test_system_metrics_are_recorded_where_wanted_and_not_of_a_rehearsal(
 def test_a_run_that_goes_on_anyway_has_the_new_settings(runs: Runs, first: Path) -> None:
     new = ["optim.momentum=0.5", "optim.weight_decay=0.01", "resume_anyway=true", "model.init=other.pth"]
     assert runs("first", "max_steps=4", *new) == 0
-    assert "model.init is not read by a run that goes on" in (runs.folder / "first/logs/rank_0.log").read_text()
+    assert "model.init is not read by a run that resumes" in (runs.folder / "first/logs/rank_0.log").read_text()
     groups = runs.saved("first", 4)["optimizer"]["param_groups"]
     assert [group["momentum"] for group in groups] == [0.5] * 4
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0, 0.01, 0.0]
@@ -157,7 +157,7 @@ def test_a_best_score_whose_checkpoint_could_not_be_written_is_forgotten(
         link_best(folder, path, step=step, digest=digest)
 
     monkeypatch.setattr(CheckpointFolder, "_link_best", full_at_first)
-    monkeypatch.setattr(validation, "score", lambda *_, step, **__: {1: 0.5, 2: 0.3, 3: 0.2}[step])
+    monkeypatch.setattr(validation, "score", lambda *_, step: {1: 0.5, 2: 0.3, 3: 0.2}[step])
     assert runs("run", "max_steps=3", "eval.every=1", validated=True) == 0
     best = torch.load(runs.checkpoint("run", 2).with_name("best.pt"), weights_only=True)
     assert (best["step"], best["best_miou"]) == (2, 0.3)
@@ -167,7 +167,7 @@ def test_a_best_score_whose_checkpoint_could_not_be_written_is_forgotten(
 def test_a_best_score_is_of_its_images_also_after_a_time_without_any(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(validation, "score", lambda *_, step, **__: {1: 0.5, 3: 0.3}[step])
+    monkeypatch.setattr(validation, "score", lambda *_, step: {1: 0.5, 3: 0.3}[step])
     assert runs("run", "max_steps=1", validated=True) == 0
     assert runs("run", "max_steps=2", "resume_anyway=true") == 0
     assert runs.saved("run", 2)["best_miou"] == 0.5

@@ -116,7 +116,7 @@ class Ours:
         self.batches = batches
         if env.world_size > 1:  # as training does; static_graph relies on it
             micro_size, *_, crop_size = batches[0].label.shape
-            self.step.rehearse(micro_size=micro_size, crop_size=crop_size)
+            self.step.warm_up(micro_size=micro_size, crop_size=crop_size)
 
     def __call__(self) -> object:
         with flags(**self.flags):

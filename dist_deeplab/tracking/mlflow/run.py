@@ -1,80 +1,54 @@
-"""One run in MLflow: all calls that describe it and fill it. Every one of them may be repeated after an outage."""
+"""One run in MLflow: all calls that describe it and fill it. Every one of them may be repeated after an outage.
 
+The folder may be somebody else's: only files that lie in it are sent, its parent can only be a folder beside it, and
+tags that MLflow gives a meaning of its own are not taken from it.
+"""
+
+import contextlib
 import functools
 import getpass
 import json
 import logging
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from dist_deeplab.files import replace_text
+from dist_deeplab.command_line import command_name
+from dist_deeplab.errors import UserError
+from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.mlflow.images import ImageSeries
-from dist_deeplab.tracking.mlflow.store import full_uri, open_client, open_experiment
-from dist_deeplab.tracking.run_files import MLFLOW_FILE, RUN_FILE
+from dist_deeplab.tracking.mlflow.state import UploadState
+from dist_deeplab.tracking.mlflow.store import StoreError, open_client, open_experiment
+from dist_deeplab.tracking.run_files import RUN_FILE, RunFile, inside, known_run_file, read_run_file
 
 log = logging.getLogger("mlflow_uploader")
 
 Record = dict[str, Any]
 _MAX_TEXT = 5000  # MLflow takes tags of 8000 characters and parameters of 6000
-
-
-class UploadState:
-    """What is known of a run's copy in a store, kept in its folder: `mlflow.json`.
-
-    run_id and experiment_id; sent_bytes of the journal, and sent_system of
-    each node's file of system metrics; status; described: the attempt that was described;
-    failed_sends and error: how often the store refused, and the last refusal while it does; model: the address of the
-    logged model.
-    """
-
-    def __init__(self, run_dir: Path, uri: str) -> None:
-        self._path, self._uri = run_dir / MLFLOW_FILE, uri
-        self.values: dict[str, Any] = {
-            "run_id": None,
-            "experiment_id": None,
-            "sent_bytes": 0,
-            "sent_system": {},
-            "status": None,
-            "described": -1,
-            "failed_sends": 0,
-            "error": "",
-            "model": "",
-        }
-        self.load()
-
-    def load(self) -> None:
-        """Take over what the file says, if it is of this store: another one begins anew."""
-        if self._path.exists():
-            saved = json.loads(self._path.read_text(encoding="utf-8"))
-            if saved.get("uri", self._uri) == self._uri:
-                self.values.update(saved)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values[name]
-
-    def save(self, **changes: Any) -> None:
-        """Take changes and write the file."""
-        self.values.update(changes, uri=self._uri)
-        replace_text(self._path, json.dumps(self.values))
+_DESCRIPTION = "mlflow.note.content"
+_OWN_TAGS = (_DESCRIPTION, "mlflow.runColor")  # those of MLflow's that the journal may set
+_FOLDER_TAG = "folder"
+_TAB10 = "1f77b4 ff7f0e 2ca02c d62728 9467bd 8c564b e377c2 7f7f7f bcbd22 17becf"  # matplotlib's ten colours
 
 
 class MlflowRun:
-    """The run of a folder in MLflow.
+    """The run of a folder in the store at `uri`.
 
-    What `run.json` may say about it: name, parameters, tags, description (Markdown), changed ({key: value} that differs
-    from the defaults), datasets (name, context, digest, source, profile), parent (the folder of the sweep it is of).
+    Raises:
+        Exception: whatever MLflow, its database or the network raises.
     """
 
-    def __init__(self, run_dir: Path, info: Mapping[str, Any], state: UploadState, uri: str) -> None:
-        self.run_dir, self.info, self.state, self.uri = run_dir, info, state, uri
-        self.client = open_client(full_uri(uri))
+    def __init__(self, run_dir: Path, about: RunFile, state: UploadState, uri: str) -> None:
+        self.run_dir, self.about, self.state, self.uri = run_dir, about, state, uri
+        self.client = open_client(uri)
 
     @functools.cached_property
     def images(self) -> ImageSeries:
-        """The pictures that MLflow's pages show with a slider."""
+        """The images that MLflow's pages show with a slider."""
         return ImageSeries(self.client, self.run_id)
 
     @property
@@ -83,51 +57,71 @@ class MlflowRun:
         return str(self.state["run_id"])
 
     def open(self, started: float | None) -> None:
-        """Make the run, unless this folder has one, begun at `started` (s since 1970), and describe this attempt."""
-        parent = parent_run_id(self.run_dir, self.info, self.uri)
+        """Make the run, unless this folder has one, begun at `started` (s since 1970), and describe this attempt.
+
+        Raises:
+            StoreError: the folder's run was deleted in the store.
+        """
+        parent = parent_run_id(self.run_dir, self.about, self.uri)
         with FileLock(self.run_dir / ".mlflow_run.lock", timeout=20):  # a sweep's run is made by whoever needs it first
             self.state.load()
-            if self.state["run_id"] is None:
-                experiment_id = open_experiment(self.client, self.info["tracking"]["experiment"], full_uri(self.uri))
-                run = self.client.create_run(
-                    experiment_id,
-                    start_time=None if started is None else round(started * 1000),
-                    run_name=self.info["name"],
-                    tags={"mlflow.parentRunId": parent} if parent else None,
-                )
-                self.state.save(run_id=run.info.run_id, experiment_id=experiment_id)
-            if self.state["described"] < self.info["attempt"]:
+            if not find_run(self.client, self.state, self.run_dir):
+                self._create(started, parent)
+            if self.state["described"] < self.about.attempt:
                 self._describe(is_first=self.state["described"] < 0)
-                self.state.save(described=self.info["attempt"], status=None)
+                self.state.save(described=self.about.attempt, status="")
+
+    def _create(self, started: float | None, parent: str) -> None:
+        experiment_id = open_experiment(self.client, self.about.tracking.experiment, self.uri)
+        run = self.client.create_run(
+            experiment_id,
+            start_time=None if started is None else round(started * 1000),
+            run_name=self.about.name or self.run_dir.name,
+            tags={"mlflow.parentRunId": parent, "mlflow.runColor": self._color()} if parent else None,
+        )
+        self.state.save(run_id=run.info.run_id, experiment_id=experiment_id, sent_bytes=0, sent_system={}, described=-1)
+
+    def _color(self) -> str:
+        """The colour of a sweep's run in charts: MLflow's own choice may give two runs of a sweep the same."""
+        siblings = known_run_file(self.run_dir.absolute().parent / self.about.parent.removeprefix("../")).children or []
+        name, colors = self.run_dir.name, _TAB10.split()
+        return f"#{colors[siblings.index(name) % len(colors) if name in siblings else 0]}"
 
     def _describe(self, *, is_first: bool) -> None:
         """Send what is known once an attempt. Parameters are of the first: MLflow refuses to change them."""
         from mlflow.entities import Param, RunTag
 
         if is_first:
-            parameters = {key: str(value)[:_MAX_TEXT] for key, value in self.info["parameters"].items()}
+            parameters = {key: str(value)[:_MAX_TEXT] for key, value in self.about.parameters.items()}
             items = [Param(key, value) for key, value in parameters.items()]
             self._unless_refused("MLflow keeps the first attempt's parameters", params=items)
             self._send_datasets()
         tags = {key: str(value)[:_MAX_TEXT] for key, value in self._tags(is_first=is_first).items()}
-        self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        if (self.run_dir / "config.yaml").exists():
-            self.client.log_artifact(self.run_id, str(self.run_dir / "config.yaml"))
+        self._unless_refused(
+            "MLflow refuses facts about the run; they stay in run.json",
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )
+        config = inside(self.run_dir, "config.yaml")
+        if config is not None:
+            self.client.log_artifact(self.run_id, str(config))
+        if not is_first:
+            self._set_note("")
         self.client.update_run(self.run_id, status="RUNNING")
 
     def _tags(self, *, is_first: bool) -> dict[str, Any]:
-        tags = {**self.info["tags"], "mlflow.user": getpass.getuser(), "mlflow.source.type": "LOCAL"}
+        about = self.about
+        tags = {**_without_mlflow_s(about.tags), "mlflow.user": user_name(), "mlflow.source.type": "LOCAL"}
+        tags[_FOLDER_TAG] = str(self.run_dir.resolve())
         if "git_revision" in tags:
             tags["mlflow.source.git.commit"] = tags["git_revision"]
         if "command" in tags:
             tags["mlflow.source.name"] = "dist_deeplab.train"  # the page shows it, and `command` as it is
-        if self.info.get("slurm_jobs"):
-            tags |= {"slurm_jobs": " ".join(self.info["slurm_jobs"]), "mlflow.source.type": "JOB"}
-        changed = self.info.get("changed", {})
-        if changed:
-            tags["not_default"] = " ".join(f"{key}={value}" for key, value in changed.items())
-        if is_first and self.info.get("description"):  # later it may be the user's own text
-            tags["mlflow.note.content"] = self.info["description"]
+        if about.slurm_jobs:
+            tags |= {"slurm_jobs": " ".join(about.slurm_jobs), "mlflow.source.type": "JOB"}
+        if about.changed:
+            tags["not_default"] = " ".join(f"{key}={value}" for key, value in about.changed.items())
+        if is_first and about.description:  # later it may be the user's own text
+            tags[_DESCRIPTION] = about.description
         return tags
 
     def _send_datasets(self) -> None:
@@ -136,15 +130,15 @@ class MlflowRun:
         inputs = [
             DatasetInput(
                 Dataset(
-                    name=about["name"],
-                    digest=about["digest"][:36],
+                    name=about.name,
+                    digest=about.digest[:36],
                     source_type="local",
-                    source=json.dumps({"uri": about["source"]}),
-                    profile=json.dumps(about["profile"]),
+                    source=json.dumps({"uri": shown_url(about.source)}),
+                    profile=json.dumps(about.profile),
                 ),
-                [InputTag("mlflow.data.context", about["context"])],
+                [InputTag("mlflow.data.context", about.context)],
             )
-            for about in self.info.get("datasets", [])
+            for about in self.about.datasets
         ]
         if inputs:
             self.client.log_inputs(self.run_id, inputs)
@@ -156,20 +150,34 @@ class MlflowRun:
         self._send_points([record for record in records if "key" in record])
         for record in records:
             if "tags" in record:
-                tags = [RunTag(key, str(value)[:_MAX_TEXT]) for key, value in record["tags"].items()]
-                self.client.log_batch(self.run_id, tags=tags)
+                tags = [RunTag(k, str(v)[:_MAX_TEXT]) for k, v in _without_mlflow_s(record["tags"]).items()]
+                self._unless_refused("MLflow refuses facts about the run; they stay in the journal", tags=tags)
             if "file" in record:
                 self._send_file(record)
 
-    def finish(self, status: str, ended: float | None) -> None:
-        """Set the run's final status, and when it ended."""
+    def finish(self, status: str, ended: float | None, *, note: str = "") -> None:
+        """Set the run's final status, and when it ended; `note`, e.g. `requeued, step 132 of 400`, goes above it."""
         end_time = None if ended is None else round(ended * 1000)
-        self.client.set_terminated(self.run_id, status=status, end_time=end_time)
+        stopped = status == "KILLED" and note
+        self._set_note(note if stopped else "")
+        # SCHEDULED is MLflow's word for a run that is to continue later, and not a red cross.
+        shown = "SCHEDULED" if stopped and note.startswith("requeued") else status
+        self.client.set_terminated(self.run_id, status=shown, end_time=end_time)
+
+    def _set_note(self, note: str) -> None:
+        """Put a note above the description, in place of the last one; whatever else is there is the user's."""
+        tags = self.client.get_run(self.run_id).data.tags
+        before = tags.get(_DESCRIPTION, "")
+        after = (f"**{note}**\n\n" if note else "") + re.sub(r"^\*\*(stopped|requeued), step [^*]*\*\*\n\n", "", before)
+        if after != before:
+            self.client.set_tag(self.run_id, _DESCRIPTION, after)
+        if note or "state" in tags:
+            self.client.set_tag(self.run_id, "state", note or "not stopped")
 
     def _send_points(self, records: list[Record]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(r["key"], r["value"], round(r["time"] * 1000), r["step"]) for r in records]
+        metrics = [Metric(r["key"], r["value"], _in_ms(r), r["step"]) for r in records]
         if not metrics or self._unless_refused("", metrics=metrics):
             return
         if len(records) == 1:
@@ -195,35 +203,104 @@ class MlflowRun:
     def _send_file(self, record: Record) -> None:
         from mlflow.exceptions import MlflowException
 
+        path = inside(self.run_dir, record["file"])
+        if path is None:
+            log.warning("%s is not a file in %s; MLflow does without it", record["file"], self.run_dir)
+            return
         try:
-            self._send_existing_file(record)
+            if "image" in record:
+                self.images.send(path, record["image"], record["step"], _in_ms(record))
+            else:
+                folder = path.parent.relative_to(self.run_dir.resolve())
+                self.client.log_artifact(self.run_id, str(path), None if folder == Path() else str(folder))
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             log.warning("MLflow refuses the file of %s (%s); it stays in the run's folder", record, error)
 
-    def _send_existing_file(self, record: Record) -> None:
-        name = Path(record["file"])
-        path = self.run_dir / name
-        if not path.exists():
-            log.warning("%s is gone; MLflow does without it", path)
-        elif "image" in record:
-            self.images.send(path, record["image"], record["step"], round(record["time"] * 1000))
-        else:
-            folder = None if name.parent == Path(".") else str(name.parent)
-            self.client.log_artifact(self.run_id, str(path), folder)
+
+def find_run(client: Any, state: UploadState, run_dir: Path) -> bool:
+    """Whether the store has the run of this folder, under an id that `state` knows; `state` then has it.
+
+    An id that another address's store gave counts too: it may be the same store under another name. A run that says
+    that it is of another folder, which is still there, is not this one's: this folder is a copy, and gets its own.
+
+    Raises:
+        StoreError: the run that this store had was deleted.
+    """
+    known = [(state.values, state.is_known)] if state.is_known else [(other, False) for other in state.others.values()]
+    for values, is_own in known:
+        if not values["run_id"]:
+            continue
+        run = _get_run(client, values["run_id"])
+        if run is None and is_own:
+            raise StoreError(
+                f"the run {values['run_id']} of {run_dir} was deleted in {state.uri}; `mlflow runs restore --run-id "
+                f"{values['run_id']}` may bring it back, `{command_name('sync-mlflow')} --new-run {run_dir}` sends all "
+                "to a new one"
+            )
+        if run is None:
+            continue
+        original = Path(run.data.tags.get(_FOLDER_TAG) or run_dir)
+        if _is_another_run(original, run_dir):
+            log.warning("%s is a copy of %s: it gets a run of its own in MLflow", run_dir, original)
+            continue
+        if not is_own:
+            state.save(**values)
+        return True
+    return False
 
 
-def parent_run_id(run_dir: Path, info: Mapping[str, Any], uri: str) -> str:
-    """Return the id of the sweep's run that this one is a child of, made where it is missing, or an empty string."""
-    if not info.get("parent"):
+def _get_run(client: Any, run_id: str) -> Any:
+    """The run, or None where the store has none of this id, or has deleted it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+    return None if run.info.lifecycle_stage == "deleted" else run
+
+
+def _is_another_run(original: Path, run_dir: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return (original / RUN_FILE).is_file() and not original.samefile(run_dir)
+    return False
+
+
+def parent_run_id(run_dir: Path, about: RunFile, uri: str) -> str:
+    """The id of the sweep's run that this one is a child of, made where it is missing; else an empty string."""
+    if not about.parent:
         return ""
-    folder = (run_dir / info["parent"]).resolve()
-    if not (folder / RUN_FILE).exists():
-        log.warning("the folder of the sweep, %s, is gone; %s goes to MLflow without a parent", folder, run_dir)
+    folder = run_dir.absolute().parent / about.parent.removeprefix("../")
+    if not re.fullmatch(r"\.\./[A-Za-z0-9][A-Za-z0-9._-]*", about.parent) or folder.is_symlink():
+        log.warning("%r is not a folder beside %s; that goes to MLflow without a parent", about.parent, run_dir)
+        return ""
+    try:
+        parent = read_run_file(folder)
+    except UserError as error:
+        log.warning("%s; %s goes to MLflow without a parent", error, run_dir)
         return ""
     state = UploadState(folder, uri)
-    if state["run_id"] is None:
-        about = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        MlflowRun(folder, about, state, uri).open(None)
+    if not state["run_id"]:
+        MlflowRun(folder, parent.model_copy(update={"parent": ""}), state, uri).open(None)
     return str(state["run_id"])
+
+
+def user_name() -> str:
+    """The user's name; the number where the system knows no name for it, as in containers with an arbitrary id."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def _without_mlflow_s(tags: Mapping[str, Any]) -> dict[str, Any]:
+    """Tags of a folder, without those by which MLflow itself is steered (parents, models, users)."""
+    return {key: value for key, value in tags.items() if not key.startswith("mlflow.") or key in _OWN_TAGS}
+
+
+def _in_ms(record: Record) -> int:
+    return round(record.get("time", 0) * 1000)

@@ -1,9 +1,10 @@
 """Where MLflow keeps its data: which store, opened how, with whose password; importing this does not import MLflow."""
 
+import contextlib
 import importlib.metadata
 import os
-import tempfile
 from collections.abc import MutableMapping
+from contextlib import AbstractContextManager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,40 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from filelock import FileLock
 
 from dist_deeplab.errors import UserError
-from dist_deeplab.redaction import redact
+from dist_deeplab.redaction import redact, shown_url
+from dist_deeplab.tracking.mlflow.private import known_stores, private_folder
 
 _SCHEMES = {"", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
+_LOCK_S = 60.0  # making a database's tables takes some seconds
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's pages for training, not for GenAI
 
 
-def full_uri(recorded: str) -> str:
-    """Return the URI to use for one that a run's folder has: there is no password in it, but in MLFLOW_TRACKING_URI."""
+class StoreError(Exception):
+    """The store works, and will not take this run until somebody does what the message says."""
+
+
+def choose_store(run_dir: Path, recorded: str, given: str = "") -> str:
+    """The address of the store that a run's folder is sent to; `none` for a run that is not to be sent.
+
+    A folder may be a copy, or somebody else's: what it says (`recorded`, without secrets) is taken only if it is the
+    store of the environment, or one that this user has set for a run before. Otherwise it is the environment's, or the
+    SQLite file beside the folder.
+
+    Args:
+        given: what the user says now, which wins; without its secrets where the environment has them.
+    """
     from_environment = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return from_environment if redact(from_environment) == recorded else recorded
+    if given:
+        return from_environment if shown_url(from_environment) == given else given
+    recorded = shown_url(recorded)
+    if recorded == "none" or recorded in known_stores():
+        return recorded
+    return from_environment or default_store(run_dir.absolute().parent.resolve())
+
+
+def default_store(output_dir: Path) -> str:
+    """The SQLite file in the folder of all runs."""
+    return f"sqlite:///{output_dir / 'mlflow.db'}"
 
 
 def require_known_store(uri: str) -> None:
@@ -34,13 +59,13 @@ def require_known_store(uri: str) -> None:
     plugins = {point.name for point in importlib.metadata.entry_points(group="mlflow.tracking_store")}
     if scheme not in _SCHEMES | plugins:
         raise UserError(
-            f"{redact(uri)}: MLflow knows no store of the kind {scheme!r}; use http(s)://HOST:PORT, "
+            f"{shown_url(uri)}: MLflow knows no store of the kind {scheme!r}; use http(s)://HOST:PORT, "
             "sqlite:///FILE, postgresql, mysql, mssql, or none for no MLflow"
         )
 
 
 def take_credentials(uri: str, environ: MutableMapping[str, str] = os.environ) -> str:
-    """Move user and password of a server's URI to the variables that MLflow reads; return the URI without them.
+    """Move user and password of a server's URI to the variables that MLflow reads; the URI without them.
 
     In an address they would be part of every error message.
     """
@@ -55,7 +80,9 @@ def take_credentials(uri: str, environ: MutableMapping[str, str] = os.environ) -
 
 
 def explain(error: Exception) -> str:
-    """Return what MLflow, its database or the network raised as one line without secrets, a remedy first if known."""
+    """What MLflow, its database or the network raised, as one line without secrets; a remedy first if known."""
+    if isinstance(error, StoreError):
+        return redact(str(error))
     text = " ".join(redact(str(error)).split())[:300] or type(error).__name__
     response = getattr(error, "response", None)  # of requests, for files
     status = error.get_http_status_code() if hasattr(error, "get_http_status_code") else None
@@ -78,7 +105,7 @@ def no_telemetry() -> None:
 
 
 def open_client(uri: str) -> Any:
-    """Return an MlflowClient of the store, made ready under a lock; calls fail after seconds instead of minutes.
+    """An MlflowClient of the store, made ready under a lock; its calls fail after seconds instead of minutes.
 
     Raises:
         Exception: whatever MLflow, its database or the network raises.
@@ -113,7 +140,11 @@ def _make_database(path: Path) -> None:
 
 
 def open_experiment(client: Any, name: str, uri: str) -> str:
-    """Return the id of the experiment, which is made where it is missing."""
+    """The id of the experiment, which is made where it is missing.
+
+    Raises:
+        StoreError: it was deleted.
+    """
     from mlflow.exceptions import MlflowException
 
     with store_lock(uri):
@@ -127,25 +158,36 @@ def open_experiment(client: Any, name: str, uri: str) -> str:
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
+        if experiment.lifecycle_stage == "deleted":
+            raise StoreError(
+                f"the experiment {name!r} was deleted in {shown_url(uri)}; `mlflow experiments restore --experiment-id "
+                f"{experiment.experiment_id}` brings it back, tracking.experiment= names another one"
+            )
         return str(experiment.experiment_id)
 
 
-def store_lock(uri: str) -> FileLock:
-    """Return a lock for opening the store: several processes that open a new SQLite store at once ruin it."""
+def store_lock(uri: str) -> AbstractContextManager[object]:
+    """A lock for opening a store: several processes that open a new database at once ruin it. A server needs none.
+
+    Raises:
+        Timeout: another process holds it for longer than `_LOCK_S`.
+    """
     path = sqlite_path(uri)
-    if path is None:
-        return FileLock(Path(tempfile.gettempdir()) / f"dist_deeplab-mlflow-{os.getuid()}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{path}.lock")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{path}.lock", timeout=_LOCK_S)
+    if urlsplit(uri).scheme in ("http", "https", "databricks", "databricks-uc"):
+        return contextlib.nullcontext()
+    return FileLock(private_folder() / "mlflow-database.lock", timeout=_LOCK_S)
 
 
 def artifact_location(uri: str) -> str | None:
-    """Return the folder `mlartifacts` beside a SQLite store; a server has a place of its own."""
+    """The folder `mlartifacts` beside a SQLite store; a server has a place of its own."""
     path = sqlite_path(uri)
     return (path.resolve().parent / "mlartifacts").as_uri() if path else None
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """Return the file of a SQLite store, or None for another store."""
+    """The file of a SQLite store, or None for another store."""
     url = urlsplit(uri)
     return Path(url.path[1:]) if url.scheme == "sqlite" else None

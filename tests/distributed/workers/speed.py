@@ -35,7 +35,7 @@ def updated(
     net = DeepLabV2("resnet_tiny", 5, norm=norm_factory("sync"), recompute=recompute)
     model = prepare_model(MultiScale(net, scales), env, static_graph=static_graph).train()
     update = TrainStep(model, build_optimizer(net, OptimConfig()), Precision("fp32", env.device), CAFFE, 255)
-    update.rehearse(micro_size=2, crop_size=65)
+    update.warm_up(micro_size=2, crop_size=65)
     generator = torch.Generator().manual_seed(env.rank)
     for accumulation in (2, 1, 2):
         images = torch.randint(0, 256, (accumulation, 2, 3, 65, 65), dtype=torch.uint8, generator=generator)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_deeplab.checkpointing import file as checkpoint
-from dist_deeplab.checkpointing.file import load_checkpoint, write_tensors
+from dist_deeplab.checkpointing.file import load_content, write_tensors
 from dist_deeplab.errors import UserError
 
 
@@ -21,7 +21,7 @@ def write_sidecar(path: Path) -> None:
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no checkpoint at .*absent\.pt"):
-        load_checkpoint(tmp_path / "absent.pt")
+        load_content(tmp_path / "absent.pt")
 
 
 @pytest.mark.parametrize("content", [{"model": {}}, {"format": "other/1"}, [1, 2], torch.zeros(2)])
@@ -30,7 +30,7 @@ def test_a_file_that_is_not_a_checkpoint_of_ours_is_refused(content: Any, tmp_pa
     torch.save(content, path)
     write_sidecar(path)
     with pytest.raises(UserError, match=r"is not a 'dist_deeplab\.checkpoint/1' file"):
-        load_checkpoint(path)
+        load_content(path)
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", pickle.dumps({"format": "dist_deeplab.checkpoint/1"}, protocol=2)])
@@ -39,7 +39,7 @@ def test_a_file_that_torch_did_not_write_is_refused_in_one_line(data: bytes, tmp
     path.write_bytes(data)
     write_sidecar(path)
     with pytest.raises(UserError, match=r"x\.pt") as caught:
-        load_checkpoint(path)
+        load_content(path)
     assert "\n" not in str(caught.value)
 
 
@@ -58,7 +58,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     torch.save({"format": "dist_deeplab.checkpoint/1", "model": Hostile(tmp_path / "trace")}, path)
     write_sidecar(path)
     with pytest.raises(UserError, match="can't be read"):
-        load_checkpoint(path)
+        load_content(path)
     assert not (tmp_path / "trace").exists()
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_deeplab.checkpointing.file import load_checkpoint, verify
+from dist_deeplab.checkpointing.file import load_content, verify
 from dist_deeplab.checkpointing.folder import CheckpointFolder
 from dist_deeplab.errors import TrainingError, UserError
 
@@ -82,7 +82,7 @@ def test_what_is_loaded_equals_what_was_saved(folder: CheckpointFolder) -> None:
     folder.save(content_of(7), step=7, is_best=False, wait=True)
     path = folder.newest()
     assert path == folder.path / "step_00000007.pt"
-    loaded = load_checkpoint(path)
+    loaded = load_content(path)
     assert loaded.pop("format") == "dist_deeplab.checkpoint/1"
     assert_same(loaded, content_of(7))
 
@@ -125,7 +125,7 @@ def test_a_rank_that_is_not_the_writer_writes_nothing(folder: CheckpointFolder) 
 def test_a_checkpoint_saved_again_is_replaced(folder: CheckpointFolder) -> None:
     folder.save(content_of(1), step=5, is_best=False, wait=True)
     folder.save(content_of(2), step=5, is_best=False, wait=True)
-    assert load_checkpoint(folder.path / "step_00000005.pt")["step"] == 2
+    assert load_content(folder.path / "step_00000005.pt")["step"] == 2
 
 
 # --- which ones stay --------------------------------------------------------------------------------------------------
@@ -136,14 +136,14 @@ def test_the_last_few_and_the_best_stay(folder: CheckpointFolder) -> None:
         folder.save(content_of(step), step=step, is_best=step == 10, wait=True)
     names = {"step_00000020", "step_00000100", "step_00001000", "best"}
     assert set(os.listdir(folder.path)) == {f"{name}.{ending}" for name in names for ending in ("pt", "json")}
-    assert load_checkpoint(folder.path / "best.pt")["step"] == 10
+    assert load_content(folder.path / "best.pt")["step"] == 10
     assert folder.newest() == folder.path / "step_00001000.pt"
 
 
 def test_a_better_checkpoint_takes_the_place_of_the_best(folder: CheckpointFolder) -> None:
     for step in (1, 2, 3):
         folder.save(content_of(step), step=step, is_best=step < 3, wait=True)
-    assert load_checkpoint(folder.path / "best.pt")["step"] == 2
+    assert load_content(folder.path / "best.pt")["step"] == 2
 
 
 def test_the_best_is_copied_where_hard_links_are_impossible(
@@ -154,7 +154,7 @@ def test_the_best_is_copied_where_hard_links_are_impossible(
 
     monkeypatch.setattr(os, "link", refuse)
     folder.save(content_of(4), step=4, is_best=True, wait=True)
-    assert load_checkpoint(folder.path / "best.pt")["step"] == 4
+    assert load_content(folder.path / "best.pt")["step"] == 4
 
 
 def test_the_checkpoint_just_saved_stays_even_beside_damaged_ones_of_later_steps(folder: CheckpointFolder) -> None:
@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_warning(
         assert folder.newest() == folder.path / "step_00000001.pt"
     assert str(newest) in caplog.text
     with pytest.raises(UserError) as caught:
-        load_checkpoint(newest)
+        load_content(newest)
     assert str(newest) in str(caught.value)
 
 
@@ -381,7 +381,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_cannot_change_it(
     assert not list(folder.path.glob("step_*")), "saved already: this test sees nothing"
     slow_disk.set()
     folder.close()
-    loaded = load_checkpoint(folder.path / "step_00000005.pt")
+    loaded = load_content(folder.path / "step_00000005.pt")
     del loaded["format"]
     assert_same(loaded, content_of(5))
 
@@ -395,7 +395,7 @@ def test_a_save_waits_for_the_one_before(folder: CheckpointFolder, slow_disk: th
     slow_disk.set()
     second.join(60)
     for step in (1, 2):
-        assert load_checkpoint(folder.path / f"step_{step:08d}.pt")["step"] == step
+        assert load_content(folder.path / f"step_{step:08d}.pt")["step"] == step
 
 
 def test_an_error_that_is_not_the_disks_ends_the_run(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,13 +445,13 @@ def test_kill_9_at_any_rename_leaves_a_sound_newest_and_best(tmp_path: Path) -> 
         assert exit_code == (-signal.SIGKILL if exit_code else 0)
         newest = folder.newest()
         assert newest is not None
-        best = load_checkpoint(folder.path / "best.pt")["step"]
+        best = load_content(folder.path / "best.pt")["step"]
         assert best in (1, 2), f"killed at rename {call}"
-        assert load_checkpoint(newest)["step"] == (2 if call > 3 else 1), "the step's own sidecar is the last rename"
-        assert best >= load_checkpoint(newest)["step"], "a step can be found before it is the best"
+        assert load_content(newest)["step"] == (2 if call > 3 else 1), "the step's own sidecar is the last rename"
+        assert best >= load_content(newest)["step"], "a step can be found before it is the best"
         folder.save(content_of(2), step=2, is_best=True, wait=True)
         assert set(os.listdir(folder.path)) == pairs
-        assert load_checkpoint(folder.path / "best.pt")["step"] == 2
+        assert load_content(folder.path / "best.pt")["step"] == 2
         if exit_code == 0:
             assert call >= 4, "file, best sidecar, best file, sidecar"
             return

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
 from dist_deeplab.commands import convert_weights
 from dist_deeplab.data import voc
 from dist_deeplab.evaluation.inference import load_network
 from dist_deeplab.model.weights import load_weights
-from dist_deeplab.training.resume import read_checkpoint
 from tests.networks import checkpoint_of, discerning_network, write_checkpoint
 from tests.unit.model.weights import writers
 from tests.unit.model.weights.networks import (
@@ -102,8 +102,8 @@ def test_published_weights_become_a_checkpoint_that_is_scored(convert: Any, tmp_
     image = torch.randn(1, 3, 65, 65)
     logits, expected = load_network(saved)(image), run_caffe(layers, image)["logits"]
     assert float((logits - expected).detach().abs().max()) < 1e-4 * float(expected.abs().max())
-    assert saved["class_names"] == list(voc.CLASS_NAMES)
-    assert "trained on VOC 2012 val too" in saved["variant"]["note"]
+    assert saved.class_names == voc.CLASS_NAMES
+    assert "trained on VOC 2012 val too" in saved.variant.note
 
 
 def test_a_checkpoint_that_lost_its_sidecar_keeps_what_it_says_of_itself(convert: Any, tmp_path: Path) -> None:
@@ -113,10 +113,11 @@ def test_a_checkpoint_that_lost_its_sidecar_keeps_what_it_says_of_itself(convert
     source = write_checkpoint(tmp_path / "in.pt", content)
     source.with_suffix(".json").unlink()
     assert convert([str(source), str(tmp_path / "out.pt"), "--to", "checkpoint"]) == 0
-    saved = read_checkpoint(tmp_path / "out.pt")
-    for key in ("step", "config", "class_names", "train_keys_sha256", "best_miou"):
-        assert saved[key] == content[key], key
-    assert torch.equal(saved["train_key_hashes"], torch.arange(5))
+    saved, expected = read_checkpoint(tmp_path / "out.pt"), Checkpoint.from_content(content)
+    for name in ("step", "config", "class_names", "train_keys_sha256", "best_miou"):
+        assert getattr(saved, name) == getattr(expected, name), name
+    assert saved.train_key_hashes is not None
+    assert torch.equal(saved.train_key_hashes, torch.arange(5))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dist_deeplab.checkpointing.checkpoint import Checkpoint
 from dist_deeplab.commands import export as tool
 from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.errors import TrainingError
@@ -39,7 +40,7 @@ def python(*arguments: object) -> str:
 
 @pytest.mark.parametrize("preprocessing", [CAFFE, TORCHVISION])
 def test_one_module_does_all_that_evaluation_does(saved: dict[str, object], preprocessing: Preprocessing) -> None:
-    predictor = Predictor(load_network(saved), preprocessing)
+    predictor = Predictor(load_network(Checkpoint.from_content(saved)), preprocessing)
     module = Exportable(predictor.net, preprocessing).eval()
 
     def run(image: np.ndarray) -> np.ndarray:
@@ -92,7 +93,7 @@ def test_a_program_takes_any_size_and_batch(checkpoint: Path, saved: dict[str, o
     said = python("-c", RUN_PROGRAM, out, tmp_path / "image.pt", tmp_path / "logits.pt")
     assert said.strip() == "best.pt, step 7"
     with torch.no_grad():
-        expected = Exportable(load_network(saved), CAFFE).eval()(image)
+        expected = Exportable(load_network(Checkpoint.from_content(saved)), CAFFE).eval()(image)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
 
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from dist_deeplab.checkpointing.checkpoint import Checkpoint
 from dist_deeplab.commands import tune_crf as tool
-from dist_deeplab.config import RunConfig, config_to_dict
+from dist_deeplab.config import RunConfig
 from dist_deeplab.data.loader import EvalDataset
 from dist_deeplab.data.shards.manifest import Manifest
+from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation.confusion import count_pixels, scores
 from dist_deeplab.evaluation.crf import dense_crf
@@ -47,12 +49,12 @@ def test_each_point_scores_as_a_direct_call(shard_set: Manifest, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     net = discerning_network(21)
     settings = RunConfig.model_validate({"model": {"backbone": "resnet_tiny"}, "crf": {"num_workers": 1}})
-    saved = {"model": net.state_dict(), "variant": SCRATCH.to_plain(), "config": config_to_dict(settings)}
+    checkpoint = Checkpoint({"model": net.state_dict()}, settings, SCRATCH, CLASS_NAMES)
     points: list[dict[str, Any]] = [tool.base_point(settings) | {"bi_w": weight} for weight in (0.0, 4.0)]
-    mious, without = tool.search(saved, settings, shard_set, points, num_images=3)
+    mious, without = tool.search(checkpoint, settings, shard_set, points, num_images=3)
 
     dataset = EvalDataset(shard_set, num_classes=21, ignore_label=255)
-    predictor = Predictor(load_network(saved), CAFFE)
+    predictor = Predictor(load_network(checkpoint), CAFFE)
     expected = np.zeros((3, 21, 21), dtype=np.int64)
     for index in (0, 4, 7):
         image, label = content_of(dataset.fetch(index), 0)

@@ -471,6 +471,7 @@ OTHER_VALUES: dict[str, Any] = {
     "tracking.log_model": True,
     "tracking.register_as": "x",
     "tracking.parent": "../sweep",
+    "tracking.on_event": "echo",
 }
 MAY_CHANGE = {
     *("name", "output_dir", "resume", "resume_anyway", "max_hours", "data.train", "data.val", "data.num_workers"),
@@ -484,7 +485,7 @@ MAY_CHANGE = {
     *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every"),
     *("distributed.startup_timeout_s", "distributed.hang_timeout_s"),
     *("tracking.uri", "tracking.experiment", "tracking.log_every"),
-    *("tracking.system_metrics", "tracking.log_model", "tracking.register_as", "tracking.parent"),
+    *("tracking.system_metrics", "tracking.log_model", "tracking.register_as", "tracking.parent", "tracking.on_event"),
     *("deterministic", "optim.implementation", "precision.max_nonfinite_steps"),
 }
 """What a resumed run may change: nothing here alters what an optimizer step computes from a given state and data."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_deeplab.distributed import meter as meter_module
-from dist_deeplab.distributed.meter import Cost, Meter, peak_memory_bytes
+from dist_deeplab.distributed.meter import Meter, peak_memory_bytes
 from dist_deeplab.model.peak import peak_flops
 
 CPU = torch.device("cpu")
@@ -106,13 +106,3 @@ def test_mfu_is_the_share_of_what_the_devices_could_do_at_their_peak(clock: Cloc
 )
 def test_a_gpu_is_known_by_its_name_or_not_at_all(name: str, dtype: str, tflops: float | None) -> None:
     assert peak_flops(name, dtype) == (None if tflops is None else tflops * 1e12)
-
-
-def test_the_cost_includes_earlier_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second attempt of 30 s on 4 processes, after 100 s on 2."""
-    now = [1000.0]
-    monkeypatch.setattr(meter_module.time, "monotonic", lambda: now[0])
-    points = {("cost/total_s", 10): 60.0, ("cost/total_s", 20): 100.0, ("cost/device_hours", 20): 200 / 3600}
-    cost = Cost(points, world_size=4)
-    now[0] += 30.0
-    assert cost.now() == {"cost/total_s": 130.0, "cost/device_hours": pytest.approx((200 + 120) / 3600)}

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_deeplab.config import EvalConfig, RunConfig, config_to_dict
+from dist_deeplab.checkpointing.checkpoint import Checkpoint
+from dist_deeplab.config import EvalConfig, RunConfig, config_from_dict, config_to_dict
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation.inference import (
     Predictor,
@@ -129,7 +130,7 @@ def test_padding_does_not_reach_beyond_what_the_network_sees(net: DeepLabV2, ima
 
 def test_a_checkpoint_gives_back_its_network(net: DeepLabV2, image: torch.Tensor, content: torch.Tensor) -> None:
     config = RunConfig.model_validate({"model": {"backbone": "resnet_tiny"}, "data": {"num_classes": NUM_CLASSES}})
-    saved = {"model": net.state_dict(), "variant": SCRATCH.to_plain(), "config": config_to_dict(config)}
+    saved = Checkpoint({"model": net.state_dict()}, config, SCRATCH, ())
     again = load_network(saved)
     assert not again.training
     assert torch.equal(Predictor(again, CAFFE).logits(image, content), _plain(net, image, content))
@@ -145,13 +146,14 @@ def test_a_checkpoint_does_not_say_where_files_go_nor_how_much_of_the_machine_is
     config["data"] |= {"cache_dir": "/home/you", "cache_gib": 1e-9, "num_workers": 256}
     config["crf"]["num_workers"], config["eval"]["batch_size"] = 1000, 10**9
     config["output_dir"], config["tracking"]["uri"] = "/home/you/runs", "https://host/store"
-    settings = inference_settings({"config": config}, [])
+    stranger = Checkpoint({}, config_from_dict(config, where="the test"), SCRATCH, ())
+    settings = inference_settings(stranger, [])
     defaults = RunConfig()
     assert (settings.data.cache_dir, settings.data.cache_gib) == ("", defaults.data.cache_gib)
     assert (settings.data.num_workers, settings.crf.num_workers) == (defaults.data.num_workers, None)
     assert (settings.eval.batch_size, settings.output_dir, settings.tracking.uri) == (4, "runs", "")
     assert (settings.eval.scales, settings.data.num_classes) == ((0.5, 1.0), 5), "what a score depends on stays"
-    assert inference_settings({"config": config}, ["data.cache_dir=/scratch"]).data.cache_dir == "/scratch"
+    assert inference_settings(stranger, ["data.cache_dir=/scratch"]).data.cache_dir == "/scratch"
 
 
 @pytest.mark.parametrize(

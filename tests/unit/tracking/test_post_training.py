@@ -28,7 +28,7 @@ def _records(run_dir: Path) -> list[dict[str, object]]:
     return [record for record, _ in read_records(run_dir / "metrics.jsonl")]
 
 
-def test_points_and_files_are_appended_as_late_ones_of_the_last_attempt(run_dir: Path) -> None:
+def test_points_and_files_are_appended_as_those_of_the_last_attempt_after_its_end(run_dir: Path) -> None:
     add_to_run(run_dir, 3, {"eval/val/mIoU": 0.7, "nothing": math.nan}, run_dir / "eval" / "best_val")
     point, file = _records(run_dir)[2:]
     assert point.pop("time") == file.pop("time") > 1e9
@@ -45,13 +45,13 @@ def test_a_score_is_recorded_again_only_if_it_changed(run_dir: Path, tmp_path: P
     assert [record["value"] for record in _records(run_dir)[2:]] == [0.7, 0.8]
 
 
-def test_a_folder_of_no_run_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_s_is_left_alone(tmp_path: Path) -> None:
     add_to_run(tmp_path, 3, {"eval/val/mIoU": 0.7}, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_goes_on_is_left_alone_with_a_warning(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_in_training_is_left_alone_with_a_warning(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     with FileLock(run_dir / "run.lock"):
         add_to_run(run_dir, 3, {"eval/val/mIoU": 0.7}, run_dir / "eval" / "best_val")
     assert len(_records(run_dir)) == 2
-    assert "a training goes on" in caplog.text
+    assert "a training is running" in caplog.text

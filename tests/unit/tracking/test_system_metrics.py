@@ -1,66 +1,85 @@
-"""What a node is busy with, against the kernel's own files; each node's points reach MLflow beside the run's."""
+"""What a node is busy with; each node's points reach MLflow beside the run's."""
 
 import json
-import os
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
+import psutil
+import pynvml
 import pytest
 
 from dist_deeplab.tracking import system_metrics
 from dist_deeplab.tracking.system_metrics import Sampler, follow, gpu_values, start_system_metrics
 
-STAT = "cpu  {busy} 0 0 {idle} 0 0 0 0 0 0\ncpu0 1 2 3 4\n"
-NET = (
-    "Inter-|  Receive\n face |bytes\n"
-    "    lo: 9999 0 0 0 0 0 0 0 9999 0 0 0 0 0 0 0\n  eth0: {rx} 0 0 0 0 0 0 0 {tx} 0 0\n"
-)
-MEMINFO = "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:    250 kB\n"
+Network = namedtuple("Network", "bytes_recv bytes_sent")
+Disk = namedtuple("Disk", "read_bytes write_bytes")
 
 
-def write_proc(proc: Path, *, busy: int, idle: int, rx: int, tx: int) -> Path:
-    (proc / "net").mkdir(parents=True, exist_ok=True)
-    (proc / "stat").write_text(STAT.format(busy=busy, idle=idle))
-    (proc / "net" / "dev").write_text(NET.format(rx=rx, tx=tx))
-    (proc / "meminfo").write_text(MEMINFO)
-    (proc / "diskstats").write_text("   7  99 no-such-disk 1 0 2 0 3 0 4 0 0 0 0\n")
-    return proc
-
-
-def test_rates_are_means_since_the_last_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
+def test_rates_are_means_since_the_last_sample_without_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, network = [100.0], {"lo": Network(0, 0), "eth0": Network(0, 0), "ib0": Network(10**9, 0)}
     monkeypatch.setattr(system_metrics.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(system_metrics, "gpu_values", lambda: {})
-    sampler = Sampler(write_proc(tmp_path, busy=100, idle=900, rx=0, tx=0))
+    monkeypatch.setattr(psutil, "net_io_counters", lambda pernic: network)
+    monkeypatch.setattr(psutil, "disk_io_counters", lambda: None)
+    sampler = Sampler()
     now[0] += 10.0
-    write_proc(tmp_path, busy=160, idle=940, rx=50_000_000, tx=10_000_000)
+    network |= {"lo": Network(10**9, 10**9), "eth0": Network(20_000_000, 10_000_000)}
+    network["ib0"] = Network(10**9 + 30_000_000, 0)
     values = sampler.sample()
-    assert values["cpu_utilization_percentage"] == 60.0
-    assert values["system_memory_usage_percentage"] == 75.0
     assert values["network_receive_megabytes_per_s"] == pytest.approx(5.0)
     assert values["network_transmit_megabytes_per_s"] == pytest.approx(1.0)
-    assert values["disk_read_megabytes_per_s"] == 0.0
+    assert "disk_read_megabytes_per_s" not in values, "a machine without disks has no such points"
+    monkeypatch.setattr(psutil, "disk_io_counters", lambda: Disk(5, 6))
+    assert sampler.sample()["disk_read_megabytes_per_s"] == 0.0, "a disk that appears has no rate yet"
 
 
 def test_this_machine_can_be_read() -> None:
-    values = Sampler().sample()
-    assert 0 <= values["cpu_utilization_percentage"] <= 100
+    sampler = Sampler()
+    started = time.monotonic()
+    while time.monotonic() - started < 0.3:
+        pass
+    values = sampler.sample()
+    assert 0 < values["cpu_utilization_percentage"] <= 100
     assert 0 < values["system_memory_usage_percentage"] < 100
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024 / 1e6
+    assert 0 < values["system_memory_usage_megabytes"] < total
 
 
-def test_gpus_are_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\necho "87, 40960, 312.50"\necho "3, 512, [N/A]"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver() -> None:
+        raise pynvml.NVMLError_LibraryNotFound
+
+    monkeypatch.setattr(pynvml, "nvmlInit", no_driver)
+    assert gpu_values() == {}
+
+
+def test_what_a_gpu_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names and types are NVML's; tests/gpu reads real ones."""
+
+    def not_supported(gpu: int) -> None:
+        raise pynvml.NVMLError_NotSupported
+
+    memory = pynvml.c_nvmlMemory_t(total=8 * 10**9, free=0, used=2 * 10**9)
+    use = pynvml.c_nvmlUtilization_t(gpu=87, memory=5)
+    for name, stand_in in {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetUtilizationRates": lambda gpu: use if gpu == 0 else not_supported(gpu),
+        "nvmlDeviceGetMemoryInfo": lambda gpu: memory,
+        "nvmlDeviceGetPowerUsage": lambda gpu: 312_500,
+    }.items():
+        assert hasattr(pynvml, name)
+        monkeypatch.setattr(pynvml, name, stand_in)
     assert gpu_values() == {
         "gpu_0_utilization_percentage": 87.0,
-        "gpu_0_memory_usage_megabytes": 40960.0,
+        "gpu_0_memory_usage_megabytes": 2000.0,
         "gpu_0_power_usage_watts": 312.5,
-        "gpu_1_utilization_percentage": 3.0,
-        "gpu_1_memory_usage_megabytes": 512.0,
+        "gpu_1_memory_usage_megabytes": 2000.0,
+        "gpu_1_power_usage_watts": 312.5,
     }
 
 
@@ -78,6 +97,7 @@ def test_points_count_seconds_since_the_run_began_and_carry_the_node_s_name(tmp_
 
 def test_the_process_of_a_node_starts_and_does_not_outlive_the_run(tmp_path: Path) -> None:
     process = start_system_metrics(tmp_path, "here")
+    assert process is not None
     try:
         deadline = time.monotonic() + 30
         while not (tmp_path / "system" / "here.jsonl").exists():

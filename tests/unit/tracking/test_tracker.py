@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.tracking import tracker as tracker_module
 from dist_deeplab.tracking.mlflow import process as uploader_process
-from dist_deeplab.tracking.mlflow.process import UploaderProcess
-from dist_deeplab.tracking.tracker import JournalTracker, Tracker, open_tracker, resolve_uri
+from dist_deeplab.tracking.mlflow.process import Upload, UploaderProcess
+from dist_deeplab.tracking.tracker import JournalTracker, Reporting, Tracker, open_tracker, resolve_uri
+
+STORE = "http://host:5000"
 
 
 def read_journal(run_dir: Path) -> list[dict[str, Any]]:
@@ -39,8 +41,7 @@ def append_line(journal: Path, record: dict[str, Any]) -> None:
 def open_here(run_dir: Path, **changes: Any) -> Tracker:
     arguments = {
         "env": DistEnv(),
-        "uri": "none",
-        "experiment": "e",
+        "reporting": Reporting("none", "e"),
         "config_yaml": "seed: 0\n",
         "run_info": {"name": "n"},
     }
@@ -198,8 +199,8 @@ def test_the_tracker_of_other_ranks_writes_nothing_and_calls_nothing(tmp_path: P
 
 def test_the_main_rank_writes_configuration_and_facts_beside_the_journal(tmp_path: Path) -> None:
     info = {"name": "n", "parameters": {"optim.lr": 0.1}, "tags": {"gpus": "8"}}
-    open_here(tmp_path, run_info=info, experiment="my experiment").close("FINISHED")
-    tracker = open_here(tmp_path, run_info=info, experiment="my experiment")
+    open_here(tmp_path, run_info=info, reporting=Reporting("none", "my experiment")).close("FINISHED")
+    tracker = open_here(tmp_path, run_info=info, reporting=Reporting("none", "my experiment"))
     assert (tmp_path / "config.yaml").read_text() == "seed: 0\n"
     assert json.loads((tmp_path / "run.json").read_text()) == {
         "tracking": {"uri": "none", "experiment": "my experiment"},
@@ -218,11 +219,11 @@ def test_the_end_waits_for_the_uploader_but_not_for_ever(
     monkeypatch.setattr(uploader_process, "_END_WAIT_S", 0.01)
     tracker = JournalTracker(tmp_path)
     uploader = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    tracker.uploader = UploaderProcess(tmp_path, uploader)
+    tracker.uploader = UploaderProcess(Upload(tmp_path, STORE), process=uploader)
     tracker.close("FINISHED")
     assert "MLflow has not taken everything yet" in caplog.text
     assert "model" not in caplog.text
-    assert uploader.poll() is None, "the uploader goes on"
+    assert uploader.poll() is None, "the uploader continues"
     uploader.communicate(b"\n")
 
 
@@ -232,14 +233,15 @@ def test_a_model_is_waited_for_longer_unless_mlflow_is_away(
     monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
     monkeypatch.setattr(uploader_process, "_END_WAIT_S", 0.01)
     caplog.set_level("INFO")
-    (tmp_path / "run.json").write_text(json.dumps({"model_command": ["-m", "dist_deeplab.log_model"]}))
-    done = json.dumps({"model": "models:/street/3"})
+    upload = Upload(tmp_path, STORE, log_model=True)
+    done = json.dumps({"uri": STORE, "model": "models:/street/3"})
     write = f"import time; time.sleep(0.5); open({str(tmp_path / 'mlflow.json')!r}, 'w').write({done!r})"
-    UploaderProcess(tmp_path, subprocess.Popen([sys.executable, "-c", write])).wait("FINISHED")
+    process = subprocess.Popen([sys.executable, "-c", write])
+    UploaderProcess(upload, process=process).wait("FINISHED")
     assert "the best checkpoint is in MLflow as models:/street/3" in caplog.text
-    (tmp_path / "mlflow.json").write_text(json.dumps({"error": "connection refused"}))
+    (tmp_path / "mlflow.json").write_text(json.dumps({"uri": STORE, "error": "connection refused"}))
     uploader = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    UploaderProcess(tmp_path, uploader).wait("FINISHED")  # would take ten minutes
+    UploaderProcess(upload, process=uploader).wait("FINISHED")  # would take ten minutes
     assert "not taken everything yet, the model not either (connection refused)" in caplog.text
     assert f"sync-mlflow {tmp_path}" in caplog.text
     uploader.communicate(b"\n")
@@ -249,9 +251,10 @@ def test_the_uploader_is_no_rank_and_gets_no_signal_of_the_run(tmp_path: Path, m
     started: dict[str, Any] = {}
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started.update(options, command=command))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    open_here(tmp_path, uri="http://nowhere")
+    open_here(tmp_path, reporting=Reporting("http://nowhere", "e"))
     assert started["command"][1:] == [
-        *("-m", "dist_deeplab.tracking.mlflow.uploader", str(tmp_path), "--follow", str(os.getpid()))
+        *("-m", "dist_deeplab.tracking.mlflow.uploader", str(tmp_path), "--uri", "http://nowhere"),
+        *("--follow", str(os.getpid())),
     ]
     assert started["start_new_session"]
     assert not any(name.startswith("TORCHELASTIC") for name in started["env"])

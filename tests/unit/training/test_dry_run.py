@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_deeplab.checkpointing.checkpoint import Checkpoint
 from dist_deeplab.checkpointing.file import write_sidecar, write_tensors
 from dist_deeplab.config import RunConfig, load_config
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.tracking.journal import Journal
-from dist_deeplab.training import dry_run as rehearsal
-from dist_deeplab.training.dry_run import STEPS, forecast, memory_report, rehearse
-from dist_deeplab.training.memory_estimate import Footprint
+from dist_deeplab.training import dry_run as module
+from dist_deeplab.training.dry_run import STEPS, dry_run, forecast, memory_report
+from dist_deeplab.training.memory_estimate import MemoryEstimate
 
 GIB = 2**30
 
@@ -25,8 +26,8 @@ def test_the_forecast_is_of_the_whole_run() -> None:
 
 def test_on_a_gpu_an_images_memory_is_what_was_measured_beyond_the_fixed_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 * GIB, 80 * GIB))
-    footprint = Footprint({"weights": GIB, "momentum": GIB}, {"scale_1": 2 * GIB})
-    text = memory_report(RunConfig(), footprint, 14 * GIB, micro_size=4, device=torch.device("cuda"))
+    estimate = MemoryEstimate({"weights": GIB, "momentum": GIB}, {"scale_1": 2 * GIB})
+    text = memory_report(RunConfig(), estimate, 14 * GIB, micro_size=4, device=torch.device("cuda"))
     assert "micro-batches of 4 images of 321 in fp32: 14 GiB = 2 GiB fixed + 3 GiB an image (2 counted)" in text
     assert "of its 80 GiB, batch.micro_size of up to 24 would take 95%" in text  # (0.95 * 80 - 2) / 3
 
@@ -34,10 +35,10 @@ def test_on_a_gpu_an_images_memory_is_what_was_measured_beyond_the_fixed_part(mo
 def test_on_a_cpu_an_images_memory_is_counted_and_half_of_what_is_free_is_for_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rehearsal, "free_memory_bytes", lambda: 20 * GIB)
+    monkeypatch.setattr(module, "free_memory_bytes", lambda: 20 * GIB)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    footprint = Footprint({"weights": GIB}, {"scale_1": GIB, "scale_0.5": GIB // 2})
-    text = memory_report(RunConfig(), footprint, 6 * GIB, micro_size=2, device=torch.device("cpu"))
+    estimate = MemoryEstimate({"weights": GIB}, {"scale_1": GIB, "scale_0.5": GIB // 2})
+    text = memory_report(RunConfig(), estimate, 6 * GIB, micro_size=2, device=torch.device("cpu"))
     assert "6 GiB, Python and libraries included; counted of it: 4 GiB = 1 GiB fixed + 1.5 GiB an image" in text
     assert "batch.micro_size of up to 3 would take half of the memory that is free" in text
 
@@ -45,7 +46,7 @@ def test_on_a_cpu_an_images_memory_is_counted_and_half_of_what_is_free_is_for_th
 def test_it_runs_a_shortened_copy_elsewhere_and_keeps_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = load_config(None, ["name=mine", f"output_dir={tmp_path}", "data.val=val.json", "max_steps=500"])
     seen: list[RunConfig] = []
-    saved = {"step": STEPS, "micro_size": 5, "variant": SCRATCH.to_plain()}
+    saved = Checkpoint({"model": {}, "optimizer": {}, "step": STEPS, "micro_size": 5}, RunConfig(), SCRATCH, ())
 
     def run(short: RunConfig, env: DistEnv) -> int:
         seen.append(short)
@@ -58,11 +59,11 @@ def test_it_runs_a_shortened_copy_elsewhere_and_keeps_nothing(tmp_path: Path, ca
         journal.close()
         path = short.run_dir / "checkpoints" / f"step_{STEPS:08d}.pt"
         path.parent.mkdir()
-        write_sidecar(path, step=STEPS, digests=[write_tensors(path, saved)])
+        write_sidecar(path, step=STEPS, digests=[write_tensors(path, saved.to_content())])
         return 0
 
     with caplog.at_level("INFO"):
-        assert rehearse(config, DistEnv(), run) == 0
+        assert dry_run(config, DistEnv(), run) == 0
     [short] = seen
     assert (short.max_steps, short.data.val, short.tracking.uri) == (STEPS, "", "none")
     assert (short.batch, short.optim, short.model) == (config.batch, config.optim, config.model)
@@ -71,7 +72,7 @@ def test_it_runs_a_shortened_copy_elsewhere_and_keeps_nothing(tmp_path: Path, ca
     assert "micro-batches of 5 images of 321 in fp32: 1.25 GiB" in caplog.text
 
 
-def test_a_failed_rehearsal_says_nothing_of_the_future(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_module_says_nothing_of_the_future(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        assert rehearse(RunConfig(), DistEnv(), lambda config, env: 75) == 75
+        assert dry_run(RunConfig(), DistEnv(), lambda config, env: 75) == 75
     assert "dry run" not in caplog.text

@@ -14,11 +14,11 @@ from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.training import memory
 from dist_deeplab.training.memory import (
     explained_out_of_memory,
+    find_micro_batch_size,
     free_memory_bytes,
     largest_fitting,
-    settle_micro_size,
 )
-from dist_deeplab.training.memory_estimate import count_footprint
+from dist_deeplab.training.memory_estimate import estimate_memory
 
 SMALL = ("model.backbone=resnet_tiny", "data.crop_size=65", "data.num_classes=5")
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -54,36 +54,36 @@ def test_on_a_cpu_activations_take_at_most_half_of_the_free_memory(
     images: float, expected: int, monkeypatch: Any
 ) -> None:
     config = _config("batch.micro_size=auto", "batch.global_size=12", "multi_scale.scales=[1.0,0.5]")
-    each = count_footprint(config, SCRATCH).image_bytes
+    each = estimate_memory(config, SCRATCH).image_bytes
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2 * 3 * images * each)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    split = settle_micro_size(config, DistEnv(), BatchSplit(12, 12, 1), SCRATCH, None)
+    split = find_micro_batch_size(config, DistEnv(), BatchSplit(12, 12, 1), SCRATCH)
     assert (split.global_size, split.micro_size, split.accumulation) == (12, expected, 12 // expected)
 
 
 def test_all_ranks_take_the_smallest_of_their_sizes(monkeypatch: Any) -> None:
     monkeypatch.setattr(memory, "gather_to_all", lambda own: [own, 3, 6])
     config = _config("batch.micro_size=auto", "batch.global_size=18")
-    assert settle_micro_size(config, DistEnv(0, 0, 3), BatchSplit(18, 6, 3), SCRATCH, None).micro_size == 3
+    assert find_micro_batch_size(config, DistEnv(0, 0, 3), BatchSplit(18, 6, 3), SCRATCH).micro_size == 3
 
 
 def test_a_run_that_goes_on_keeps_its_size_also_on_other_ranks() -> None:
     config = _config("batch.micro_size=auto", "batch.global_size=12")
     for world_size, accumulation in ((1, 3), (2, 2), (3, 1), (4, 1)):
         split = BatchSplit.derive(global_size=12, micro_size=None, world_size=world_size)
-        split = settle_micro_size(config, DistEnv(0, 0, world_size), split, SCRATCH, {"micro_size": 5})
+        split = find_micro_batch_size(config, DistEnv(0, 0, world_size), split, SCRATCH, before=5)
         assert (split.micro_size, split.accumulation) == (5, accumulation)
 
 
 def test_a_size_that_was_given_is_kept() -> None:
     split = BatchSplit(12, 3, 1)
-    assert settle_micro_size(_config("batch.micro_size=3"), DistEnv(), split, SCRATCH, None) is split
+    assert find_micro_batch_size(_config("batch.micro_size=3"), DistEnv(), split, SCRATCH) is split
 
 
 def test_a_memory_too_small_for_one_image_is_said(monkeypatch: Any) -> None:
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 1000)
     with pytest.raises(TrainingError, match=r"not even one image of 65 .* speed\.recompute=true.* data\.crop_size"):
-        settle_micro_size(_config("batch.micro_size=auto"), DistEnv(), BatchSplit(10, 10, 1), SCRATCH, None)
+        find_micro_batch_size(_config("batch.micro_size=auto"), DistEnv(), BatchSplit(10, 10, 1), SCRATCH)
 
 
 def test_the_dry_run_on_a_gpu_is_what_decides_there(monkeypatch: Any) -> None:
@@ -101,7 +101,7 @@ def test_the_dry_run_on_a_gpu_is_what_decides_there(monkeypatch: Any) -> None:
     monkeypatch.setattr(memory, "_gpu_trial", trial)
     env: Any = SimpleNamespace(device=torch.device("cuda"), world_size=1)
     config = _config("batch.micro_size=auto", "batch.global_size=8")
-    assert settle_micro_size(config, env, BatchSplit(8, 8, 1), SCRATCH, None).micro_size == 2
+    assert find_micro_batch_size(config, env, BatchSplit(8, 8, 1), SCRATCH).micro_size == 2
     assert tried == [8, 4, 3, 2]
 
 

@@ -15,7 +15,7 @@ from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights import SCRATCH
-from dist_deeplab.training.memory_estimate import count_footprint, gib, images_that_fit
+from dist_deeplab.training.memory_estimate import estimate_memory, gib, images_that_fit
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep
@@ -47,7 +47,7 @@ def _kept_by_a_real_forward_pass(dtype: torch.dtype, norm: str, count: int) -> i
 @pytest.mark.parametrize("norm", ["local", "frozen"])
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_activations_are_what_torch_keeps_for_the_backward_pass(precision: str, dtype: torch.dtype, norm: str) -> None:
-    counted = count_footprint(_config(f"precision.dtype={precision}", f"model.batch_norm={norm}"), SCRATCH)
+    counted = estimate_memory(_config(f"precision.dtype={precision}", f"model.batch_norm={norm}"), SCRATCH)
     assert list(counted.images) == ["scale_1"]
     one, three = (_kept_by_a_real_forward_pass(dtype, norm, count) for count in (1, 3))
     assert counted.image_bytes == pytest.approx((three - one) / 2, rel=0.02)
@@ -57,27 +57,27 @@ def test_activations_are_what_torch_keeps_for_the_backward_pass(precision: str, 
 
 def test_frozen_batch_norm_keeps_no_activations_of_its_own() -> None:
     frozen, local = (
-        count_footprint(load_config(None, [f"model.batch_norm={norm}"]), SCRATCH) for norm in ("frozen", "local")
+        estimate_memory(load_config(None, [f"model.batch_norm={norm}"]), SCRATCH) for norm in ("frozen", "local")
     )
     assert frozen.image_bytes < 0.65 * local.image_bytes
     assert frozen.fixed["copies of weights"] == pytest.approx(frozen.fixed["weights"], rel=0.02)
 
 
 def test_each_scale_has_its_own_and_recomputing_or_training_the_head_alone_takes_less() -> None:
-    whole = count_footprint(_config("multi_scale.scales=[1.0,0.5]"), SCRATCH).images
+    whole = estimate_memory(_config("multi_scale.scales=[1.0,0.5]"), SCRATCH).images
     assert list(whole) == ["scale_1", "scale_0.5"]
     assert whole["scale_0.5"] == pytest.approx(whole["scale_1"] * (33 / 65) ** 2, rel=0.25)
     assert (
-        count_footprint(_config("speed.recompute=true"), SCRATCH).images["scale_1"] < 0.9 * whole["scale_1"]
+        estimate_memory(_config("speed.recompute=true"), SCRATCH).images["scale_1"] < 0.9 * whole["scale_1"]
     )  # 4 blocks
-    assert count_footprint(_config("model.train_only=head"), SCRATCH).images["scale_1"] < 0.1 * whole["scale_1"]
+    assert estimate_memory(_config("model.train_only=head"), SCRATCH).images["scale_1"] < 0.1 * whole["scale_1"]
 
 
 def test_counting_computes_nothing_and_draws_no_random_numbers() -> None:
     state = torch.get_rng_state()
-    count = count_footprint(load_config(None), SCRATCH).images["scale_1"]  # ResNet-101
+    count = estimate_memory(load_config(None), SCRATCH).images["scale_1"]  # ResNet-101
     assert 0.5e9 < count < 1e9
-    assert count_footprint(load_config(None, ["speed.recompute=true"]), SCRATCH).images["scale_1"] < 0.45 * count
+    assert estimate_memory(load_config(None, ["speed.recompute=true"]), SCRATCH).images["scale_1"] < 0.45 * count
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -130,7 +130,7 @@ def _measured(config: RunConfig, micro_size: int) -> tuple[int, int]:
 
 
 def test_the_fixed_part_is_what_a_real_step_leaves_behind() -> None:
-    fixed = count_footprint(_config(), SCRATCH).fixed
+    fixed = estimate_memory(_config(), SCRATCH).fixed
     fixed["statistics"] //= 2  # their copy and those of weights are of a step's own
     assert sum(fixed.values()) - fixed["copies of weights"] == _measured(_config(), 1)[0]
 
@@ -138,7 +138,7 @@ def test_the_fixed_part_is_what_a_real_step_leaves_behind() -> None:
 @pytest.mark.parametrize("overrides", [(), ("precision.dtype=bf16",), ("speed.recompute=true",)], ids=str)
 def test_a_real_steps_peak_is_the_count_and_a_third_at_most_for_a_moment(overrides: tuple[str, ...]) -> None:
     config = _config(*overrides)
-    count = count_footprint(config, SCRATCH)
+    count = estimate_memory(config, SCRATCH)
     few, many = 6, 10
     each = (_measured(config, many)[1] - _measured(config, few)[1]) / (many - few)
     assert 1.0 <= each / count.image_bytes < 1.33
@@ -146,14 +146,14 @@ def test_a_real_steps_peak_is_the_count_and_a_third_at_most_for_a_moment(overrid
 
 
 def test_what_is_not_trained_has_no_gradient_and_no_momentum() -> None:
-    whole, head = (count_footprint(_config(f"model.train_only={which}"), SCRATCH).fixed for which in ("all", "head"))
+    whole, head = (estimate_memory(_config(f"model.train_only={which}"), SCRATCH).fixed for which in ("all", "head"))
     assert head["weights"] == whole["weights"] == whole["gradients"] == whole["momentum"]
     assert head["gradients"] == head["momentum"] < 0.5 * head["weights"]
-    assert count_footprint(_config("optim.momentum=0"), SCRATCH).fixed["momentum"] == 0
+    assert estimate_memory(_config("optim.momentum=0"), SCRATCH).fixed["momentum"] == 0
 
 
 def test_the_sentence_names_each_scale_and_the_sum() -> None:
-    count = count_footprint(_config("multi_scale.scales=[1.0,0.5]"), SCRATCH)
+    count = estimate_memory(_config("multi_scale.scales=[1.0,0.5]"), SCRATCH)
     text = count.describe(4, 65)
     shown = [gib(number) for number in (*count.images.values(), count.fixed_bytes + 4 * count.image_bytes)]
     assert f"(scale_1 {shown[0]}, scale_0.5 {shown[1]}); with micro-batches of 4 images {shown[2]} GiB" in text

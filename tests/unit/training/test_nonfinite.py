@@ -16,7 +16,7 @@ from dist_deeplab.data.loader import Batch
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE, Preprocessing
 from dist_deeplab.training.loss_window import LossWindow
-from dist_deeplab.training.nonfinite import Evidence
+from dist_deeplab.training.nonfinite import NonFiniteDump
 from dist_deeplab.training.optim import poly_lr, set_lr
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.step import TrainStep
@@ -50,7 +50,7 @@ def _poisoned(batch: Batch, where: int) -> Batch:
 def _start(net: DeepLabV2, make_step: MakeStep, folder: Path, dtype: str = "fp32", value: float = math.nan) -> Any:
     update = make_step(net, dtype=dtype, optim=OPTIM)
     update.preprocessing = Poisoned(CAFFE.channels, CAFFE.mean, CAFFE.std, value)
-    window = LossWindow(max_nonfinite_steps=3, evidence=Evidence(folder, {"config": {"seed": 1}}, rank=0))
+    window = LossWindow(max_nonfinite_steps=3, dump=NonFiniteDump(folder, {"config": {"seed": 1}}, rank=0))
     return TrainState(net, update.optimizer, update.precision, window), update
 
 
@@ -155,14 +155,14 @@ def test_good_steps_save_nothing_and_are_let_go(
     make_net: MakeNet, make_batch: MakeBatch, make_step: MakeStep, tmp_path: Path
 ) -> None:
     state, update = _start(make_net(), make_step, tmp_path / "nonfinite")
-    evidence = state.losses.evidence
-    assert evidence is not None
+    dump = state.losses.dump
+    assert dump is not None
     for _ in range(5):
         batches = [make_batch([0.1])]
         state.advance(update(batches), batches)
-    assert len(evidence._held) == 1  # the last one: nobody has asked for its verdict yet
+    assert len(dump._held) == 1  # the last one: nobody has asked for its flag yet
     state.losses.reduce(state.step)
-    assert evidence._held == []
+    assert dump._held == []
     assert not (tmp_path / "nonfinite").exists()
 
 
@@ -178,8 +178,8 @@ def test_a_disk_that_refuses_the_evidence_does_not_stop_the_run(
 
 
 def test_a_run_that_goes_bad_over_and_over_does_not_fill_the_disk(make_batch: MakeBatch, tmp_path: Path) -> None:
-    evidence = Evidence(tmp_path, {}, rank=3)
+    dump = NonFiniteDump(tmp_path, {}, rank=3)
     for step in range(40):
-        evidence.hold(step, [make_batch([0.1])], torch.tensor(True))
-        evidence.save(step, [0], {})
+        dump.hold(step, [make_batch([0.1])], torch.tensor(True))
+        dump.save(step, [0], {})
     assert len(list(tmp_path.glob("*_rank_3.pt"))) == 16

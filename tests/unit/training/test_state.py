@@ -57,7 +57,7 @@ def test_a_saved_and_restored_run_makes_a_bit_identical_next_step(
         batches = [make_batch([0.1, 0.4], seed=step)]
         state.advance(update(batches), batches)
     state.losses.reduce(state.step)
-    state.take_score(0.25, "of these")
+    state.update_best(0.25, "of these")
     saved = _through_a_file(state.state_dict())
     _assert_identical(saved, state.state_dict())
 
@@ -98,7 +98,7 @@ def test_skipped_updates_are_steps_but_do_not_advance_the_schedule(state: TrainS
 
 
 def test_the_best_score_is_the_highest_so_far(state: TrainState) -> None:
-    assert [state.take_score(miou, "") for miou in (0.0, 0.3, 0.2, 0.3, 0.4)] == [True, True, False, False, True]
+    assert [state.update_best(miou, "") for miou in (0.0, 0.3, 0.2, 0.3, 0.4)] == [True, True, False, False, True]
     assert state.best_miou == 0.4
 
 

@@ -246,7 +246,7 @@ def test_a_rehearsal_leaves_no_trace(make_net: Callable[..., DeepLabV2], make_st
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     forwards = []
     net.register_forward_hook(lambda *arguments: forwards.append(True))
-    step.rehearse(micro_size=2, crop_size=33)
+    step.warm_up(micro_size=2, crop_size=33)
     assert forwards, "nothing was rehearsed"
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())

@@ -59,6 +59,5 @@ def test_the_whole_network_learns_by_default(trained_state: dict[str, torch.Tens
 
 def test_the_last_layers_alone_need_a_backbone_from_somewhere(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.train_only=head .* model\.init="):
-        starting_weights(load_config(None, ARGUMENTS), None)
-    assert starting_weights(load_config(None, ARGUMENTS), {"a": "checkpoint"}) is None
-    assert starting_weights(load_config(None), None) is None
+        starting_weights(load_config(None, ARGUMENTS))
+    assert starting_weights(load_config(None)) is None

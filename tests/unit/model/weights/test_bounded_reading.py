@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_deeplab.checkpointing.file import load_checkpoint, write_sidecar
+from dist_deeplab.checkpointing.file import load_content, write_sidecar
 from dist_deeplab.errors import UserError
 from dist_deeplab.files import sha256
 from dist_deeplab.model.weights import load_weights
@@ -100,7 +100,7 @@ def test_a_checkpoint_is_held_to_the_same_limits(tmp_path: Path) -> None:
     path = _archive(tmp_path / "best.pt", HOSTILE_PICKLES["a key that overflows the stack"][0])
     write_sidecar(path, step=1, digests=[sha256(path)])
     with pytest.raises(UserError, match=r"best\.pt can't be read as a checkpoint: its pickle has a dictionary"):
-        load_checkpoint(path)
+        load_content(path)
 
 
 def test_a_name_that_takes_quadratic_time_is_refused(tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.tracking.mlflow import uploader
-from dist_deeplab.tracking.mlflow.process import UploaderProcess
+from dist_deeplab.tracking.mlflow import uploader as uploader_module
+from dist_deeplab.tracking.mlflow.process import Upload, UploaderProcess
 from dist_deeplab.tracking.mlflow.store import artifact_location, open_client, store_lock
 from dist_deeplab.tracking.mlflow.uploader import Uploader, upload_until_done
-from dist_deeplab.tracking.tracker import JournalTracker, open_tracker
+from dist_deeplab.tracking.tracker import JournalTracker, Reporting, open_tracker
 
 Record = dict[str, Any]
 TIME_S = 1790000000.123
@@ -88,8 +88,8 @@ def run_dir(store: Store, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(uploader, "_POLL_S", 0.0)
-    monkeypatch.setattr(uploader, "_RETRY_S", (0.0,))
+    monkeypatch.setattr(uploader_module, "_POLL_S", 0.0)
+    monkeypatch.setattr(uploader_module, "_RETRY_S", (0.0,))
     environ = dict(os.environ)
     yield
     os.environ.clear()
@@ -138,9 +138,11 @@ def append(folder: Path, *records: Record | bytes) -> None:
             journal.write(record if isinstance(record, bytes) else json.dumps(record).encode() + b"\n")
 
 
-def send(folder: Path, give_up_s: float = 1.0) -> bool:
+def send(folder: Path, give_up_s: float = 30.0, model_options: list[str] | None = None) -> bool:
     """Send everything, as for a run whose process is gone."""
-    return upload_until_done(Uploader(folder), is_running=lambda: False, give_up_s=give_up_s)
+    return upload_until_done(
+        Uploader(folder, model_options=model_options), is_running=lambda: False, give_up_s=give_up_s
+    )
 
 
 def in_ms(step: int) -> int:
@@ -222,7 +224,7 @@ def test_a_run_lasts_from_its_first_to_its_last_line_whenever_these_are_sent(sto
     assert (info.start_time, info.end_time) == (in_ms(0), in_ms(99))
 
 
-def testpost_training_resultsarrive_and_leave_end_and_status_as_they_are(store: Store, run_dir: Path) -> None:
+def test_post_training_results_arrive_and_leave_end_and_status_as_they_are(store: Store, run_dir: Path) -> None:
     append(run_dir, {"time": TIME_S, "status": "RUNNING", "attempt": 0}, *USUAL)
     assert send(run_dir)
     append(run_dir, {**point(20, 0.75, "eval/val/mIoU"), "time": TIME_S + 5000, "late": True})
@@ -428,20 +430,25 @@ state = json.loads((run_dir / "mlflow.json").read_text())
 
 
 def test_a_model_that_could_not_be_logged_leaves_a_finished_run_and_is_logged_once_later(
-    store: Store, run_dir: Path
+    store: Store, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process that logs it is a stand-in here; tests/tracking has the real one."""
-    about = json.loads((run_dir / "run.json").read_text())
-    (run_dir / "run.json").write_text(json.dumps(about | {"model_command": ["-c", MODEL]}))
+    really = subprocess.run
+
+    def stand_in(command: list[str], **options: Any) -> Any:
+        assert command[1:5] == ["-m", "dist_deeplab.log_model", str(run_dir), "--uri"]
+        return really([sys.executable, "-c", MODEL, str(run_dir)], **options)
+
+    monkeypatch.setattr(uploader_module.subprocess, "run", stand_in)
     (run_dir / "away").touch()
     append(run_dir, *USUAL)
-    assert not send(run_dir, give_up_s=0.0)
+    assert not send(run_dir, give_up_s=0.0, model_options=[])
     assert_usual(store)
     error = json.loads((run_dir / "mlflow.json").read_text())["error"]
     assert error == "the model could not be logged: error: the registry is away"
     (run_dir / "away").unlink()
-    assert send(run_dir)
-    assert send(run_dir)
+    assert send(run_dir, model_options=[])
+    assert send(run_dir, model_options=[])
     assert (run_dir / "tries").read_text() == "11"
     state = json.loads((run_dir / "mlflow.json").read_text())
     assert (state["model"], state["error"]) == ("models:/street/1", "")
@@ -501,10 +508,9 @@ def test_a_resume_with_other_loader_settings_after_an_outage_goes_through(
 
     append(run_dir, USUAL[0])
     with monkeypatch.context() as patch:
-        patch.setattr(uploader, "_GIVE_UP_S", 0.0)
         for method in ("create_run", "log_batch", "log_artifact", "update_run"):
             patch.setattr(mlflow.MlflowClient, method, fail_later(method))
-        send(run_dir)
+        send(run_dir, give_up_s=0.0)
     about = json.loads((run_dir / "run.json").read_text())
     about["attempt"] = 1
     about["parameters"]["data.num_workers"] = 2
@@ -545,7 +551,7 @@ def test_an_outage_is_counted_and_told_to_the_run_while_it_lasts(
     database.mkdir()
     tracker = JournalTracker(run_dir)
     uploader = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # in its stead: `send`
-    tracker.uploader = UploaderProcess(run_dir, uploader)
+    tracker.uploader = UploaderProcess(Upload(run_dir, store.uri), process=uploader)
     told: list[str] = []
     for step, works in ((1, False), (2, False), (3, True)):
         if works:
@@ -628,7 +634,9 @@ def test_a_tracker_and_its_uploader_process_bring_a_run_to_mlflow(
     folder = tmp_path / "runs" / "real"
     folder.mkdir()
     info = {"name": "real", "parameters": {"seed": 1}, "tags": {"world_size": 1}}
-    tracker = open_tracker(folder, env=DistEnv(), uri=store.uri, experiment="e", config_yaml="seed: 1\n", run_info=info)
+    tracker = open_tracker(
+        folder, env=DistEnv(), reporting=Reporting(store.uri, "e"), config_yaml="seed: 1\n", run_info=info
+    )
     tracker.log(1, {"train/loss": 0.5})
     if is_killed:
         tracker.uploader.process.kill()
@@ -650,11 +658,11 @@ KILLED_RUN = textwrap.dedent(
     import os, signal, sys
     from pathlib import Path
     from dist_deeplab.distributed.process_group import DistEnv
-    from dist_deeplab.tracking.tracker import open_tracker
+    from dist_deeplab.tracking.tracker import Reporting, open_tracker
 
     info = {"name": "killed", "parameters": {}, "tags": {}}
     tracker = open_tracker(
-        Path(sys.argv[1]), env=DistEnv(), uri=sys.argv[2], experiment="e", config_yaml="", run_info=info
+        Path(sys.argv[1]), env=DistEnv(), reporting=Reporting(sys.argv[2], "e"), config_yaml="", run_info=info
     )
     tracker.log(1, {"train/loss": 0.5})
     print(tracker.uploader.process.pid, flush=True)
@@ -696,8 +704,6 @@ def test_the_lock_of_a_sqlite_store_lies_beside_it_in_a_folder_that_is_made(tmp_
     assert lock.lock_file == f"{tmp_path}/new/mlflow.db.lock"
     with lock:
         assert (tmp_path / "new").is_dir()
-    with store_lock("http://host:5000") as lock:
-        assert Path(lock.lock_file).is_file()
 
 
 def test_a_store_whose_making_was_killed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
