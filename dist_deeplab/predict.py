@@ -63,7 +63,9 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
     prepare_folder(arguments.out, remedy="choose another --out")
     with session(env) as ranks:
         wanted = results.wanted(sources, overwrite=arguments.overwrite, skip_existing=arguments.skip_existing)
-        sources = gather_to_all(wanted)[0]  # every rank has looked before one writes
+        # Every rank has looked before one writes.
+        named = gather_to_all([(str(source.path), source.name) for source in wanted])
+        sources = [Source(Path(path), name) for path, name in named[0]]
         problems = predict(ranks, checkpoint, settings, sources, results, arguments)
         env.on_main(report, problems, len(sources), arguments)
     return 1 if problems else 0
@@ -103,6 +105,7 @@ def predict(
             writing = pool.submit(results.write, done)
         if writing is not None:
             writing.result()
+    ranks.wait_for_all()
     return sorted(problem for rank in gather_to_all(problems) for problem in rank)
 
 

@@ -1,6 +1,7 @@
 """Score a network on a validation set: each image once at its own size, whatever the number of ranks."""
 
 import functools
+import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 
 from dist_deeplab.data.loader import Batch, EvalDataset, eval_batches, eval_loader
 from dist_deeplab.data.shards.manifest import Manifest
-from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_to_all
+from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_bytes, gather_to_all
 from dist_deeplab.distributed.session import Session
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.evaluation.accumulator import ConfusionAccumulator, ImageScore, band_map
@@ -94,6 +95,7 @@ def evaluate(
         stopped = bool(session.stop)
         if stopped:
             break
+    session.wait_for_all()
     if all_reduce_sum(torch.tensor(int(stopped))).item():
         raise EvaluationStopped
     images = _in_the_sets_order(accumulator.scores(), [index for indices in batches for index in indices], manifest)
@@ -114,9 +116,8 @@ def _in_the_sets_order(own: list[ImageScore], indices: list[int], manifest: Mani
     Raises:
         TrainingError: an image of the set is missing or was scored twice.
     """
-    scored = sorted(
-        (pair for rank in gather_to_all(list(zip(indices, own))) for pair in rank), key=lambda pair: pair[0]
-    )
+    ranks = gather_to_all([(index, score.key, score.miou) for index, score in zip(indices, own, strict=True)])
+    scored = sorted((index, ImageScore(key, miou)) for rank in ranks for index, key, miou in rank)
     if [index for index, _ in scored] != list(range(manifest.num_samples)):
         raise TrainingError(
             f"evaluation saw {len(scored)} images, but {manifest.path} has {manifest.num_samples}; the score would "
@@ -143,8 +144,23 @@ def draw_panels(
             ignore_label=manifest.ignore_label,
         )
         panels.append((index, Panel(batch.keys[0], image, label, shown, image_mious(counts[:, 0]).item())))
-    everyone = dict(panel for rank in gather_to_all(panels) for panel in rank)
-    return [everyone[index] for index in indices]
+    all_ranks = {index: panel for content in gather_bytes(_pack(panels)) for index, panel in _unpack(content)}
+    return [all_ranks[index] for index in indices]
+
+
+def _pack(panels: list[tuple[int, Panel]]) -> bytes:
+    """Numbered panels as the bytes of an `.npz` file: no pickles travel between ranks."""
+    buffer = io.BytesIO()
+    fields = [(f"{index}.{name}", value) for index, panel in panels for name, value in vars(panel).items()]
+    np.savez(buffer, **dict(fields))
+    return buffer.getvalue()
+
+
+def _unpack(content: bytes) -> Iterator[tuple[int, Panel]]:
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        for index in sorted({int(name.partition(".")[0]) for name in file.files}):
+            image, label, pred = (file[f"{index}.{name}"] for name in ("image", "label", "pred"))
+            yield index, Panel(str(file[f"{index}.key"]), image, label, pred, float(file[f"{index}.iou"]))
 
 
 def content_of(batch: Batch, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Torch's global switches of arithmetic: deterministic algorithms, and tf32 in products and convolutions."""
+"""Global switches of torch's arithmetic: deterministic algorithms, and TF32."""
 
 import os
 
@@ -6,13 +6,14 @@ import torch
 
 _ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS is reproducible only with fixed workspaces (its manual, 2.1.4)
-    "NCCL_ALGO": "Ring",  # NCCL else chooses anew each time how to add up, and so in which order
+    "NCCL_ALGO": "Ring",  # NCCL otherwise chooses the order of summation in each process
 }
 
 
 def set_determinism(enabled: bool) -> None:
     """Allow only deterministic algorithms, or any; call before the first use of a GPU and before the process group.
 
+    With them a run repeats itself bit by bit on the same hardware and number of ranks, at lower speed.
     The loss and the resizing of logits are deterministic either way: see model/deeplabv2.py and training/loss.py.
     Environment variables that are set already are kept.
     """
@@ -25,8 +26,8 @@ def set_determinism(enabled: bool) -> None:
 
 
 def allow_tf32(dtype: str) -> None:
-    """Set torch's global matmul and convolution precision for a `precision.dtype`; its own defaults differ for the two.
+    """Set torch's global matmul and convolution precision for a `precision.dtype`: its own defaults differ for the two.
 
-    Whoever scores a finished network calls this too, so that it is the arithmetic of the run's own evaluations.
+    Commands that score a finished network call this too, to compute as the run's own evaluations did.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"

@@ -17,15 +17,15 @@ from dist_deeplab.data.shards.cache import build_cache
 from dist_deeplab.data.shards.manifest import Manifest, check_sizes, load_manifest, require_fit
 from dist_deeplab.data.stream import Place, StreamDataset, StreamLoader
 from dist_deeplab.data.transforms import Augmentation
-from dist_deeplab.distributed.parallel import prepare_model
+from dist_deeplab.distributed.parallel import prepare_model, separate_group
 from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
 from dist_deeplab.distributed.session import TrainingSession, training_session
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
-from dist_deeplab.model.flops import training_flops
+from dist_deeplab.model.flops import peak_flops, training_flops
 from dist_deeplab.model.numerics import set_determinism
-from dist_deeplab.model.peak import peak_flops
+from dist_deeplab.model.sync_batch_norm import use_group
 from dist_deeplab.model.weights import Variant, Weights, fit_weights, load_weights
 from dist_deeplab.tracking.tracker import Reporting, Tracker, open_tracker, resolve_uri
 from dist_deeplab.training.apex import INSTEAD_OF_AMP, INSTEAD_OF_SGD, require_apex
@@ -193,6 +193,7 @@ def build_model(config: RunConfig, env: DistEnv, net: DeepLabV2) -> nn.Module:
     speed = config.speed
     # Measured algorithms would be other ones after a restart.
     torch.backends.cudnn.benchmark = speed.cudnn_benchmark and not config.deterministic
+    use_group(net, separate_group(env))
     return prepare_model(
         MultiScale(net, config.multi_scale.scales),
         env,

@@ -228,7 +228,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / "run.lock"):
         assert train.main(run_arguments(sample_shards, tmp_path, "run")) == 2
-    assert "another run goes on in" in capsys.readouterr().err
+    assert "another run is working in" in capsys.readouterr().err
 
 
 def test_resume_from_elsewhere_starts_a_new_folder_and_then_its_own_checkpoints_count(
