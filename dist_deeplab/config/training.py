@@ -24,9 +24,9 @@ class DataConfig(Section):
     val: Annotated[Location, ORIGIN] = Location()
     """Manifest of the validation shards; empty: train without evaluation."""
     num_classes: Annotated[int, Field(ge=2, le=255), RECIPE] = 21
-    """Classes including background; labels are 0 .. num_classes-1."""
+    """Classes including background; labels are 0 .. num_classes-1. Not given: as many as data.train has."""
     ignore_label: Annotated[int, Field(ge=0, le=255), RECIPE] = 255
-    """Label of void pixels: no loss, no score. Padding gets it too."""
+    """Label of void pixels: no loss, no score. Padding gets it too. Not given: that of data.train."""
     scale_range: Annotated[tuple[float, float], RECIPE] = (0.5, 1.5)
     """Random scale is uniform in [low, high]."""
     flip: Annotated[bool, RECIPE] = True

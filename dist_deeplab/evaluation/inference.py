@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from dist_deeplab.checkpointing.checkpoint import Checkpoint
 from dist_deeplab.config import AFFECTS, EvalConfig, RunConfig, config_from_dict, config_to_dict, load_config
+from dist_deeplab.data.windows import DEFAULT_WINDOWS, Windows
 from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.model.batch_norm import norm_factory
@@ -81,6 +82,8 @@ class Predictor:
 
     `align_corners=False` is kazuto1011's way: images as they are, sizes floor(n s) (at least 1), half-pixel centres
     throughout.
+
+    windows: for images that are too large to be taken whole; see `evaluation.prediction`, where images become classes.
     """
 
     net: DeepLabV2
@@ -89,12 +92,14 @@ class Predictor:
     flip: bool = False
     fusion: str = "max"
     align_corners: bool = True
+    windows: Windows = DEFAULT_WINDOWS
     dtype: str = "fp32"
 
     @classmethod
     def build(cls, net: DeepLabV2, preprocessing: Preprocessing, config: EvalConfig, *, dtype: str) -> "Predictor":
         """The predictor of a configuration; `net` is on its device and computes in `dtype`, a `precision.dtype`."""
-        return cls(net, preprocessing, config.scales, config.flip, config.fusion, config.align_corners, dtype)
+        windows = Windows(config.window, config.overlap)
+        return cls(net, preprocessing, config.scales, config.flip, config.fusion, config.align_corners, windows, dtype)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, settings: RunConfig, device: torch.device) -> "Predictor":

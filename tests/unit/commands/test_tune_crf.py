@@ -60,7 +60,7 @@ def test_each_point_scores_as_a_direct_call(shard_set: Manifest, monkeypatch: py
     expected = np.zeros((3, 21, 21), dtype=np.int64)
     for index in (0, 4, 7):
         image, label = content_of(dataset.fetch(index), 0)
-        prob = probabilities(predictor, [image], torch.device("cpu"))[0]
+        prob = probabilities(predictor, image, torch.device("cpu"))
         for number, refined in enumerate([*(dense_crf(image, prob, **point) for point in points), prob]):
             pred = torch.from_numpy(refined.argmax(0).astype(np.uint8))[None]
             expected[number] += count_pixels(torch.from_numpy(label)[None], pred, num_classes=21, ignore_label=255)[
