@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[2]
-SCRIPTS = sorted([*REPO.glob("launch/*.sh"), *REPO.glob("slurm/*.sh"), REPO / ".ci" / "run"])
+SCRIPTS = sorted([*REPO.glob("launch/*.sh"), *REPO.glob("slurm/*.sh"), REPO / ".ci" / "run", REPO / ".ci" / "wheel"])
 PATH = os.environ.get("PATH", "")
 # What would make a launcher behave as under another user, in another environment or inside a job.
 OURS = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON", "PYTHONHOME", "OMP_NUM_THREADS", "NNODES", "NPROC_PER_NODE",
