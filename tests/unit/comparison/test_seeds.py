@@ -68,7 +68,7 @@ def test_within_noise_nothing_is_claimed() -> None:
     assert "winner: lr" not in text.replace("no winner: lr", "")
     for claim in ("why:", "gains", "better", "its best was"):
         assert claim not in text
-    assert "cost: 1:00, 0.5 device-hours a run; the other took 0.5; all 4 runs together 2" in text
+    assert "cost of lr=0.2: 1:00, 0.5 device-hours a run; the other took 0.5; all 4 runs together 2" in text
 
 
 def test_a_lead_beyond_noise_wins_with_its_error_classes_and_reason() -> None:
