@@ -16,6 +16,8 @@ torch=$(suitable_torch)
 [[ -n $torch ]] || fail 1 "$INTERPRETER has no torch >= 2.10 that can be imported: choose an image that has one."
 say "keeping torch $torch"
 
+# The image's Python belongs to its system, which pip (PEP 668) would refuse to change without being told.
+export PIP_BREAK_SYSTEM_PACKAGES=1
 kept=$(mktemp)
 printf 'torch==%s\n' "$torch" >"$kept"
 # NVIDIA's images constrain their own builds by PIP_CONSTRAINT; both constraints hold.
