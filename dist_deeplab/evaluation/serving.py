@@ -20,6 +20,7 @@ from dist_deeplab.data import voc
 from dist_deeplab.data.decode import decode_image
 from dist_deeplab.data.image_file import DecodeOptions
 from dist_deeplab.evaluation.inference import Predictor
+from dist_deeplab.model.weights.formats.torch_file import load_plain
 
 if TYPE_CHECKING:
     import pandas
@@ -72,4 +73,4 @@ def _load_pyfunc(path: str) -> SegmentationModel:
     """The model in a folder; the name is MLflow's."""
     folder = Path(path)
     file = folder / WEIGHTS if folder.is_dir() else folder
-    return SegmentationModel(torch.load(file, map_location="cpu", weights_only=True))
+    return SegmentationModel(load_plain(file))
