@@ -172,7 +172,8 @@ class CheckpointFolder:
 
         The writer looks and tells the others: every rank must call it. Half-written files of a killed run go away.
         """
-        return broadcast_from_main(self._newest_here() if self.is_writer else None)
+        newest = broadcast_from_main(str(self._newest_here() or "") if self.is_writer else "")
+        return Path(newest) if newest else None
 
     def _newest_here(self) -> Path | None:
         for leftover in self.path.glob(".*.tmp"):

@@ -1,8 +1,9 @@
-"""What can be wrong with a cluster, looked at from all ranks together. Every rank calls these functions."""
+"""What can be wrong with a cluster: software, devices, network and disk of all ranks. Every rank calls these checks."""
 
 import hashlib
 import os
 import platform
+import resource
 import secrets
 import shutil
 import socket
@@ -29,31 +30,34 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _MIB = 2**20
 _ALL_REDUCE_BYTES = {"cuda": 256 * _MIB, "cpu": 32 * _MIB}  # ResNet-101's gradients are 176 MB
 _REPEATS = 5
-_FREE_BYTES = 10 * 2**30  # five checkpoints of ResNet-101 and the pictures, with room to spare
+_FREE_BYTES = 10 * 2**30  # five checkpoints of ResNet-101 and the images, and some to spare
 _FILE_BYTES = 16 * _MIB
+
+
+Status = Literal["ok", "warning", "FAILED"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table."""
+    """One line of the table: what was checked, its status, and why."""
 
     what: str
-    verdict: Literal["ok", "warning", "FAILED"]
+    status: Status
     text: str
 
 
 def render(findings: list[Finding]) -> str:
-    """Return the table and a conclusion."""
+    """The table, and how many failed."""
     width = max(len(finding.what) for finding in findings)
-    lines = [f"{finding.verdict:7}  {finding.what:{width}}  {finding.text}" for finding in findings]
-    counts = [sum(finding.verdict == verdict for finding in findings) for verdict in ("FAILED", "warning")]
+    lines = [f"{finding.status:7}  {finding.what:{width}}  {finding.text}" for finding in findings]
+    counts = [sum(finding.status == status for finding in findings) for status in ("FAILED", "warning")]
     return "\n".join([*lines, f"{counts[0]} failed, {counts[1]} warnings", ""])
 
 
-def on_all_ranks(what: str, look: Callable[[], str]) -> Finding:
-    """Compare what `look` returns on all ranks; an error of one rank, or a difference, fails."""
+def on_all_ranks(what: str, ask: Callable[[], str]) -> Finding:
+    """Compare the answers of all ranks; an error on one rank, or a difference, fails."""
     try:
-        own = f"={look()}"
+        own = f"={ask()}"
     except (UserError, OSError, RuntimeError) as error:
         own = f"!{first_line(error)}"
     answers = gather_to_all(own)
@@ -84,7 +88,7 @@ def check_software(env: DistEnv) -> list[Finding]:
 
 
 def code_digest() -> str:
-    """Return a SHA-256 of the package's source files and their names."""
+    """SHA-256 of the package's source files and their names."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):
         digest.update(f"{file.relative_to(_PACKAGE)}\0".encode() + file.read_bytes())
@@ -94,23 +98,35 @@ def code_digest() -> str:
 def check_devices(env: DistEnv) -> list[Finding]:
     """Name the devices and multiply two matrices on each."""
 
-    def look() -> str:
+    def ask() -> str:
         device = env.device
         matrix = torch.eye(256, device=device)
         if not torch.equal(matrix @ matrix, matrix):
             raise RuntimeError(f"{device} on {socket.gethostname()} multiplies wrongly")
         if device.type == "cpu":
-            return f"CPU, {torch.get_num_threads()} threads a rank"
+            return f"CPU, {torch.get_num_threads()} threads per rank"
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
-    return [on_all_ranks("devices", look)]
+    return [on_all_ranks("devices", ask)]
 
 
-def check_network(env: DistEnv) -> list[Finding]:
-    """Measure the all-reduce that gradients will go through, and compare its result with what it must be."""
+def check_open_files(env: DistEnv) -> Finding:
+    """Whether each process may open a connection to each other one, as gloo does."""
+    soft, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 4 * env.world_size + 256
+    enough = soft == resource.RLIM_INFINITY or soft >= needed
+    remedy = "" if enough else f"; {needed} may be needed: raise `ulimit -n`"
+    return Finding("open files", "ok" if enough else "warning", f"limit {soft} per process{remedy}")
+
+
+def check_network(env: DistEnv) -> tuple[Finding, float | None]:
+    """Measure the all-reduce that gradients go through, and compare its result with what it must be.
+
+    Returns:
+        The finding, and the bytes per second that all-reduce handles; None for a single process.
+    """
     if env.world_size == 1:
-        return [Finding("all-reduce", "ok", "a single process: nothing to measure")]
+        return Finding("all-reduce", "ok", "a single process: nothing to measure"), None
     tensor = torch.empty(_ALL_REDUCE_BYTES[env.device.type] // 4, device=env.device)
     seconds = []
     for _ in range(_REPEATS + 1):  # the first one opens connections
@@ -127,7 +143,8 @@ def check_network(env: DistEnv) -> list[Finding]:
     text = f"{size / _MIB:.0f} MiB in {1000 * slowest:.1f} ms: {bus / 1e9:.2f} GB/s through each rank"
     right = all(gather_to_all(is_right))
     backend = "NCCL" if env.device.type == "cuda" else "gloo"
-    return [Finding(f"all-reduce ({backend})", "ok" if right else "FAILED", text if right else "wrong sums; " + text)]
+    status: Status = "ok" if right else "FAILED"
+    return Finding(f"all-reduce ({backend})", status, text if right else "wrong sums; " + text), size / slowest
 
 
 def check_disk(env: DistEnv, folder: Path) -> list[Finding]:
@@ -181,7 +198,7 @@ def check_locks(env: DistEnv, path: Path) -> Finding:
 
 
 def _write_trial(path: Path) -> str:
-    """Return how fast a file is on disk, or ! and the problem."""
+    """Speed of writing a file to disk, or ! and the problem."""
     try:
         path.mkdir(parents=True)
         started = time.perf_counter()
@@ -197,7 +214,7 @@ def _write_trial(path: Path) -> str:
 
 
 def _read_trial(path: Path, token: str) -> str:
-    """Return that this host sees what the main rank's wrote.
+    """Check that this host sees what the main rank's wrote.
 
     Raises:
         UserError: it does not.
@@ -214,7 +231,7 @@ def _read_trial(path: Path, token: str) -> str:
 
 
 def _by_answer(answers: list[str]) -> str:
-    """Return the answer, or each with the ranks that gave it."""
+    """The answer, or each with the ranks that gave it."""
     ranks = defaultdict(list)
     for rank, answer in enumerate(answers):
         ranks[answer].append(rank)

@@ -1,8 +1,17 @@
 """What the main thread is doing, as the watchdog's threads see it, and which ranks hold up the others."""
 
+import json
+import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
+
+import torch.distributed as dist
+
+from dist_deeplab.distributed.process_group import DistEnv
+
+_FIRST_POLL_S, _POLL_S = 0.005, 0.5
+_ASK_S = 2.0  # as often as heartbeats come
 
 T = TypeVar("T")
 
@@ -53,6 +62,46 @@ class Heartbeat:
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}, {self.phase}, in {self.place}"
+
+
+def publish_heartbeat(store: dist.Store, beat: Heartbeat) -> None:
+    """Write a rank's heartbeat where the others read it."""
+    store.set(f"heartbeat/{beat.rank}", json.dumps(asdict(beat)))
+
+
+def read_heartbeat(store: dist.Store, rank: int) -> Heartbeat | None:
+    """A rank's last heartbeat, or None where it never published one."""
+    key = f"heartbeat/{rank}"
+    return Heartbeat(**json.loads(store.get(key))) if store.check([key]) else None
+
+
+def watchdog_store(store: dist.Store) -> dist.Store:
+    """The part of the shared store that holds heartbeats."""
+    return dist.PrefixStore("watchdog", store)
+
+
+def wait_for_all(env: DistEnv, arrived: dist.Store, heartbeats: dist.Store, progress: Progress) -> None:
+    """Return once all ranks have called this with the same `arrived`, an empty part of the shared store.
+
+    Marks progress whenever the first rank that is missing has published a new heartbeat.
+    """
+    progress.begin("waiting for other ranks")
+    arrived.set(str(env.rank), "")
+    arrived.add("count", 1)
+    poll_s, asked, missing, last = _FIRST_POLL_S, time.monotonic(), 0, None
+    while arrived.add("count", 0) < env.world_size:
+        time.sleep(poll_s)
+        poll_s = min(1.5 * poll_s, _POLL_S)
+        if time.monotonic() - asked < _ASK_S:
+            continue
+        asked = time.monotonic()
+        while missing < env.world_size and arrived.check([str(missing)]):
+            missing += 1
+        beat = read_heartbeat(heartbeats, missing) if missing < env.world_size else None
+        if beat != last:
+            progress.mark()
+        last = beat
+    progress.mark()
 
 
 def find_stalled(before: dict[int, Heartbeat], after: dict[int, Heartbeat], world_size: int) -> str:

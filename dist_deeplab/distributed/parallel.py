@@ -25,9 +25,9 @@ def prepare_model(
     compress_gradients: bool = False,
     static_graph: bool = False,
 ) -> nn.Module:
-    """Return `model` on the rank's device, wrapped for DDP where there are other ranks.
+    """`model` on the rank's device, wrapped for DDP where there are other ranks.
 
-    All ranks must hold the same weights already (same seed, same file): that is verified, not mended.
+    All ranks must hold the same weights already (same seed, same file): that is verified, not fixed.
 
     Args:
         model: the network as it is trained.
@@ -36,7 +36,7 @@ def prepare_model(
         compile: compile the network on its first step.
         compress_gradients: all-reduce the gradients in bf16.
         static_graph: promise DDP that every step uses the same parameters equally often. Its first backward then
-            reduces all at the end and must not be inside `gradient_sync(enabled=False)`: the step's rehearsal is it.
+            reduces all at the end and must not be inside `gradient_sync(enabled=False)`: the step's warm-up pass is it.
 
     Raises:
         TrainingError: the ranks' weights differ.
@@ -61,6 +61,11 @@ def prepare_model(
     return wrapped
 
 
+def separate_group(env: DistEnv) -> "dist.ProcessGroup | None":
+    """A second process group of all ranks, for collectives that must not queue up behind DDP's; None for one rank."""
+    return dist.new_group(backend="nccl" if env.device.type == "cuda" else "gloo") if env.world_size > 1 else None
+
+
 def _all_reduce_in_bf16(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Average a bucket of gradients over the ranks in bf16; torch's own hook for it refuses gloo."""
     gradient = bucket.buffer()
@@ -70,18 +75,18 @@ def _all_reduce_in_bf16(_: object, bucket: dist.GradBucket) -> torch.futures.Fut
 
 
 def place_model(model: ModuleT, device: torch.device, *, channels_last: bool = True) -> ModuleT:
-    """Return `model` on `device`, in channels-last memory where wanted: tensor cores and CPU kernels like it."""
+    """`model` on `device`, in channels-last memory where wanted: tensor cores and CPU kernels like it."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside DDP."""
+    """The module inside DDP."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-    """Return a context in which backward reduces gradients over the ranks, or (not enabled) leaves them local."""
+    """Context in which backward reduces gradients over the ranks, or (not enabled) leaves them local."""
     if enabled or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

@@ -6,6 +6,7 @@ Only `distributed/` knows what the main rank is; everything else makes the same 
 import contextlib
 import datetime
 import gc
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dist_deeplab.distributed.rendezvous import meet
+from dist_deeplab.distributed.network import GLOO_INTERFACE, choose_gloo_interface, raise_file_limit
+from dist_deeplab.distributed.rendezvous import Rendezvous, rendezvous
 from dist_deeplab.distributed.time_limit import within
 from dist_deeplab.errors import UserError, first_line
 
@@ -89,6 +91,8 @@ class DistEnv:
         """
         if not torch.cuda.is_available():
             return torch.device("cpu")
+        if torch.cuda.device_count() == 1:  # srun may bind one to each task; ranks that share it meet an error later
+            return torch.device("cuda", 0)
         if self.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {self.local_rank} has no GPU: {torch.cuda.device_count()} here; start as many processes "
@@ -124,7 +128,7 @@ def process_group(
         hang_timeout_s: how long a collective may take.
 
     Raises:
-        UserError: more ranks on this node than GPUs; ranks that did not come.
+        UserError: more ranks on this node than GPUs; ranks that did not join; gloo cannot connect them.
     """
     device = env.device
     if device.type == "cuda":
@@ -134,18 +138,38 @@ def process_group(
         return
     if env.launcher == "slurm":
         _set_slurm_rendezvous()
-    store = meet(env.rank, env.world_size, timeout_s=startup_timeout_s)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("process_group", store),
-        rank=env.rank,
-        world_size=env.world_size,
-        timeout=datetime.timedelta(seconds=hang_timeout_s + _LATER_S),
-    )
-    yield store
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    joined = rendezvous(env.rank, env.world_size, timeout_s=startup_timeout_s, gpu=gpu)
+    _connect(env, device, joined, timeout_s=hang_timeout_s + _LATER_S)
+    yield joined.store
     # After an error this is not reached: NCCL's part of it waits for the other ranks, without a time limit.
     gc.collect()  # DDP sits in reference cycles and holds the group: use it in a function that has returned by now
     within(_DESTROY_WAIT_S, dist.destroy_process_group)
+
+
+def _connect(env: DistEnv, device: torch.device, joined: Rendezvous, *, timeout_s: float) -> None:
+    """Open the process group.
+
+    Raises:
+        UserError: gloo, which connects each rank with each other one, does not reach them.
+    """
+    raise_file_limit()
+    interface = choose_gloo_interface(joined.members[env.rank].address, [each.address for each in joined.members])
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("process_group", joined.store),
+            rank=env.rank,
+            world_size=env.world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+    except RuntimeError as error:
+        host = joined.members[env.rank].host
+        raise UserError(
+            f"rank {env.rank} on {host} can't connect to the other ranks by gloo over the interface "
+            f"{interface or 'of its host name'} ({first_line(error)}); set {GLOO_INTERFACE} on each node to the "
+            "interface that the others reach (`ip -brief address` lists them)"
+        ) from None
 
 
 def _set_slurm_rendezvous() -> None:
@@ -175,35 +199,59 @@ def _active() -> bool:
 
 
 def get_world_size() -> int:
-    """Return the number of ranks in the process group, 1 without one."""
+    """Number of ranks in the process group, 1 without one."""
     return dist.get_world_size() if _active() else 1
 
 
 def ranks_on_host(environ: Mapping[str, str] = os.environ) -> int:
-    """Return how many ranks share this host's cores: torchrun says it; srun gives each task cores of its own."""
+    """Number of ranks that share this host's cores: torchrun sets it; srun gives each task cores of its own."""
     return _integer(environ, "LOCAL_WORLD_SIZE", default=1)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Add `tensor` up over all ranks, in place, and return it."""
+    """Sum `tensor` over all ranks, in place, and return it."""
     if _active():
         dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast_from_main(value: T) -> T:
-    """Return the main rank's picklable `value` on every rank."""
-    if not _active():
-        return value
-    box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
+    """The main rank's `value` on every rank: anything that JSON holds (tuples become lists)."""
+    return _from_json(_gather_bytes(_to_json(value), only_main=True)[0])
 
 
 def gather_to_all(value: T) -> list[T]:
-    """Return every rank's picklable `value`, in rank order."""
+    """Every rank's `value`, in rank order: anything that JSON holds (tuples become lists)."""
+    return [_from_json(content) for content in gather_bytes(_to_json(value))]
+
+
+def gather_bytes(own: bytes) -> list[bytes]:
+    """Every rank's bytes, in rank order. No pickles travel: a process that joins uninvited must not run code here."""
+    return _gather_bytes(own, only_main=False)
+
+
+def _gather_bytes(own: bytes, *, only_main: bool) -> list[bytes]:
     if not _active():
-        return [value]
-    box: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, value)
-    return box
+        return [own]
+    world_size = dist.get_world_size()
+    sizes = torch.zeros(world_size, dtype=torch.int64)
+    if not only_main or dist.get_rank() == 0:
+        sizes[dist.get_rank()] = len(own)
+    dist.all_reduce(sizes)
+    padded = torch.zeros(max(1, int(sizes.max())), dtype=torch.uint8)
+    if sizes[dist.get_rank()]:
+        padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    if only_main:
+        dist.broadcast(padded, src=0)
+        return [padded[: int(sizes[0])].numpy().tobytes()]
+    everything = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(everything, padded)
+    return [tensor[:size].numpy().tobytes() for tensor, size in zip(everything, sizes.tolist(), strict=True)]
+
+
+def _to_json(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _from_json(content: bytes) -> Any:
+    return json.loads(content)

@@ -1,4 +1,4 @@
-"""How each rank spent its time between two log lines: which one makes the others wait."""
+"""How each rank spent its time between two log lines: which one the others wait for."""
 
 import json
 import logging
@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum
+from dist_deeplab.files import NonEssentialWrites
 
 FILE = "rank_times.jsonl"
-_SLOW = 0.2  # a rank that works so much longer than the median rank, as a part of the step, is mentioned
+_SLOW = 0.2  # a rank that works longer than the median rank by this fraction of the step is logged
 _PARTS = ("data_s", "compute_s", "wait_s")
 
 log = logging.getLogger(__name__)
@@ -19,14 +20,15 @@ log = logging.getLogger(__name__)
 class RankTimes:
     """Writes `logs/rank_times.jsonl`: {"step", "data_s": [rank 0, rank 1 ...], "compute_s": ..., "wait_s": ...}.
 
-    Seconds a step as the host sees them: data is the wait for the loader; wait is the time from this rank's arrival at
-    a step to the last rank's; compute is the rest. (On a GPU the host runs ahead: there, a slow device shows as `wait`
-    of all the others.)
+    Seconds per step as the host sees them: data is the wait for the loader; wait is the time from this rank's arrival
+    at a step to the last rank's; compute is the rest. (On a GPU the host runs ahead: there, a slow device shows as
+    `wait` of all the others.)
     """
 
     def __init__(self, env: DistEnv, folder: Path) -> None:
         self.env = env
         self.path = folder / FILE
+        self._writing = NonEssentialWrites(str(self.path))
 
     def record(self, step: int, values: dict[str, float]) -> dict[str, float]:
         """Share the meter's `time/*_s` values with all ranks (a small gloo all-reduce); every rank must call it.
@@ -45,13 +47,13 @@ class RankTimes:
 
     def _write(self, step: int, columns: dict[str, list[float]], step_s: float) -> None:
         rounded = {part: [round(value, 6) for value in column] for part, column in columns.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with self._writing(), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **rounded}) + "\n")
         busy = [data + compute for data, compute in zip(columns["data_s"], columns["compute_s"], strict=True)]
         slowest = busy.index(max(busy))
         if busy[slowest] - statistics.median(busy) > _SLOW * step_s:
             log.warning(
-                "rank %d is the slowest: %.3f s for data and %.3f s of work a step, the median rank needs %.3f s",
+                "rank %d is the slowest: %.3f s for data and %.3f s of work per step, the median rank needs %.3f s",
                 slowest,
                 columns["data_s"][slowest],
                 columns["compute_s"][slowest],

@@ -1,83 +1,105 @@
-"""How the ranks find each other, or say who is missing.
+"""How the ranks find each other, or name the ranks that are missing.
 
 torchrun, Slurm or the user say where rank 0 can be reached (MASTER_ADDR, MASTER_PORT); a key-value store there is what
 the process group and the watchdog are built on.
 """
 
 import json
-import logging
 import os
 import secrets
 import socket
 import time
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
+from dist_deeplab.distributed.network import address_towards
 from dist_deeplab.errors import UserError, first_line
 
 _POLL_S = 0.05
-_VERDICT_S = 5.0  # how much longer the others wait, to hear from rank 0 who is missing
+_ANSWER_S = 5.0  # how much longer the others wait, to read from rank 0 which ranks are missing
 _SOCKET_HINT = (
     "look at their logs and at the network between the nodes (NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the "
     "interface)"
 )
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Member:
+    """A rank that joined. nonce: drawn at this start; address: its own on the way to rank 0; gpu: its UUID, or none."""
+
+    nonce: str
+    host: str
+    address: str
+    gpu: str = ""
 
 
-def meet(rank: int, world_size: int, *, timeout_s: float) -> dist.Store:
-    """Return a store that all ranks of this start, and no earlier one, share; once all of them are there.
+@dataclass(frozen=True)
+class Rendezvous:
+    """All ranks of this start, in rank order, and a store that they and no earlier start share."""
+
+    store: dist.Store
+    members: tuple[Member, ...]
+
+
+def rendezvous(rank: int, world_size: int, *, timeout_s: float, gpu: str = "") -> Rendezvous:
+    """Wait until all ranks of this start have joined.
 
     torchrun's own store outlives its workers: after a restart it still holds what dead ones wrote. So rank 0 draws a
-    new name, every rank answers it with a number of its own, and goes on only once rank 0 has listed that very number.
+    new name, every rank answers it with a number of its own, and continues only once rank 0 has listed that number.
 
     Raises:
-        UserError: rank 0 can't be reached, or (all ranks say so) others did not come; which ones.
+        UserError: rank 0 cannot be reached; or, on all ranks: others did not join, or two ranks hold one GPU.
     """
     deadline = time.monotonic() + timeout_s
     store = _connect(rank, timeout_s)
-    own = json.dumps({"nonce": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()})
+    own = Member(secrets.token_hex(8), socket.gethostname(), address_towards(os.environ["MASTER_ADDR"]), gpu)
     if rank == 0:
-        return _call_the_roll(store, own, world_size, deadline=deadline, timeout_s=timeout_s)
-    deadline += min(timeout_s, _VERDICT_S)
+        return _collect(store, own, world_size, deadline=deadline, timeout_s=timeout_s)
+    deadline += min(timeout_s, _ANSWER_S)
     while time.monotonic() < deadline:
-        meeting = _get(store, "meeting")
-        if meeting:
-            room = dist.PrefixStore(meeting, store)
-            room.set(f"rank/{rank}", own)
-            roster: dict[str, Any] = json.loads(_get(room, "roster") or "{}")
-            if roster.get("missing"):
-                raise UserError(_missing(roster["missing"], world_size, timeout_s))
-            if roster.get("present", {}).get(str(rank)) == own:
-                return room
+        name = _get(store, "rendezvous")
+        if name:
+            shared = dist.PrefixStore(name, store)
+            shared.set(f"rank/{rank}", json.dumps(asdict(own)))
+            answer = json.loads(_get(shared, "answer") or "{}")
+            if answer.get("problem"):
+                raise UserError(answer["problem"])
+            members = tuple(Member(**member) for member in answer.get("members", ()))
+            if members and members[rank] == own:
+                return Rendezvous(shared, members)
         time.sleep(_POLL_S * max(1, world_size / 64))  # a thousand ranks must not keep the store from answering
     raise UserError(
         f"rank {rank} on {socket.gethostname()} waited {timeout_s:.0f} s at {_address()} for rank 0, which did not "
-        f"come; {_SOCKET_HINT}"
+        f"join; {_SOCKET_HINT}"
     )
 
 
-def _call_the_roll(store: dist.Store, own: str, world_size: int, *, deadline: float, timeout_s: float) -> dist.Store:
-    meeting = f"meeting_{secrets.token_hex(8)}"
-    room = dist.PrefixStore(meeting, store)
-    store.set("meeting", meeting)
+def _collect(store: dist.Store, own: Member, world_size: int, *, deadline: float, timeout_s: float) -> Rendezvous:
+    """Rank 0's part: collect the others' answers to a new name, and publish who is here or what is wrong."""
+    name = f"rendezvous_{secrets.token_hex(8)}"
+    shared = dist.PrefixStore(name, store)
+    store.set("rendezvous", name)
     present = {0: own}
-    while len(present) < world_size:
+    problem = ""
+    while len(present) < world_size and not problem:
         for rank in range(1, world_size):
-            if rank not in present and (answer := _get(room, f"rank/{rank}")):
-                present[rank] = answer
-        if time.monotonic() > deadline and len(present) < world_size:
-            missing = [rank for rank in range(world_size) if rank not in present]
-            room.set("roster", json.dumps({"missing": missing}))
-            time.sleep(
-                1.0 + 2 * _POLL_S * world_size / 64
-            )  # this process holds the store: the others must have read it
-            raise UserError(_missing(missing, world_size, timeout_s))
-        time.sleep(_POLL_S)
-    room.set("roster", json.dumps({"present": present}))
-    return room
+            if rank not in present and (answer := _get(shared, f"rank/{rank}")):
+                present[rank] = Member(**json.loads(answer))
+        if len(present) < world_size:
+            if time.monotonic() > deadline:
+                problem = _missing([rank for rank in range(world_size) if rank not in present], world_size, timeout_s)
+            else:
+                time.sleep(_POLL_S)
+    problem = problem or _shared_gpu(present)
+    if problem:
+        shared.set("answer", json.dumps({"problem": problem}))
+        time.sleep(1.0 + 2 * _POLL_S * world_size / 64)  # this process may hold the store: the others must have read it
+        raise UserError(problem)
+    members = tuple(present[rank] for rank in range(world_size))
+    shared.set("answer", json.dumps({"members": [asdict(member) for member in members]}))
+    return Rendezvous(shared, members)
 
 
 def _connect(rank: int, timeout_s: float) -> dist.Store:
@@ -102,15 +124,28 @@ def _connect(rank: int, timeout_s: float) -> dist.Store:
 
 
 def _get(store: dist.Store, key: str) -> str:
-    """Return a value, or nothing where there is none; without waiting for one."""
+    """A value, or an empty string where there is none; without waiting for one."""
     return store.get(key).decode() if store.check([key]) else ""
 
 
 def _missing(missing: list[int], world_size: int, timeout_s: float) -> str:
     return (
-        f"{world_size - len(missing)} of {world_size} ranks met at {_address()} in {timeout_s:.0f} s; missing: "
+        f"{world_size - len(missing)} of {world_size} ranks joined at {_address()} in {timeout_s:.0f} s; missing: "
         f"{', '.join(map(str, missing))}; {_SOCKET_HINT}"
     )
+
+
+def _shared_gpu(present: dict[int, Member]) -> str:
+    """A sentence on two ranks that hold the same GPU, or nothing."""
+    holders: dict[str, int] = {}
+    for rank, member in sorted(present.items()):
+        other = holders.setdefault(member.gpu, rank)
+        if member.gpu and other != rank:
+            return (
+                f"ranks {other} and {rank} hold the same GPU of {member.host}; start as many processes on a node as it "
+                "has GPUs (srun: --gpus-per-task=1)"
+            )
+    return ""
 
 
 def _address() -> str:

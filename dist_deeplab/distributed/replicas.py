@@ -28,12 +28,12 @@ def check_replicas(model: nn.Module, *, buffers: bool = True, when: str = "at th
         return
     tensors = dict(_tensors(model, buffers=buffers))
     sums = torch.stack([checksum(tensor) for tensor in tensors.values()]).tolist()  # the host waits
-    everybodys = gather_to_all((list(tensors), sums))
-    if any(names != list(tensors) for names, _ in everybodys):
+    all_ranks = gather_to_all((list(tensors), sums))
+    if any(names != list(tensors) for names, _ in all_ranks):
         raise TrainingError(f"the ranks hold networks of other tensors {when}; start all of them from the same code")
     different: dict[str, list[int]] = {}
     for number, name in enumerate(tensors):
-        values = [sums[number] for _, sums in everybodys]
+        values = [sums[number] for _, sums in all_ranks]
         usual = Counter(values).most_common(1)[0][0]  # the first rank's, where no value is more common
         odd = [rank for rank, value in enumerate(values) if value != usual]
         if odd:
@@ -43,7 +43,7 @@ def check_replicas(model: nn.Module, *, buffers: bool = True, when: str = "at th
         named = ", ".join(list(different)[:_MAX_NAMED])
         more = f" and {len(different) - _MAX_NAMED} more tensors" if len(different) > _MAX_NAMED else ""
         raise TrainingError(
-            f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))} of {len(everybodys)} "
+            f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))} of {len(all_ranks)} "
             f"{'holds' if len(ranks) == 1 else 'hold'} other values than the rest in {named}{more} {when}; do all have "
             "the same code, files and hardware? the run goes on from its last checkpoint when started again"
         )

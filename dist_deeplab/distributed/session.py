@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import torch.distributed as dist
+
 from dist_deeplab.distributed.failure import failure_published
-from dist_deeplab.distributed.heartbeat import Progress
+from dist_deeplab.distributed.heartbeat import Progress, wait_for_all, watchdog_store
 from dist_deeplab.distributed.launcher import launched_s_ago, write_status
 from dist_deeplab.distributed.meter import Meter
 from dist_deeplab.distributed.process_group import HANG_TIMEOUT_S, STARTUP_TIMEOUT_S, DistEnv, process_group
@@ -24,8 +26,22 @@ class Session:
     """This rank among the others. progress: marks for the watchdog; stop: whether a rank was asked to stop."""
 
     env: DistEnv
+    store: dist.Store | None = None
     progress: Progress = field(default_factory=Progress)
     stop: StopRequest = field(default_factory=StopRequest)
+    _num_waits: int = 0
+
+    def wait_for_all(self) -> None:
+        """Return once every rank has made this call, however far apart they are; every rank must make it.
+
+        For ends of long unequal work: a collective would time out. A rank that waits makes progress as long as the
+        first rank that is missing publishes heartbeats; that one's own watchdog notices where it hangs.
+        """
+        if self.store is None:
+            return
+        self._num_waits += 1
+        arrived = dist.PrefixStore(f"wait_{self._num_waits}", self.store)
+        wait_for_all(self.env, arrived, watchdog_store(self.store), self.progress)
 
 
 @dataclass
@@ -78,6 +94,7 @@ def session(
         watched(env, store, ranks.progress, ranks.stop, timeout_s=hang_timeout_s, logs=logs),
         failure_published(env, store),
     ):
+        ranks.store = store
         yield ranks
 
 
@@ -104,6 +121,7 @@ def training_session(
         watched(env, store, run.progress, run.stop, timeout_s=hang_timeout_s, logs=run_dir / "logs"),
         failure_published(env, store),
     ):
+        run.store = store
         run.stop.install()
         if max_hours is not None:
             run.stop.set_deadline(3600 * max_hours - launched_s_ago())

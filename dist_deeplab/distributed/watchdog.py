@@ -8,7 +8,6 @@ run again from the last checkpoint. It ends the process, too, where another rank
 
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import socket
@@ -16,20 +15,28 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 import torch.distributed as dist
 
 from dist_deeplab.distributed.failure import read_failure
-from dist_deeplab.distributed.heartbeat import Heartbeat, Progress, find_stalled
+from dist_deeplab.distributed.flight_recorder import dump_flight_recorder
+from dist_deeplab.distributed.heartbeat import (
+    Heartbeat,
+    Progress,
+    find_stalled,
+    publish_heartbeat,
+    read_heartbeat,
+    watchdog_store,
+)
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.stop_request import StopRequest
 from dist_deeplab.distributed.time_limit import within
-from dist_deeplab.files import NonEssentialWrites
 
 _TICK_S = 2.0
+_DUMP_S = 15.0  # for the flight recorder, whose lock the hung collective may hold
 _AFTER_FAILURE_S = 10.0  # in which a rank whose connection broke ends by itself, or by its launcher
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
 _COLLECTIVES = f"{os.sep}torch{os.sep}distributed{os.sep}"
@@ -88,7 +95,7 @@ class Watchdog:
         self.root: dist.Store | None = None
         if store is not None:  # a connection of its own: one that waits for an answer is closed to other threads
             self.root = getattr(store, "clone", lambda: store)()
-            self.store = dist.PrefixStore("watchdog", self.root)
+            self.store = watchdog_store(self.root)
         self.timeout_s = timeout_s
         self.tick_s = min(_TICK_S, timeout_s / 4)
         self.logs = logs
@@ -111,7 +118,7 @@ class Watchdog:
 
     def _exchange(self, store: dist.Store) -> None:
         self.tick += 1
-        store.set(f"heartbeat/{self.env.rank}", json.dumps(asdict(self.heartbeat())))
+        publish_heartbeat(store, self.heartbeat())
         if self.stop:
             store.set("stop", self.stop.reason)
         elif store.check(["stop"]):
@@ -139,10 +146,10 @@ class Watchdog:
     def give_up(self, file: TextIO) -> None:
         """Write the stacks, name the stalled ranks, and end the process."""
         beat = self.heartbeat()
-        with NonEssentialWrites("the stacks of all threads")():
-            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} no progress for {self.timeout_s:.0f} s: {beat}\n")
-            file.flush()
-            faulthandler.dump_traceback(file)
+        title = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} no progress for {self.timeout_s:.0f} s: {beat}\n"
+        file = _write_stacks(file, title)
+        if self.logs is not None:
+            within(_DUMP_S, partial(dump_flight_recorder, self.logs / "flight_recorder", self.env.rank))
         stalled = within(3 * self.tick_s + 10, self.find_stalled)
         log.error(
             "no progress for %.0f s (distributed.hang_timeout_s); %s; stacks are in %s",
@@ -167,9 +174,8 @@ class Watchdog:
     def heartbeats(self) -> dict[int, Heartbeat]:
         """The last heartbeat of each rank that ever published one."""
         assert self.store is not None
-        keys = {rank: f"heartbeat/{rank}" for rank in range(self.env.world_size)}
-        there = {rank: key for rank, key in keys.items() if self.store.check([key])}
-        return {rank: Heartbeat(**json.loads(self.store.get(key))) for rank, key in there.items()}
+        found = {rank: read_heartbeat(self.store, rank) for rank in range(self.env.world_size)}
+        return {rank: beat for rank, beat in found.items() if beat is not None}
 
     def heartbeat(self) -> Heartbeat:
         """What the main thread is doing."""
@@ -186,6 +192,20 @@ class Watchdog:
             frame = frame.f_back
         host = socket.gethostname()
         return Heartbeat(self.env.rank, host, self.tick, self.progress.count, self.progress.phase, place, waits)
+
+
+def _write_stacks(file: TextIO, title: str) -> TextIO:
+    """Write every thread's stack, to stderr where the file's disk is full; the file that has them."""
+    try:
+        file.write(title)
+        file.flush()
+    except OSError:
+        assert sys.__stderr__ is not None
+        file = sys.__stderr__
+        file.write(title)
+        file.flush()
+    faulthandler.dump_traceback(file)
+    return file
 
 
 @contextlib.contextmanager

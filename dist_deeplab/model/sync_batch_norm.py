@@ -4,8 +4,15 @@ On n ranks `SyncBatchNorm` equals one `nn.BatchNorm2d` on the concatenated batch
 statistics, with per-rank batches of unequal size too. torch.nn.SyncBatchNorm does the same on CUDA but refuses CPU
 tensors, makes the host wait in each layer, and cannot be compiled.
 
-There are two ways to the same result. `_SyncNormalize` is made of operators that every device has and that can be
+Two implementations give the same result. `_SyncNormalize` is made of operators that every device has and that can be
 compiled. `_SyncNormalizeByKernels` has a third of the launches: torch's own CUDA kernels for this very purpose.
+
+What travels in forward, per layer of C channels:
+    up to GATHER_RANKS ranks   each rank's mean, variance and count, gathered: 4 (2 C + 1) bytes from each rank
+    more ranks                 sums, all-reduced in float64: 8 (2 C + 1) bytes whatever their number
+Gathering takes fewer launches and, with gloo, half the messages; beyond a node its traffic would grow with the ranks.
+The sums are of deviations from the running mean (the same bits on all ranks), so that the variance, mean square minus
+squared mean, hardly cancels; where that is far off, as at the start, float64 has 29 more bits than the inputs' float32.
 """
 
 from typing import Any
@@ -15,18 +22,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+GATHER_RANKS = 8  # a node's; see above
 _NOTHING = 1e-30  # the number of values of a rank without images
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
 def is_alone() -> bool:
-    """Return whether there is no other rank to share statistics with."""
+    """Whether there is no other rank to share statistics with."""
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def has_kernels(input: torch.Tensor) -> bool:
-    """Return whether torch's kernels for synchronised batch norm can be used on `input` here."""
+    """Whether torch's kernels for synchronised batch norm can be used on `input` here."""
     return input.is_cuda and not torch.compiler.is_compiling()
 
 
@@ -35,10 +43,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     One collective in forward and one in backward; every rank must call it equally often. Memory format and dtype of
     the input are kept; statistics are at least float32.
+
+    group: process group of these collectives, which must hold all ranks; None: the default one (see `use_group`).
     """
 
+    group: "dist.ProcessGroup | None" = None
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return float [B, C, H, W] of the input's dtype.
+        """Float [B, C, H, W] of the input's dtype.
 
         Raises:
             ValueError: in training, fewer than two values per channel over all ranks.
@@ -47,10 +59,13 @@ class SyncBatchNorm(nn.BatchNorm2d):
             return super().forward(input)
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
+        running = self.running_mean, self.running_var
         if has_kernels(input):
-            running = self.running_mean, self.running_var
-            return _SyncNormalizeByKernels.apply(input, self.weight, self.bias, *running, self.momentum, self.eps)
-        output, mean, var, count = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)
+            constants = self.momentum, self.eps, self.group
+            return _SyncNormalizeByKernels.apply(input, self.weight, self.bias, *running, *constants)
+        output, mean, var, count = _SyncNormalize.apply(
+            input, self.weight, self.bias, self.running_mean, self.eps, self.group
+        )
         self._update_running(mean, var, count)
         return output
 
@@ -64,6 +79,17 @@ class SyncBatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
 
+def use_group(net: nn.Module, group: "dist.ProcessGroup | None") -> None:
+    """Let the synchronised layers of `net` communicate in a process group of their own.
+
+    NCCL runs the collectives of one group in order: in the default group these would wait in backward for the large
+    gradient buckets that DDP has started before them (pytorch#137390).
+    """
+    for module in net.modules():
+        if isinstance(module, SyncBatchNorm):
+            module.group = group
+
+
 class _SyncNormalize(torch.autograd.Function):
     """y = (x - mean) / sqrt(var + eps) * weight + bias with mean and var over all ranks.
 
@@ -73,17 +99,23 @@ class _SyncNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        running_mean: torch.Tensor,
+        eps: float,
+        group: "dist.ProcessGroup | None",
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean, var, count = _global_moments(input)
+        mean, var, count = _global_moments(input, running_mean, group)
         output = F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps) if input.numel() else input.clone()
         ctx.save_for_backward(input, weight, mean, var, count)
-        ctx.eps = eps
+        ctx.eps, ctx.group = eps, group
         ctx.mark_non_differentiable(mean, var, count)
         return output, mean, var, count
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         input, weight, mean, var, count = ctx.saved_tensors
         if input.numel():
             grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
@@ -94,40 +126,61 @@ class _SyncNormalize(torch.autograd.Function):
         # d loss / d input of (x - mean) * invstd, where mean and var depend on every x:
         #   weight * invstd * (grad - sum(grad) / n - xhat * sum(grad * xhat) / n)      (Ioffe and Szegedy 2015, sec. 3)
         # The first term is there; the other two are again a normalisation of x, with other weight and bias.
-        sums = _all_reduce(torch.stack([grad_weight, grad_bias]))
+        sums = _sum(torch.stack([grad_weight, grad_bias]), ctx.group)
         slope, offset = sums * (weight * torch.rsqrt(var + ctx.eps) / count)
         if input.numel():
             grad_input -= F.batch_norm(input, mean, var, slope, offset, False, 0.0, ctx.eps)
-        return grad_input, grad_weight, grad_bias, None
+        return grad_input, grad_weight, grad_bias, None, None, None
 
 
-def _global_moments(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return mean and biased variance [C] and the count [] over all ranks, float32 (float64 for such input).
-
-    Each rank's (mean, var, n) are gathered and merged in rank order, so all ranks hold the same bits; merging moments
-    instead of sums of squares avoids cancellation (Chan, Golub and LeVeque 1983).
-    """
+def _global_moments(
+    input: torch.Tensor, running_mean: torch.Tensor, group: "dist.ProcessGroup | None"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and biased variance [C] and the count [] over all ranks, float32 (float64 for such input)."""
     channels = input.shape[1]
     wide = input if input.dtype == torch.float64 else input.float()
     if input.numel():
         mean, var = torch.ops.aten.batch_norm_update_stats(wide, None, None, 0.0)
-        local = torch.cat([mean, var, mean.new_full((1,), input.numel() // channels)])
     else:
-        local = wide.new_zeros(2 * channels + 1)
-    rows = _gather(local).view(-1, local.numel()).double()  # a rank each
-    means, variances, counts = rows.split([channels, channels, 1], dim=1)
-    count = counts.sum()
-    _require_two_values(input, counts)
-    shares = counts / count
-    mean = (means * shares).sum(0)
-    distance = means - mean
-    var = (torch.addcmul(variances, distance, distance) * shares).sum(0)
+        mean, var = wide.new_zeros(channels), wide.new_zeros(channels)
+    local = torch.cat([mean, var, mean.new_full((1,), input.numel() // channels)])
+    if _gathers():
+        mean, var, count = _merge(_gather(local, group).view(-1, local.numel()), channels)
+    else:
+        mean, var, count = _merge_by_sums(local, running_mean, group)
+    _require_two_values(input, count)
     return mean.to(wide.dtype), var.to(wide.dtype), count.to(wide.dtype)
 
 
-def _require_two_values(input: torch.Tensor, counts: torch.Tensor) -> None:
+def _merge(rows: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, variance and count, float64, of rows [ranks, 2 C + 1] of the same.
+
+    In rank order, so all ranks hold the same bits; merging moments instead of sums of squares avoids cancellation
+    (Chan, Golub and LeVeque 1983).
+    """
+    means, variances, counts = rows.double().split([channels, channels, 1], dim=1)
+    count = counts.sum()
+    shares = counts / count
+    mean = (means * shares).sum(0)
+    distance = means - mean
+    return mean, (torch.addcmul(variances, distance, distance) * shares).sum(0), count
+
+
+def _merge_by_sums(
+    local: torch.Tensor, pivot: torch.Tensor, group: "dist.ProcessGroup | None"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, variance and count over all ranks, float64, of each rank's own in `local` [2 C + 1]; `pivot` [C]."""
+    mean, var, count = local.double().split([len(pivot), len(pivot), 1])
+    deviation = mean - pivot
+    moments = torch.cat([deviation, torch.addcmul(var, deviation, deviation), torch.ones_like(count)])
+    sums = _all_reduce(moments * count, group)
+    deviation, square = (sums[:-1] / sums[-1]).chunk(2)
+    return pivot + deviation, torch.addcmul(square, deviation, deviation, value=-1).clamp(min=0), sums[-1]
+
+
+def _require_two_values(input: torch.Tensor, count: torch.Tensor) -> None:
     """Refuse a batch that has no variance; only ranks with less than two values need to look (their host waits)."""
-    if input.numel() <= input.shape[1] and counts.sum() < 2:
+    if input.numel() <= input.shape[1] and count < 2:
         raise ValueError("expected more than one value per channel over all ranks when training")
 
 
@@ -148,6 +201,7 @@ class _SyncNormalizeByKernels(torch.autograd.Function):
         running_var: torch.Tensor,
         momentum: float,
         eps: float,
+        group: "dist.ProcessGroup | None",
     ) -> torch.Tensor:
         channels = input.shape[1]
         if input.numel():
@@ -155,14 +209,22 @@ class _SyncNormalizeByKernels(torch.autograd.Function):
             mean, invstd = torch.batch_norm_stats(input, eps)
         else:
             mean, invstd = running_mean.new_zeros(channels), running_mean.new_ones(channels)
-        local = torch.cat([mean, invstd, mean.new_full((1,), input.numel() // channels)])
-        means, invstds, counts = _gather(local).view(-1, local.numel()).split([channels, channels, 1], dim=1)
-        _require_two_values(input, counts)
-        positive = counts.reshape(-1).clamp(min=_NOTHING)  # 0 of 0 values would be NaN in the kernel
+        size = mean.new_full((1,), input.numel() // channels)
+        if _gathers():
+            local = torch.cat([mean, invstd, size])
+            means, invstds, counts = _gather(local, group).view(-1, local.numel()).split([channels, channels, 1], dim=1)
+            positive = counts.reshape(-1).clamp(min=_NOTHING)  # 0 of 0 values would be NaN in the kernel
+        else:
+            local = torch.cat([mean.double(), invstd.double().pow(-2) - eps, size])
+            merged = _merge_by_sums(local, running_mean, group)
+            means, invstds = merged[0].to(mean.dtype)[None], torch.rsqrt(merged[1] + eps).to(mean.dtype)[None]
+            counts = positive = merged[2].to(mean.dtype)[None]
+        _require_two_values(input, counts.sum())
         mean, invstd = torch.batch_norm_gather_stats_with_counts(
             input, means, invstds, running_mean, running_var, momentum, eps, positive
         )
         ctx.save_for_backward(input, weight, mean, invstd, counts.reshape(-1).to(torch.int32))
+        ctx.group = group
         if not input.numel():
             return torch.empty_like(input)
         return torch.batch_norm_elemt(input, weight, bias, mean, invstd, eps)
@@ -172,41 +234,52 @@ class _SyncNormalizeByKernels(torch.autograd.Function):
         input, weight, mean, invstd, counts = ctx.saved_tensors
         if not input.numel():
             nothing = torch.zeros_like(mean)
-            _all_reduce(nothing.new_zeros(2 * len(mean)))
-            return torch.zeros_like(input), nothing, nothing, None, None, None, None
+            _sum(nothing.new_zeros(2 * len(mean)), ctx.group)
+            return torch.zeros_like(input), nothing, nothing, None, None, None, None, None
         grad = _dense(grad)
         sum_grad, sum_product, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
             grad, input, mean, invstd, weight, True, True, True
         )
-        sum_grad, sum_product = _all_reduce(torch.cat([sum_grad, sum_product])).chunk(2)
+        sum_grad, sum_product = _sum(torch.cat([sum_grad, sum_product]), ctx.group).chunk(2)
         grad_input = torch.batch_norm_backward_elemt(grad, input, mean, invstd, weight, sum_grad, sum_product, counts)
-        return grad_input, grad_weight, grad_bias, None, None, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` in a memory format that the kernels know."""
+    """`x` in a memory format that the kernels know."""
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
-def _gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a flat tensor's values of all ranks, one rank after the other."""
+def _gathers() -> bool:
+    return dist.get_world_size() <= GATHER_RANKS
+
+
+def _sum(tensor: torch.Tensor, group: "dist.ProcessGroup | None") -> torch.Tensor:
+    """The sum over all ranks; on few CPU ranks gathered and added in rank order, which gloo does in half the time."""
+    if tensor.is_cuda or not _gathers():
+        return _all_reduce(tensor, group)
+    return _gather(tensor.flatten(), group).view(-1, *tensor.shape).sum(0)
+
+
+def _gather(tensor: torch.Tensor, group: "dist.ProcessGroup | None") -> torch.Tensor:
+    """A flat tensor's values of all ranks, one rank after the other."""
     if torch.compiler.is_compiling():
-        return _functional().all_gather_tensor(tensor, 0, dist.group.WORLD)
+        return _functional().all_gather_tensor(tensor, 0, group or dist.group.WORLD)
     gathered = tensor.new_empty(dist.get_world_size() * tensor.numel())
-    _all_gather(gathered, tensor)
+    _all_gather(gathered, tensor, group=group)
     return gathered
 
 
-def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sum over all ranks."""
+def _all_reduce(tensor: torch.Tensor, group: "dist.ProcessGroup | None") -> torch.Tensor:
+    """The sum over all ranks."""
     if torch.compiler.is_compiling():
-        return _functional().all_reduce(tensor, "sum", dist.group.WORLD)
-    dist.all_reduce(tensor)
+        return _functional().all_reduce(tensor, "sum", group or dist.group.WORLD)
+    dist.all_reduce(tensor, group=group)
     return tensor
 
 
 def _functional() -> Any:
-    """Return torch's collectives that can be compiled; the module's name says that it may move."""
+    """torch's collectives that can be compiled; the module's name says that it may move."""
     import torch.distributed._functional_collectives as functional
 
     return functional

@@ -42,7 +42,8 @@ class BadSamples:
         if not num_bad:
             return
         own = [bad for batch in micro_batches for bad in batch.bad]
-        found = {bad.sample: bad for rank in gather_to_all(own) for bad in rank if bad.sample not in self.known}
+        agreed = [BadSample(*bad) for rank in gather_to_all(own) for bad in rank]
+        found = {bad.sample: bad for bad in agreed if bad.sample not in self.known}
         self.known |= found.keys()
         self.env.on_main(self._list, step, list(found.values()))
         if len(self.known) > self.limit:

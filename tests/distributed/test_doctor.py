@@ -1,25 +1,33 @@
-"""The doctor on two real ranks: a sound machine passes, a missing shard fails with its name and exit code 1."""
+"""The doctor on two real ranks: a sound machine passes; a missing shard or a wrong kernel fails with its name."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Run
+from tests.conftest import REPO, Run
 
 pytestmark = pytest.mark.distributed
+
+SMALL = ["model.backbone=resnet_tiny", "data.crop_size=65", "data.num_workers=1"]
 
 
 def test_a_sound_machine_passes_and_a_missing_shard_is_found(
     run_ranks: Run, sample_shards: Path, tmp_path: Path
 ) -> None:
     shards = shutil.copytree(sample_shards, tmp_path / "shards")
-    command = ["-m", "dist_deeplab.doctor", f"data.train={shards}/train.json", f"output_dir={tmp_path}/runs"]
-    done = run_ranks(2, *command)
-    assert done.returncode == 0, done.stderr
-    for what in ("code", "libraries", "devices", "all-reduce (gloo)", "shared disk", "data.train"):
+    file = tmp_path / "doctor.json"
+    command = ["-m", "dist_deeplab.doctor", f"data.train={shards}/train.json", f"output_dir={tmp_path}/runs", *SMALL]
+    done = run_ranks(2, *command, "--json", file)
+    assert done.returncode == 0, done.stderr + done.stdout
+    for what in ("code", "libraries", "devices", "all-reduce (gloo)", "shared disk", "data.train", "whole step (fp32)"):
         assert f"ok       {what}" in done.stdout
     assert list((tmp_path / "runs").iterdir()) == []
+    report = json.loads(file.read_text())
+    assert all(finding["status"] == "ok" for finding in report["findings"] if finding["what"] != "free space")
+    assert all(rate > 0 for rate in report["rates"].values())
+    assert report["forecast"]["limit"] in ("compute", "loader", "all-reduce")
 
     (shards / "train-000001.tar").unlink()
     done = run_ranks(2, *command)
@@ -28,3 +36,13 @@ def test_a_sound_machine_passes_and_a_missing_shard_is_found(
     (line,) = (line for line in done.stdout.splitlines() if "data.train" in line)
     assert line.startswith("FAILED")
     assert "train-000001.tar" in line
+
+
+@pytest.mark.parametrize(("broken", "named"), [("batch_norm", "batch norm over all ranks"), ("head", "ASPP head")])
+def test_a_kernel_that_computes_wrongly_is_named(run_ranks: Run, tmp_path: Path, broken: str, named: str) -> None:
+    worker = REPO / "tests/distributed/workers/broken_kernel.py"
+    done = run_ranks(2, worker, broken, f"output_dir={tmp_path}/runs")
+    assert done.returncode == 1
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert failed[0].removeprefix("FAILED").strip().startswith(f"{named} (fp32)"), done.stdout
+    assert not any("update" in line or line.split()[1] == "loss" for line in failed)

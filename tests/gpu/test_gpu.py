@@ -137,10 +137,10 @@ class EchoWorld:
     def get_world_size(self) -> int:
         return 2
 
-    def all_reduce(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor, group: object) -> None:
         tensor.mul_(2)
 
-    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: object) -> None:
         output.copy_(torch.cat([tensor, tensor]))
 
 
@@ -210,12 +210,14 @@ def test_a_rank_without_images_counts_as_nothing(own_images: int, monkeypatch: p
     reference = _filled(lambda n: nn.BatchNorm2d(n, eps=EPS, momentum=MOMENTUM), "cpu")
     expected = reference(x)
 
-    def exchange(own: torch.Tensor) -> torch.Tensor:
+    def exchange(own: torch.Tensor, group: object) -> torch.Tensor:
         """What the rank of the other number of images sends, by a layer that listens to what it sends."""
         sent = []
         other = _filled(SyncBatchNorm, "cuda")
         with monkeypatch.context() as patch:
-            patch.setattr(sync_batch_norm, "_gather", lambda tensor: sent.append(tensor) or torch.cat([own, own]))
+            patch.setattr(
+                sync_batch_norm, "_gather", lambda tensor, group: sent.append(tensor) or torch.cat([own, own])
+            )
             other((x[:0] if own_images else x).cuda())
         return torch.cat([own, sent[0]])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.network import Network, simulate
+from benchmarks.network import Event, Network, simulate
 from benchmarks.peers import IGNORE_LABEL
 from benchmarks.step import NUM_CLASSES, draw_batches
 from benchmarks.timeline import measure_runs, slowest_events
@@ -54,7 +54,8 @@ def measure_network(ranks: int) -> Network:
 def main(env: DistEnv, out: str, backbone: str, crop: str, images: str) -> None:
     [batch] = draw_batches(int(images), 1, int(crop))
     runs = measure_runs(backbone, batch, NUM_CLASSES, synchronised=True, repeats=ROUNDS)  # all ranks compute at once
-    events = slowest_events(gather_to_all(runs))
+    plain = gather_to_all([[(event.kind, event.compute_s, event.num_bytes) for event in run] for run in runs])
+    events = slowest_events([[[Event(*values) for values in run] for run in rank] for rank in plain])
     network = measure_network(env.world_size)
     simulated = simulate(events, 0.0, network, env.world_size)
     torch.manual_seed(0)

@@ -71,7 +71,7 @@ class NoOthers:
         return 1
 
     @staticmethod
-    def all_reduce(tensor: torch.Tensor) -> None:
+    def all_reduce(tensor: torch.Tensor, group: object) -> None:
         """Leave the tensor as it is: nobody adds to it."""
 
 
@@ -81,7 +81,9 @@ def synchronised_with_nobody() -> Iterator[None]:
     with (
         mock.patch.object(sync_batch_norm, "is_alone", return_value=False),
         mock.patch.object(sync_batch_norm, "dist", NoOthers),
-        mock.patch.object(sync_batch_norm, "_all_gather", lambda output, tensor: output.copy_(tensor.view_as(output))),
+        mock.patch.object(
+            sync_batch_norm, "_all_gather", lambda output, tensor, group: output.copy_(tensor.view_as(output))
+        ),
     ):
         yield
 

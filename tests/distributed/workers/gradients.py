@@ -54,8 +54,8 @@ def train(env: DistEnv, manifest: str, out: Path, micro_size: str, batch_norm: s
             first = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
             losses = {name: all_reduce_sum(loss.clone()).item() for name, loss in result.losses.items()}
     everyone: dict[int, tuple[str, str]] = {}
-    for part in gather_to_all(seen):
-        everyone |= part
+    for part in gather_to_all(list(seen.items())):
+        everyone |= {position: tuple(content) for position, content in part}
     if env.is_main:
         moved = {name: p.detach() - start[name] for name, p in net.named_parameters()}
         torch.save({"moved": moved, "grads": first, "losses": losses, "model": net.state_dict(), "seen": everyone}, out)

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from dist_deeplab.distributed.launcher import hard_exit
+from dist_deeplab.distributed.parallel import separate_group
 from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, process_group
+from dist_deeplab.model import sync_batch_norm
 from dist_deeplab.model.batch_norm import SyncBatchNorm
 
 CHANNELS = 5
@@ -31,6 +33,7 @@ def check(sizes: list[int], memory_format: torch.memory_format) -> None:
     nn.init.uniform_(expected_norm.bias)
     norm = SyncBatchNorm(CHANNELS).double()
     norm.load_state_dict(expected_norm.state_dict())
+    sync_batch_norm.use_group(norm, GROUP)
     start = sum(sizes[: env.rank])
     mine = slice(start, start + sizes[env.rank])
 
@@ -60,7 +63,9 @@ def check(sizes: list[int], memory_format: torch.memory_format) -> None:
 
 env = DistEnv.from_environ()
 with process_group(env):
+    GROUP = separate_group(env)
     for sizes in sys.argv[1:]:
         for layout in (torch.contiguous_format, torch.channels_last):
-            check([int(size) for size in sizes.split(",")], layout)
+            for sync_batch_norm.GATHER_RANKS in (1, 8):  # sums, and gathered moments
+                check([int(size) for size in sizes.split(",")], layout)
 hard_exit(0)

@@ -1,4 +1,4 @@
-"""What the doctor says of several ranks: alike, unlike, failing; and of a disk that is not what it must be."""
+"""The doctor's findings on several ranks that are equal, different or failing; and on a disk that is unusable."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def gathered(monkeypatch: pytest.MonkeyPatch, *others: str) -> None:
     monkeypatch.setattr(checks, "gather_to_all", lambda own: [own, *others])
 
 
-def test_what_all_ranks_say_alike_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_answers_are_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     gathered(monkeypatch, "=torch 2", "=torch 2")
     assert on_all_ranks("libraries", lambda: "torch 2") == Finding("libraries", "ok", "torch 2")
 
@@ -28,22 +28,22 @@ def test_a_rank_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_on_one_rank_is_a_finding_with_its_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
     gathered(monkeypatch, "=fine")
 
-    def look() -> str:
+    def ask() -> str:
         raise UserError("no shard\nhere")
 
-    assert on_all_ranks("data", look) == Finding("data", "FAILED", "rank 0: no shard; rank 1: fine")
+    assert on_all_ranks("data", ask) == Finding("data", "FAILED", "rank 0: no shard; rank 1: fine")
 
 
 def test_the_same_error_everywhere_fails_too() -> None:
-    def look() -> str:
+    def ask() -> str:
         raise OSError("gone")
 
-    assert on_all_ranks("data", look) == Finding("data", "FAILED", "gone")
+    assert on_all_ranks("data", ask) == Finding("data", "FAILED", "gone")
 
 
 def test_a_good_disk_is_left_as_it_was(tmp_path: Path) -> None:
     findings = {finding.what: finding for finding in check_disk(DistEnv(), tmp_path / "runs")}
-    assert findings["writing"].verdict == findings["shared disk"].verdict == "ok"
+    assert findings["writing"].status == findings["shared disk"].status == "ok"
     assert "MB/s" in findings["writing"].text
     assert list((tmp_path / "runs").iterdir()) == []
 
@@ -51,7 +51,7 @@ def test_a_good_disk_is_left_as_it_was(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (finding,) = check_disk(DistEnv(), tmp_path / "file")
-    assert finding.verdict == "FAILED"
+    assert finding.status == "FAILED"
     assert str(tmp_path / "file") in finding.text
 
 

@@ -87,6 +87,7 @@ def test_a_crash_is_logged_with_its_traceback_and_one_that_follows_from_another_
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launcher.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(launcher, "setup_logging", lambda **options: None)
 
     def fail(env: DistEnv) -> int:
         raise errors.pop()

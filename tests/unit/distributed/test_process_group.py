@@ -1,6 +1,7 @@
 """Each process learns who it is from torchrun, else from Slurm, else it is alone; half a description is an error."""
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from dist_deeplab.distributed.process_group import (
     DistEnv,
     all_reduce_sum,
     broadcast_from_main,
+    gather_bytes,
     gather_to_all,
     get_world_size,
     process_group,
 )
+from dist_deeplab.distributed.rendezvous import Member, Rendezvous
 from dist_deeplab.errors import UserError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1234"}
@@ -79,7 +82,7 @@ def test_half_of_torchruns_variables_are_an_error_that_names_both_halves(names: 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
 @pytest.mark.parametrize("value", ["", "one", "1.5", "0x1"])
-def test_a_torchrun_variable_that_is_no_number_is_named(name: str, value: str) -> None:
+def test_a_torchrun_variable_that_is_not_a_number_is_named(name: str, value: str) -> None:
     with pytest.raises(UserError, match="not a number") as caught:
         DistEnv.from_environ(TORCHRUN | {name: value})
     assert name in str(caught.value)
@@ -87,7 +90,7 @@ def test_a_torchrun_variable_that_is_no_number_is_named(name: str, value: str) -
 
 
 @pytest.mark.parametrize("name", SLURM)
-def test_a_slurm_variable_that_is_no_number_is_named(name: str) -> None:
+def test_a_slurm_variable_that_is_not_a_number_is_named(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} is 'x', not a number"):
         DistEnv.from_environ(SLURM | {name: "x"})
 
@@ -129,6 +132,13 @@ def test_without_gpus_every_rank_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) 
     assert DistEnv(7, 7, 8, "torchrun").device == torch.device("cpu")
 
 
+def test_a_single_visible_gpu_is_the_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun --gpus-per-task=1 shows each task its own GPU as the only one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert DistEnv(5, 1, 8, "slurm").device == torch.device("cuda", 0)
+
+
 def test_a_rank_takes_the_gpu_of_its_local_rank_or_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -149,6 +159,8 @@ def test_a_single_process_needs_no_process_group() -> None:
         assert tensor.tolist() == [1.0, 2.0]
         assert broadcast_from_main({"a": 1}) == {"a": 1}
         assert gather_to_all("mine") == ["mine"]
+        assert gather_to_all((1, math.nan, "\udc80"))[0][::2] == [1, "\udc80"]
+        assert gather_bytes(b"") == [b""]
 
 
 # --- rendezvous under Slurm -------------------------------------------------------------------------------------------
@@ -172,13 +184,15 @@ def joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, ob
         monkeypatch.setenv(name, "")  # so that what the code sets is taken back
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(distributed, "meet", lambda rank, world_size, timeout_s: dist.HashStore())
+    members = tuple(Member("", "node07", "127.0.0.1") for _ in range(4))
+    monkeypatch.setattr(distributed, "rendezvous", lambda *ranks, **options: Rendezvous(dist.HashStore(), members))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.setattr(dist, "init_process_group", join)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append({"destroyed": True}))
     return calls
 
 
-def test_slurm_ranks_meet_at_the_first_node_and_a_port_of_the_job(
+def test_slurm_ranks_join_at_the_first_node_and_a_port_of_the_job(
     joined: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "1234567")
@@ -210,6 +224,22 @@ def test_after_an_error_the_process_group_is_left_open(
     with pytest.raises(RuntimeError, match="in the run"), process_group(DistEnv.from_environ(SLURM)):
         raise RuntimeError("in the run")
     assert {"destroyed": True} not in joined
+
+
+def test_ranks_that_gloo_cannot_connect_get_a_sentence_with_the_remedy(
+    joined: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with [enforce fail] no error\nmore")
+
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    with (
+        pytest.raises(UserError, match=r"^rank 3 on node07 .* interface ib0 \(Gloo connect.*; set GLOO_SOCKET"),
+        process_group(DistEnv.from_environ(SLURM)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("problem", ["fails", "is missing", "names nothing"])

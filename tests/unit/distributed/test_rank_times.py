@@ -29,13 +29,14 @@ def test_the_largest_of_each_are_metrics_and_all_of_them_are_kept(others: None, 
     assert json.loads(line) == expected
 
 
-def test_a_rank_that_makes_the_others_wait_is_named(
+def test_the_rank_that_the_others_wait_for_is_named(
     others: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
     RankTimes(DistEnv(0, 0, 3, "slurm"), tmp_path).record(20, OWN)
     assert (
-        "rank 1 is the slowest: 0.800 s for data and 0.200 s of work a step, the median rank needs 0.400" in caplog.text
+        "rank 1 is the slowest: 0.800 s for data and 0.200 s of work per step, the median rank needs 0.400"
+        in caplog.text
     )
 
 
@@ -43,6 +44,16 @@ def test_another_rank_writes_nothing(others: None, tmp_path: Path) -> None:
     RankTimes(DistEnv(2, 2, 3, "slurm"), tmp_path / "absent").record(20, OWN)
 
 
-def test_a_single_process_has_nobody_to_compare_with(tmp_path: Path) -> None:
+def test_a_single_process_is_not_compared(tmp_path: Path) -> None:
     assert RankTimes(DistEnv(), tmp_path).record(20, OWN) == {}
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_a_warning_and_the_run_continues(
+    others: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
+    (tmp_path / rank_times.FILE).symlink_to("/dev/full")
+    times = RankTimes(DistEnv(0, 0, 3, "slurm"), tmp_path)
+    assert times.record(20, OWN) == times.record(40, OWN) != {}
+    assert caplog.text.count("No space left on device") == 1

@@ -3,16 +3,28 @@
 import json
 import logging
 import os
+import pickle
 import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from dist_deeplab.distributed import watchdog
-from dist_deeplab.distributed.heartbeat import Heartbeat, Progress, find_stalled
+from dist_deeplab.distributed import heartbeat, watchdog
+from dist_deeplab.distributed.failure import Failure, publish_failure
+from dist_deeplab.distributed.heartbeat import (
+    Heartbeat,
+    Progress,
+    find_stalled,
+    publish_heartbeat,
+    wait_for_all,
+    watchdog_store,
+)
 from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.distributed.session import Session
 from dist_deeplab.distributed.stop_request import StopRequest
 from dist_deeplab.distributed.watchdog import watched
 
@@ -63,20 +75,25 @@ class Ended(Exception):
     """Stands in for the end of the process."""
 
 
-def test_a_run_that_hangs_is_ended_with_its_stacks_and_one_that_advances_is_not(
-    store: dist.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once the watchdog has ended the process, which is not ended."""
     monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
-    ended = threading.Event()
-    exit_codes: list[int] = []
+    event = threading.Event()
 
     def end(code: int) -> None:
-        exit_codes.append(code)
-        ended.set()
+        assert code == 1
+        event.set()
         raise Ended
 
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    return event
+
+
+def test_a_run_that_hangs_is_ended_with_its_stacks_and_one_that_advances_is_not(
+    store: dist.Store, tmp_path: Path, ended: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
     progress = Progress()
     with watched(DistEnv(0, 0, 2, "slurm"), store, progress, StopRequest(), timeout_s=0.4, logs=tmp_path):
         for _ in range(15):
@@ -84,12 +101,109 @@ def test_a_run_that_hangs_is_ended_with_its_stacks_and_one_that_advances_is_not(
             assert not ended.wait(0.1)
         progress.begin("waiting for data")
         assert ended.wait(30)
-    assert exit_codes == [1]
     assert "no heartbeat from rank 1" in caplog.text
     stacks = (tmp_path / "rank_0.stacks").read_text()
     assert "rank 0 on" in stacks
     assert "waiting for data" in stacks
     assert "test_watchdog.py" in stacks
+    for file in (tmp_path / "flight_recorder").glob("*/rank_0"):
+        assert "entries" in pickle.loads(file.read_bytes())
+    assert list((tmp_path / "flight_recorder").glob("*/rank_0"))
+
+
+@pytest.mark.parametrize("problem", ["disk full", "not a folder"])
+def test_a_run_that_hangs_is_ended_though_its_log_folder_cannot_be_written(
+    tmp_path: Path, ended: threading.Event, capfd: pytest.CaptureFixture[str], problem: str
+) -> None:
+    logs = tmp_path / "logs"
+    if problem == "disk full":
+        logs.mkdir()
+        (logs / "rank_0.stacks").symlink_to("/dev/full")
+        (logs / "flight_recorder").symlink_to("/dev/full")
+    else:
+        logs.write_text("")
+    with watched(DistEnv(), None, Progress(), StopRequest(), timeout_s=0.4, logs=logs):
+        assert ended.wait(30)
+    printed = capfd.readouterr().err
+    assert "no progress for 0 s: rank 0 on" in printed
+    assert "test_watchdog.py" in printed
+
+
+def test_a_rank_that_waits_for_one_that_failed_is_ended(
+    store: dist.Store,
+    tmp_path: Path,
+    ended: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(watchdog, "_AFTER_FAILURE_S", 0.5)
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.1)
+    with watched(DistEnv(0, 0, 2, "slurm"), store, Progress(), StopRequest(), timeout_s=600, logs=tmp_path):
+        assert not ended.wait(1)
+        publish_failure(store, Failure(1, "node1", "no data"))
+        assert ended.wait(30)
+    assert "rank 0 ends: rank 1 on node1 failed: no data" in caplog.text
+
+
+def test_a_failure_of_its_own_does_not_end_a_rank_before_it_is_printed(
+    store: dist.Store, tmp_path: Path, ended: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "_AFTER_FAILURE_S", 0.2)
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.1)
+    publish_failure(store, Failure(0, "node0", "no data"))
+    with watched(DistEnv(0, 0, 2, "slurm"), store, Progress(), StopRequest(), timeout_s=600, logs=tmp_path):
+        assert not ended.wait(1.5)
+
+
+# --- ranks that are far apart -----------------------------------------------------------------------------------------
+
+
+def wait_in_threads(store: dist.Store, num_ranks: int) -> tuple[list[threading.Thread], list[Progress]]:
+    marks = [Progress() for _ in range(num_ranks)]
+    arrived, heartbeats = dist.PrefixStore("wait_1", store), watchdog_store(store)
+    threads = [
+        threading.Thread(target=wait_for_all, args=(DistEnv(rank, rank, 3, "slurm"), arrived, heartbeats, marks[rank]))
+        for rank in range(num_ranks)
+    ]
+    for thread in threads:
+        thread.start()
+    return threads, marks
+
+
+def test_ranks_wait_for_a_late_one_and_make_progress_while_it_publishes_heartbeats(
+    store: dist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "_ASK_S", 0.05)
+    threads, marks = wait_in_threads(store, 2)
+    for tick in range(1, 6):
+        before = marks[0].count
+        publish_heartbeat(watchdog_store(store), beat(2, tick=tick))
+        wait_until(lambda before=before: marks[0].count > before)
+    silent = marks[0].count
+    threads[0].join(0.5)
+    assert threads[0].is_alive()
+    assert marks[0].count <= silent + 1, "a rank without heartbeats is no progress"
+    wait_for_all(DistEnv(2, 2, 3, "slurm"), dist.PrefixStore("wait_1", store), watchdog_store(store), Progress())
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_each_wait_is_for_itself(store: dist.Store) -> None:
+    sessions = [Session(DistEnv(rank, rank, 2, "slurm"), store.clone()) for rank in range(2)]
+    other = threading.Thread(target=lambda: [sessions[1].wait_for_all() for _ in range(3)])
+    other.start()
+    for _ in range(3):
+        sessions[0].wait_for_all()
+    other.join(20)
+    assert not other.is_alive()
 
 
 def test_a_stop_request_reaches_the_other_ranks(store: dist.Store, tmp_path: Path) -> None:

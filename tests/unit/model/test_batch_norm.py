@@ -1,5 +1,6 @@
-"""Every batch norm mode equals torch's BatchNorm2d where it should, and stands still where it should."""
+"""Every batch norm mode equals torch's BatchNorm2d where it should, and is frozen where it should."""
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dist_deeplab.errors import UserError
 from dist_deeplab.model import sync_batch_norm
@@ -29,12 +31,13 @@ TIMEOUT_S = 30.0  # a rank that fails breaks the barrier for the others instead 
 class ThreadWorld:
     """Ranks as threads of one process; has the part of `torch.distributed` that SyncBatchNorm uses.
 
-    kernels: they go the way of CUDA tensors.
+    kernels: they go the way of CUDA tensors. gather_ranks: up to so many ranks statistics are gathered, else summed.
     """
 
-    def __init__(self, size: int, *, kernels: bool = False) -> None:
+    def __init__(self, size: int, *, kernels: bool = False, gather_ranks: int = 8) -> None:
         self.size = size
         self.kernels = kernels
+        self.gather_ranks = gather_ranks
         self.barrier = threading.Barrier(size)
         self.local = threading.local()
         self.board: dict[int, torch.Tensor] = {}
@@ -52,10 +55,10 @@ class ThreadWorld:
         self.barrier.wait(TIMEOUT_S)
         return gathered
 
-    def all_reduce(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor, group: object) -> None:
         tensor.copy_(torch.stack(self._exchange(tensor)).sum(0))
 
-    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: object) -> None:
         output.copy_(torch.cat(self._exchange(tensor)))
 
     def run(self, work: Callable[[int], object]) -> list[object]:
@@ -72,6 +75,7 @@ class ThreadWorld:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sync_batch_norm, "dist", self)
             patch.setattr(sync_batch_norm, "_all_gather", self.all_gather)
+            patch.setattr(sync_batch_norm, "GATHER_RANKS", self.gather_ranks)
             if self.kernels:
                 norm_kernels.use(patch)
             with ThreadPoolExecutor(self.size) as pool:
@@ -118,15 +122,18 @@ def test_sync_in_one_process_is_batch_norm_forward_backward_and_statistics() -> 
         torch.testing.assert_close(ours[name], value, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("gather_ranks", [1, 8], ids=["summed", "gathered"])
 @pytest.mark.parametrize("kernels", [False, True])
 @settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(0, 3), min_size=2, max_size=4).filter(lambda sizes: sum(sizes) > 0))
-def test_sync_over_any_split_of_a_batch_is_batch_norm_over_the_whole(kernels: bool, sizes: list[int]) -> None:
+def test_sync_over_any_split_of_a_batch_is_batch_norm_over_the_whole(
+    kernels: bool, gather_ranks: int, sizes: list[int]
+) -> None:
     x, weight = _input(sum(sizes), 3, 2, 4), _input(sum(sizes), 3, 2, 4, seed=2)
     reference = _train_once(_fill(nn.BatchNorm2d(3, eps=EPS, momentum=MOMENTUM).double()), x, weight)
     parts, weights = x.split(sizes), weight.split(sizes)
     layers = [_fill(SyncBatchNorm(3).double()) for _ in sizes]
-    ranks = ThreadWorld(len(sizes), kernels=kernels).run(
+    ranks = ThreadWorld(len(sizes), kernels=kernels, gather_ranks=gather_ranks).run(
         lambda rank: _train_once(layers[rank], parts[rank], weights[rank])
     )
     close = {"rtol": 1e-10, "atol": 1e-10}
@@ -141,13 +148,53 @@ def test_sync_over_any_split_of_a_batch_is_batch_norm_over_the_whole(kernels: bo
         assert torch.equal(rank["running_var"], ranks[0]["running_var"])  # the same bits on all ranks
 
 
-def test_sync_variance_does_not_cancel_where_the_mean_is_large() -> None:
+@pytest.mark.parametrize("gather_ranks", [1, 8], ids=["summed", "gathered"])
+def test_sync_variance_does_not_cancel_where_the_mean_is_large(gather_ranks: int) -> None:
     x = _input(4, 2, 8, 8, dtype=torch.float32) + 10_000
     parts = x.split([1, 3])
     layers = [SyncBatchNorm(2, momentum=1.0) for _ in parts]
-    ThreadWorld(2).run(lambda rank: layers[rank](parts[rank]))
+    ThreadWorld(2, gather_ranks=gather_ranks).run(lambda rank: layers[rank](parts[rank]))
     expected = x.double().transpose(0, 1).flatten(1).var(dim=1)
     torch.testing.assert_close(layers[0].running_var.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_summed_statistics_are_exact_where_the_running_mean_is_near_however_large() -> None:
+    """float64, a mean a million deviations away: sums of plain squares would keep 4 digits."""
+    x = _input(4, 2, 8, 8) + 3e6
+    parts = x.split([1, 3])
+    layers = [SyncBatchNorm(2, momentum=1.0).double() for _ in parts]
+    for layer in layers:
+        layer.running_mean.copy_(x.mean((0, 2, 3)) + 0.1)
+    ThreadWorld(2, gather_ranks=1).run(lambda rank: layers[rank](parts[rank]))
+    expected = (x - x.mean((0, 2, 3), keepdim=True)).transpose(0, 1).flatten(1).var(dim=1)
+    torch.testing.assert_close(layers[0].running_var, expected, rtol=1e-9, atol=0)
+
+
+class CountingWorld(ThreadWorld):
+    """Counts the bytes that rank 0 receives."""
+
+    received = 0
+
+    def _exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        gathered = super()._exchange(tensor)
+        self.received += sum(map(torch.Tensor.nbytes.__get__, gathered)) if self.local.rank == 0 else 0
+        return gathered
+
+    def all_reduce(self, tensor: torch.Tensor, group: object) -> None:
+        super().all_reduce(tensor, group)
+        if self.local.rank == 0:  # a ring passes on 2 (n - 1) / n of the tensor, not n of them
+            self.received += 2 * tensor.nbytes - self.size * tensor.nbytes
+
+
+def test_what_travels_does_not_grow_with_the_ranks() -> None:
+    x = _input(1, 8, 3, 3, dtype=torch.float32)
+    received = {}
+    for size in (2, 8, 9, 16):
+        world = CountingWorld(size)
+        layers = [SyncBatchNorm(8) for _ in range(size)]
+        world.run(lambda rank, layers=layers: _train_once(layers[rank], x, x))
+        received[size] = world.received
+    assert received[9] == received[16] <= received[8]
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -209,6 +256,39 @@ def test_frozen_within_the_convolution_is_frozen_after_it() -> None:
     slope = torch.randn_like(ours)
     gradients, expected = (torch.autograd.grad(y, [x, conv.weight], slope) for y in (ours, theirs))
     torch.testing.assert_close(gradients, expected)
+
+
+def test_frozen_scale_and_shift_are_computed_once_and_again_after_any_change() -> None:
+    frozen, other = _fill(FrozenBatchNorm(6)), _fill(FrozenBatchNorm(6), seed=3)
+    first = frozen.scale_and_shift()
+    assert frozen.scale_and_shift() is first
+    changes: list[Callable[[], object]] = [
+        lambda: frozen.running_var.mul_(2),
+        lambda: frozen.load_state_dict(other.state_dict()),
+        lambda: frozen.double(),
+        lambda: frozen.load_state_dict({k: v.clone() for k, v in first_state.items()}, assign=True),
+    ]
+    first_state = _fill(FrozenBatchNorm(6), seed=4).state_dict()
+    for change in changes:
+        before = frozen.scale_and_shift()
+        change()
+        scale, shift = frozen.scale_and_shift()
+        assert scale is not before[0]
+        x = _input(2, 6, 3, 3, dtype=scale.dtype)
+        torch.testing.assert_close(x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1), frozen(x))
+    copied = copy.deepcopy(frozen)
+    torch.testing.assert_close(copied.scale_and_shift(), frozen.scale_and_shift())
+
+
+def test_frozen_keeps_nothing_that_a_trace_or_inference_made() -> None:
+    frozen = _fill(FrozenBatchNorm(6))
+    with torch.inference_mode():
+        frozen.scale_and_shift()
+    assert not frozen.scale_and_shift()[0].is_inference()
+    frozen = _fill(FrozenBatchNorm(6))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(frozen.scale_and_shift()[0], FakeTensor)
+    assert type(frozen.scale_and_shift()[0]) is torch.Tensor
 
 
 def test_frozen_stays_outside_the_convolution_in_float16_so_that_no_gradient_overflows() -> None:
