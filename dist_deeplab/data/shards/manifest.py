@@ -104,11 +104,18 @@ class Manifest(ManifestFile):
     def key_hashes(self) -> np.ndarray:
         """Sorted 64-bit hashes of the sample keys, uint64; of a set above 2**20 samples only so many, the smallest.
 
-        Two sets that are cut so still show what share they have in common. Made in constant memory: 8 MiB at most.
+        Two sets that are cut so still show what share they have in common. Made in some 100 MiB at most.
         """
-        smallest = np.zeros(0, dtype=np.uint64)
+        smallest, found, count = np.zeros(0, dtype=np.uint64), [], 0
         for rows in self.open_index().chunks():
-            smallest = np.sort(np.concatenate([smallest, rows["key_hash"]]))[:MAX_KEY_HASHES].copy()
+            hashes = rows["key_hash"]
+            if len(smallest) == MAX_KEY_HASHES:
+                hashes = hashes[hashes < smallest[-1]]
+            found.append(hashes)
+            count += len(hashes)
+            if count >= MAX_KEY_HASHES:
+                smallest, found, count = np.sort(np.concatenate([smallest, *found]))[:MAX_KEY_HASHES].copy(), [], 0
+        smallest = np.sort(np.concatenate([smallest, *found]))[:MAX_KEY_HASHES].copy()
         return smallest
 
     def open_index(self) -> IndexFile:
