@@ -123,7 +123,7 @@ def show(report: Report, where: Mapping[str, object]) -> None:
     for i, column in enumerate(columns):
         table.add_column(column.replace("_", " "), justify="right" if i else "left", no_wrap=not i)
     for row in report.rows:
-        table.add_row(*(_cell(row[column]) for column in columns))
+        table.add_row(*(cell(row[column]) for column in columns))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     for note in report.notes:
@@ -147,7 +147,8 @@ def ratio_column(rows: Sequence[Row], *, of: str, to: str, name: str) -> None:
         row[name] = float(value) / base if isinstance(value, int | float) else None
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """A table's entry: four digits of a float, - for nothing."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
