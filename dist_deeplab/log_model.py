@@ -3,10 +3,10 @@
     python -m dist_deeplab.log_model runs/voc_resnet101 [--register-as voc-deeplab] [--uri URI]
 
 The run must be in MLflow already: training sends it, or `dist-deeplab sync-mlflow` does later.
-`tracking.log_model=true` logs the model at the end of a run. Then, anywhere:
+`tracking.log_model=true` logs the model at the end of a run. Prints the model's address, and commands, ready to be
+copied, that serve it and ask it for a mask. In Python, with MLFLOW_TRACKING_URI set to the store:
 
-    mlflow.pyfunc.load_model("models:/voc-deeplab/1").predict(pandas.DataFrame({"image": [jpeg_bytes]}))
-    mlflow models serve -m models:/voc-deeplab/1 --env-manager local --port 8080
+    mlflow.pyfunc.load_model("models:/voc-deeplab/1").predict(pandas.DataFrame({"image": [jpeg_bytes]}))["mask"][0]
 
 Exit codes: 0 done, 1 error, 2 wrong arguments.
 """
@@ -15,6 +15,8 @@ import argparse
 import importlib.metadata
 import io
 import os
+import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -32,6 +34,7 @@ from dist_deeplab.config import config_from_dict
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation import serving
 from dist_deeplab.redaction import redact, shown_url
+from dist_deeplab.tracking.mlflow.run import find_run
 from dist_deeplab.tracking.mlflow.state import UploadState
 from dist_deeplab.tracking.mlflow.store import (
     choose_store,
@@ -43,7 +46,21 @@ from dist_deeplab.tracking.mlflow.store import (
 from dist_deeplab.tracking.run_files import read_run_file
 
 _LIBRARIES = ("torch", "numpy", "opencv-python-headless", "Pillow", "pydantic", "pyyaml", "pandas", "filelock", "rich")
-_NAME = "best"
+_DESCRIPTION = "mlflow.note.content"
+_ENCODING = (
+    "Input: a column `image` with the bytes of JPEG, PNG or WebP files. Output: a column `mask` with the bytes of "
+    "8-bit palette PNGs of the images' sizes, whose values are the classes' numbers: read them by "
+    "`numpy.array(PIL.Image.open(...))`. Over HTTP both are base64."
+)
+_ASK = (
+    "import base64, json, sys, urllib.request as web; "
+    'image = base64.b64encode(open(sys.argv[1], "rb").read()).decode(); '
+    'body = json.dumps({"dataframe_split": {"columns": ["image"], "data": [[image]]}}).encode(); '
+    'head = {"Content-Type": "application/json"}; url = "http://127.0.0.1:8080/invocations"; '
+    "answer = json.load(web.urlopen(web.Request(url, body, head))); "
+    'open(sys.argv[2], "wb").write(base64.b64decode(answer["predictions"][0]["mask"]))'
+)
+"""A Python program that sends an image and saves its mask; needs nothing but Python."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config_from_dict({"tracking": {"register_as": arguments.register_as}}, where="--register-as")
         uri = choose_store(arguments.run_dir, read_run_file(arguments.run_dir).tracking.uri, arguments.uri)
         os.environ.update(environment())
-        print(log_best(arguments.run_dir, uri=uri, register_as=arguments.register_as))
+        address = log_best(arguments.run_dir, uri=uri, register_as=arguments.register_as)
+        print(f"{address}\n\n{how_to_serve(address, uri)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -72,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def environment() -> dict[str, str]:
-    """Return MLflow's variables for sending a file of some 200 MB, which a server may pass on before it answers."""
+    """MLflow's variables for sending a file of some 200 MB, which a server may pass on before it answers."""
     return {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(600, int(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "0")))),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
@@ -81,7 +99,7 @@ def environment() -> dict[str, str]:
 
 
 def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
-    """Log the best checkpoint, without a validation set the newest, and return the model's address.
+    """Log the best checkpoint, without a validation set the newest; the model's address.
 
     Raises:
         UserError: no run is there, or it is not in MLflow, or has no checkpoint.
@@ -99,12 +117,15 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
 
     mlflow.set_tracking_uri(take_credentials(uri))
     client = mlflow.MlflowClient()
+    if not find_run(client, state, run_dir):
+        raise UserError(f"{run_dir} has no run of its own in {shown_url(uri)}; {command_name('sync-mlflow')} makes one")
     before = client.get_run(run_id).info
+    text = description(checkpoint, before.run_name)
     try:
         with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id):
             torch.save(checkpoint.for_inference(), Path(folder) / serving.WEIGHTS)
             info = mlflow.pyfunc.log_model(
-                name=_NAME,
+                name=re.sub(r"[^\w -]", "_", before.run_name),
                 loader_module=serving.__name__,
                 data_path=folder,
                 code_paths=[str(Path(dist_deeplab.__file__).parent)],
@@ -120,12 +141,41 @@ def log_best(run_dir: Path, *, uri: str, register_as: str = "") -> str:
             client.set_terminated(run_id, status=before.status, end_time=before.end_time)
     version = info.registered_model_version
     address = f"models:/{register_as}/{version}" if register_as else redact(str(info.model_uri))
+    client.set_logged_model_tags(info.model_id, {_DESCRIPTION: text})
+    if register_as:
+        client.update_model_version(register_as, str(version), description=text)
+        if not client.get_registered_model(register_as).description:  # later it may be the user's own text
+            client.update_registered_model(register_as, description=f"{_ENCODING}\n\n{class_list(checkpoint)}")
     state.save(model=address)  # sync-mlflow need not log it again
     return address
 
 
+def description(checkpoint: Checkpoint, run_name: str) -> str:
+    """Markdown for the model's page: where it is from, its score, what goes in and out, its classes."""
+    score = f"mIoU {checkpoint.best_miou:.4f}" if checkpoint.best_miou >= 0 else "not scored"
+    about = f"DeepLab-v2 ({checkpoint.config.model.backbone}) of run {run_name}, step {checkpoint.step}: {score}."
+    return "\n\n".join([about, _ENCODING, class_list(checkpoint)])
+
+
+def class_list(checkpoint: Checkpoint) -> str:
+    """The classes with the values that mean them in a mask, in one paragraph."""
+    return "Classes: " + ", ".join(f"{label} {name}" for label, name in enumerate(checkpoint.class_names))
+
+
+def how_to_serve(address: str, uri: str) -> str:
+    """Commands that serve the model on this machine, and that save the mask of an image."""
+    lines = [
+        "Serve it (where the store has a password, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD too):",
+        f"    export MLFLOW_TRACKING_URI={shlex.quote(shown_url(uri))}",
+        f"    mlflow models serve -m {address} --env-manager local --port 8080",
+        "Save the mask of an image, a PNG whose values are the classes' numbers:",
+        f"    python -c {shlex.quote(_ASK)} photo.jpg mask.png",
+    ]
+    return "\n".join(lines)
+
+
 def signature() -> Any:
-    """Return MLflow's description of what goes in and out."""
+    """MLflow's description of what goes in and out."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
 
@@ -133,7 +183,7 @@ def signature() -> Any:
 
 
 def input_example() -> Any:
-    """Return a frame with a small drawn picture, for trying the model out."""
+    """A frame with a small drawn image, for trying the model out."""
     import pandas
 
     rows, columns = np.mgrid[0:65, 0:97].astype(np.uint8)
@@ -143,12 +193,12 @@ def input_example() -> Any:
 
 
 def requirements() -> list[str]:
-    """Return the libraries that the model needs, with the versions installed here."""
+    """The libraries that the model needs, with the versions installed here."""
     return [f"{name}=={importlib.metadata.version(name)}" for name in _LIBRARIES]
 
 
 def metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what a user of the model must know: the classes that a mask's indices mean, and which weights it has."""
+    """For users of the model: the classes that a mask's indices mean, and which weights it has."""
     return {
         "class_names": list(checkpoint.class_names),
         "step": checkpoint.step,

@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def network_of(weights: Weights) -> tuple[DeepLabV2, Report]:
-    """Return the network that the weights fill, and what was loaded.
+    """The network that the weights fill, and a report of what was loaded.
 
     Raises:
         UserError: none of our backbones, or incomplete.
@@ -68,7 +68,7 @@ def network_of(weights: Weights) -> tuple[DeepLabV2, Report]:
 
 
 def own_description(path: str) -> dict[str, Any]:
-    """Return what a checkpoint of ours says of its weights, the images that they were trained on included."""
+    """Description of the weights in a checkpoint of ours, including the images that they were trained on."""
     if not zipfile.is_zipfile(path):  # as torch.save writes it
         return {}
     content = load_file(path)

@@ -92,8 +92,9 @@ def _cost_line(comparison: Comparison, best: Setting) -> list[str]:
     span = f"the other took {low}" if len(costs) == 1 else f"the others took {low} to {high}"
     each = " a run" if comparison.has_seeds else ""
     total = sum(run.total("cost/device_hours") or 0.0 for run in comparison.runs)
+    time = duration(best.mean_of(lambda run: run.total("cost/total_s")))
     return [
-        f"cost: {duration(best.mean_of(lambda run: run.total('cost/total_s')))}, {own:.3g} device-hours{each}; {span}; "
+        f"cost of {best.label}: {time}, {own:.3g} device-hours{each}; {span}; "
         f"all {len(comparison.runs)} runs together {total:.3g}"
     ]
 

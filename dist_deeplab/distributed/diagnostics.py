@@ -17,10 +17,12 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from filelock import Timeout
 
 from dist_deeplab.distributed.process_group import DistEnv, broadcast_from_main, gather_to_all
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.files import fsync
+from dist_deeplab.locks import explain, file_lock
 from dist_deeplab.logs import format_count
 
 _LIBRARIES = ("torch", "numpy", "opencv-python-headless", "Pillow", "mlflow")
@@ -154,6 +156,7 @@ def check_disk(env: DistEnv, folder: Path) -> list[Finding]:
     if not written.startswith("!"):
         token = broadcast_from_main((path / "token").read_text(encoding="utf-8") if env.is_main else "")
         findings.append(on_all_ranks("shared disk", lambda: _read_trial(path, token)))
+        findings.append(check_locks(env, path / "lock"))
         free = shutil.disk_usage(path).free if env.is_main else 0
         free = broadcast_from_main(free)
         enough = "ok" if free >= _FREE_BYTES else "warning"
@@ -162,6 +165,36 @@ def check_disk(env: DistEnv, folder: Path) -> list[Finding]:
     if env.is_main:
         shutil.rmtree(path, ignore_errors=True)
     return findings
+
+
+def check_locks(env: DistEnv, path: Path) -> Finding:
+    """Whether a lock that the main rank holds on a file keeps out all other ranks, on all hosts."""
+    lock = file_lock(path)
+
+    def look() -> str:
+        sound = f"file locks keep others out in {path.parent.parent}"
+        if env.is_main:
+            return sound
+        try:
+            with file_lock(path).acquire(timeout=0):
+                pass
+        except Timeout:
+            return sound
+        raise UserError(
+            f"{socket.gethostname()} can lock what the main rank has locked, so that two jobs could write one run; "
+            "mount the file system with locks between hosts (Lustre: -o flock, not localflock)"
+        )
+
+    problem = ""
+    try:
+        if env.is_main:
+            lock.acquire(timeout=0)
+    except OSError as error:
+        problem = explain(error, remedy="choose another output_dir")
+    problem = broadcast_from_main(problem)
+    finding = Finding("file locks", "FAILED", problem) if problem else on_all_ranks("file locks", look)
+    lock.release()
+    return finding
 
 
 def _write_trial(path: Path) -> str:

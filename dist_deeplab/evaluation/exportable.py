@@ -13,8 +13,8 @@ STRIDE = 8
 class Exportable(nn.Module):
     """float32 RGB values of 0..255 [B, 3, H, W], any H and W, to logits float32 [B, C, H, W], as evaluation makes them.
 
-    Holds all that evaluation does to an image at one scale: channel order, mean and deviation, padding with the mean to
-    8k+1, the network, corner-aligned resizing, cropping.
+    Contains what evaluation does to an image at one scale: channel order, mean and standard deviation, padding with the
+    mean to 8k+1, the network, corner-aligned resizing, cropping.
     """
 
     mean: torch.Tensor
@@ -37,10 +37,10 @@ class Exportable(nn.Module):
 
 
 def _upsample_axis(logits: torch.Tensor, axis: int, length: int) -> torch.Tensor:
-    """Return logits resized along an axis to its first `length` pixels, logit i on pixel 8i.
+    """Logits resized along an axis to its first `length` pixels, logit i on pixel 8i.
 
-    This is corner-aligned bilinear resizing and cropping in one; a crop of its own would tie an exported program to
-    sizes that need it.
+    This is corner-aligned bilinear resizing and cropping in one; a separate crop would restrict an exported
+    program to sizes that need one.
     """
     pixel = torch.arange(length, device=logits.device)
     before = pixel // STRIDE

@@ -43,14 +43,18 @@ def render(figure: Figure) -> np.ndarray:
 
 
 def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Draw the matrix with each row as shares of the true class's pixels."""
+    """Draw the matrix with each row as shares of the true class's pixels, of the classes in labels or predictions."""
+    shown = np.flatnonzero(confusion.sum(0) + confusion.sum(1))
+    left_out = f"; {len(class_names) - len(shown)} of {len(class_names)} classes neither true nor predicted"
+    title = "Share of each true class's pixels (%)" + (left_out if len(shown) < len(class_names) else "")
+    confusion, class_names = confusion[np.ix_(shown, shown)], [class_names[c] for c in shown.tolist()]
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     num, class_names = len(class_names), [_literal(name) for name in class_names]
     side = max(5.0, 0.42 * num + 2)
     figure = _figure(side + 1, side)
     axes = figure.add_subplot()
     image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
-    axes.set(xlabel="predicted", ylabel="true", title="Share of each true class's pixels (%)")
+    axes.set(xlabel="predicted", ylabel="true", title=title)
     absent = confusion.sum(1) == 0
     axes.set_xticks(range(num), class_names, rotation=90)
     axes.set_yticks(range(num), [f"{name} (none)" if none else name for name, none in zip(class_names, absent)])

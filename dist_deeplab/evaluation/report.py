@@ -17,7 +17,7 @@ from dist_deeplab.evaluation.confusion import Scores, scores
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel
 
 _NOT_IN_A_METRIC = r"[^\w.\- :/]"
-_MAX_NAMES = 12  # of absent classes
+_MAX_NAMES = 20  # of absent classes
 
 
 def metric_values(result: Scores, class_names: Sequence[str], *, group: str = "val") -> dict[str, float]:

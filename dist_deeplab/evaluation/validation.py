@@ -1,4 +1,4 @@
-"""Evaluation in the course of a run: scores to its tracker, figures to its folder, a table to the log."""
+"""Evaluation during a run: scores to its tracker, figures to its folder, a table to the log."""
 
 import logging
 import time

@@ -15,9 +15,9 @@ ASPP_RATES = (6, 12, 18, 24)  # ASPP-L of the paper, section 4.1.2; fc1_voc12_c0
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: parallel dilated 3x3 convolutions with bias, summed.
 
-    All taps of all branches are taken together, as one 1x1 convolution; what each tap gives is then added where it
-    belongs. So `x`, by far the largest tensor here, and its gradient are gone through once instead of four times, and
-    no kernel has as few output channels as there are classes. Hooks of the branches are not called.
+    All taps of all branches are computed together, as one 1x1 convolution; the output of each tap is then added at its
+    offset. So `x`, by far the largest tensor here, and its gradient are read once instead of four times, and no kernel
+    has as few output channels as there are classes. Hooks of the branches are not called.
 
     Compiled or exported, the branches stay convolutions: `fold` compiled by torch 2.13 writes beyond its memory on a
     CPU.
@@ -30,12 +30,12 @@ class ASPP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits [B, num_classes, H, W], at least float32."""
+        """Logits [B, num_classes, H, W], at least float32."""
         convs = [branch for branch in self.branches if isinstance(branch, nn.Conv2d)]
         if torch.compiler.is_compiling():
             return _widened(torch.stack([conv(x) for conv in convs])).sum(0)
         weight = torch.stack([conv.weight for conv in convs])  # [branches, classes, channels, 3, 3]
-        # Seen from the place that a tap looks at, its share goes the opposite way: the kernels are turned around.
+        # `fold` scatters where a convolution gathers, so the kernels are flipped.
         taps = weight.flip(3, 4).permute(0, 1, 3, 4, 2).reshape(-1, x.shape[1], 1, 1)
         shares = _widened(F.conv2d(x, taps)).flatten(2)  # [B, branches x classes x 9, H x W]
         logits = shares.new_zeros(())
@@ -47,7 +47,7 @@ class ASPP(nn.Module):
 
 
 def _widened(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` in float32, or in float64 where it is."""
+    """`x` in float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -115,7 +115,7 @@ class MultiScale(nn.Module):
         self.scales = tuple(sorted(scales or (1.0,), reverse=True))
 
     def output_sizes(self, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
-        """Return each output's grid (rows, columns) for an input of `size` (8k+1 each way)."""
+        """Grid (rows, columns) of each output for an input of `size` (8k+1 in both directions)."""
         sizes = {
             output_name(scale): (grid_length(size[0], scale), grid_length(size[1], scale)) for scale in self.scales
         }
@@ -134,34 +134,34 @@ class MultiScale(nn.Module):
 
 
 def output_name(scale: float) -> str:
-    """Return the name of the output at an input scale, as in metrics: `scale_0.75`."""
+    """Name of the output at an input scale, as in metrics: `scale_0.75`."""
     return f"scale_{scale:g}"
 
 
 def scaled_length(length: int, scale: float) -> int:
-    """Return the corner-aligned length of an axis scaled by `scale`: (n-1)s+1, e.g. 321 -> 241 at 0.75."""
+    """Corner-aligned length of an axis scaled by `scale`: (n-1)s+1, e.g. 321 -> 241 at 0.75."""
     return round((length - 1) * scale) + 1
 
 
 def grid_length(length: int, scale: float = 1.0) -> int:
-    """Return the logits along an axis of `length` pixels at an input scale, e.g. 321 -> 41, 31, 21."""
+    """Number of logits along an axis of `length` pixels at an input scale, e.g. 321 -> 41, 31, 21."""
     return feature_length(scaled_length(length, scale))
 
 
 def resize_input(image: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return the image scaled by `scale`, bilinear, corners aligned."""
+    """The image scaled by `scale`, bilinear, corners aligned."""
     if scale == 1.0:
         return image
     return upsample(image, (scaled_length(image.shape[2], scale), scaled_length(image.shape[3], scale)))
 
 
 def upsample(x: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
-    """Return float [B, C, h, w] resized to `size`, bilinear, corners aligned."""
+    """Float [B, C, h, w] resized to `size`, bilinear, corners aligned."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 def upsample_logits(x: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
-    """Return what `upsample` does, as two products with constant matrices, in float32 (float64 for such input).
+    """`upsample` as two products with constant matrices, in float32 (float64 for such input).
 
     Their gradient adds up in a fixed order, which that of torch's bilinear interpolation on CUDA does not.
     """
@@ -174,6 +174,6 @@ def upsample_logits(x: torch.Tensor, size: tuple[int, int] | torch.Size) -> torc
 
 @torch.no_grad()
 def _interpolation(points: int, length: int, like: torch.Tensor) -> torch.Tensor:
-    """Return [points, length]: how much each of `points` values counts at each place of a line of `length`."""
+    """Interpolation matrix [points, length]: weight of each of `points` values at each of `length` positions."""
     unit = torch.eye(points, dtype=like.dtype, device=like.device)
     return F.interpolate(unit[None], size=length, mode="linear", align_corners=True)[0]

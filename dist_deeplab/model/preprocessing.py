@@ -14,9 +14,9 @@ class Preprocessing:
     std: tuple[float, float, float]
 
     def normalize(self, image: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
-        """Return float32 [B, 3, H, W] of uint8 RGB [B, 3, H, W], exactly 0 (the mean) outside the content.
+        """Normalised float32 [B, 3, H, W] of uint8 RGB [B, 3, H, W], exactly 0 (the mean) outside the content.
 
-        content: int64 [B, 2], height and width of the part at the top left that is no padding. Runs on the device of
+        content: int64 [B, 2], height and width of the part at the top left that is not padding. Runs on the device of
         `image`, without synchronisation.
         """
         mean = torch.tensor(self.mean, device="cpu").to(image.device, non_blocking=True).view(1, 3, 1, 1)
@@ -37,7 +37,7 @@ TORCHVISION = Preprocessing("rgb", mean=(123.675, 116.28, 103.53), std=(58.395, 
 
 
 def _content_mask(size: torch.Size, content: torch.Tensor) -> torch.Tensor:
-    """Return bool [B, 1, H, W], true inside each image's content."""
+    """Mask, bool [B, 1, H, W], true inside each image's content."""
     rows = torch.arange(size[0], device=content.device).view(1, 1, -1, 1)
     columns = torch.arange(size[1], device=content.device).view(1, 1, 1, -1)
     return (rows < content[:, 0].view(-1, 1, 1, 1)) & (columns < content[:, 1].view(-1, 1, 1, 1))

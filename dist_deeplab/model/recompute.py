@@ -13,10 +13,10 @@ from dist_deeplab.model.batch_norm import FrozenBatchNorm
 
 
 def recomputed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return `block(x)`, keeping `x` alone for the backward pass, which runs `block` once more.
+    """`block(x)`, of which only `x` is kept for the backward pass, which runs `block` a second time.
 
     The second run normalises by the same batch again but does not move the running statistics; its collectives (of a
-    SyncBatchNorm) are made by every rank, in the same order. The block must not draw random numbers.
+    SyncBatchNorm) are called by every rank, in the same order. The block must not draw random numbers.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -29,7 +29,7 @@ def recomputed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Let batch norm write its running statistics into copies that are thrown away."""
+    """Let batch norm write its running statistics into temporary copies."""
     layers = [m for m in block.modules() if isinstance(m, _BatchNorm) and not isinstance(m, FrozenBatchNorm)]
     kept = [dict(layer._buffers) for layer in layers]
     for layer in layers:

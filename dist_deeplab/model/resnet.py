@@ -35,7 +35,7 @@ SPECS = {
 
 
 def feature_length(length: int) -> int:
-    """Return the features along an axis of `length` pixels: (n-1)/8+1 for n of 8k+1, else what the strides give."""
+    """Number of features along an axis of `length` pixels: (n-1)/8+1 for n of 8k+1, else as the strides give."""
     stem = (length - 1) // 2 + 1
     pooled = -(-(stem - 1) // 2) + 1  # ceil mode
     return (pooled - 1) // 2 + 1
@@ -66,7 +66,7 @@ class Bottleneck(nn.Module):
             self.downsample = _Shortcut(shortcut, norm(out_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [B, 4*channels, H/stride, W/stride]."""
+        """Features [B, 4*channels, H/stride, W/stride]."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(convolve_and_normalize(self.conv1, self.bn1, x))
         x = self.relu(convolve_and_normalize(self.conv2, self.bn2, x))
@@ -77,7 +77,7 @@ class _Shortcut(nn.Sequential):
     """A projection and its normalisation, by number as torchvision names them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the shortcut, as wide as what it is added to."""
+        """Shortcut with the channels and size of the branch that it is added to."""
         conv, norm = self
         assert isinstance(conv, nn.Conv2d)
         return convolve_and_normalize(conv, norm, x)
@@ -87,7 +87,7 @@ class DilatedResNet(nn.Module):
     """ResNet whose res4 and res5 keep stride 1 and dilate by 2 and 4 instead (no multi-grid): output stride 8.
 
     contract_dilation: their first blocks dilate by half of that, as torchvision's and mmsegmentation's DeepLabs do.
-    recompute: keep only the bottlenecks' inputs while training, and run each again in the backward pass.
+    recompute: keep only the bottlenecks' inputs while training, and run each bottleneck again in the backward pass.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class DilatedResNet(nn.Module):
 
 
 class _LayerBuilder:
-    """Builds the stages in order, handing the channels of one to the next."""
+    """Builds the stages in order; the output channels of one are the input channels of the next."""
 
     def __init__(self, in_channels: int, stride_on_1x1: bool, contract_dilation: bool, norm: NormFactory) -> None:
         self.in_channels = in_channels

@@ -1,4 +1,4 @@
-"""Whether a run that goes on is the run that was interrupted: what is computed again must come out as it did."""
+"""Whether a resumed run is the run that was interrupted: what is computed again must come out as it did."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ class Divergence:
     """Compares what is computed again after a resume with what the journal has; a difference is worth a warning.
 
     On the CPU at the same number of ranks there is none. Another number of ranks, or a GPU's faster kernels, round
-    differently; anything larger means that the run that goes on is not the run that was interrupted.
+    differently; anything larger means that the resumed run is not the run that was interrupted.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Divergence:
         self.largest = max(self.largest, relative)
 
     def pop_news(self) -> tuple[dict[str, float], str]:
-        """Return the count so far as metric points, and in words, where it has grown since the last call."""
+        """The count so far as metric points, and in words, where it has grown since the last call."""
         if self._told == (self.count, self.largest):
             return {}, ""
         self._told = (self.count, self.largest)

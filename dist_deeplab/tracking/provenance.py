@@ -13,7 +13,7 @@ _LIBRARIES = ("torch", "numpy", "opencv-python-headless", "webdataset", "mlflow"
 
 
 def git_revision() -> dict[str, str]:
-    """Return the revision of the code and whether it was changed, or nothing outside a git checkout."""
+    """The revision of the code and whether it was changed, or nothing outside a git checkout."""
     folder = Path(__file__).resolve().parent
     try:
         revision, changes = (
@@ -26,12 +26,12 @@ def git_revision() -> dict[str, str]:
 
 
 def library_versions() -> dict[str, str]:
-    """Return {"version/<library>": version} of Python and of all that a run uses."""
+    """{"version/<library>": version} of Python and of all that a run uses."""
     return {f"version/{name}": found for name, found in installed_versions(_LIBRARIES).items()}
 
 
 def installed_versions(libraries: Iterable[str]) -> dict[str, str]:
-    """Return {library: version} of Python and those of `libraries` that are installed, without importing them."""
+    """{library: version} of Python and those of `libraries` that are installed, without importing them."""
     found = {"python": platform.python_version()}
     for name in libraries:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # optional, or another build of the same
@@ -40,19 +40,19 @@ def installed_versions(libraries: Iterable[str]) -> dict[str, str]:
 
 
 def host_name() -> str:
-    """Return the name of this machine: Slurm's for it, where there is one."""
+    """The name of this machine: Slurm's for it, where there is one."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def slurm_job() -> str:
-    """Return the id of the Slurm job that this process runs in, `123` or `120_4` of an array, or an empty string."""
+    """The id of the Slurm job that this process runs in, `123` or `120_4` of an array, or an empty string."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
     return os.environ.get("SLURM_JOB_ID", "")
 
 
 def summarize(values: Iterable[str]) -> str:
-    """Return distinct values with their numbers, in order of appearance: `8 x H100, 8 x A100`; just `CPU` for one."""
+    """Distinct values with their numbers, in order of appearance: `8 x H100, 8 x A100`; just `CPU` for one."""
     counts: dict[str, int] = {}
     for value in values:
         counts[value] = counts.get(value, 0) + 1

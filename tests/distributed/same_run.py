@@ -8,7 +8,7 @@ import torch
 from filelock import FileLock, Timeout
 
 CURVES = ("train/loss", "train/grad_norm", "lr/backbone", "val/mIoU")
-MIRROR_TIMEOUT_S = 120  # to send what is left once a run is done
+UPLOAD_TIMEOUT_S = 120  # to send what is left once a run is done
 
 
 def weights_sha256(run_dir: Path) -> str:
@@ -63,7 +63,7 @@ def compare_in_mlflow(run_dir: Path, reference: Path) -> None:
 def wait_for_uploaders(run_dir: Path) -> None:
     """Wait until nobody sends the run's journal any more."""
     try:
-        with FileLock(run_dir / "mlflow.lock", timeout=MIRROR_TIMEOUT_S):
+        with FileLock(run_dir / "mlflow.lock", timeout=UPLOAD_TIMEOUT_S):
             return
     except Timeout:
-        raise AssertionError(f"{run_dir} is still being sent to MLflow after {MIRROR_TIMEOUT_S} s") from None
+        raise AssertionError(f"{run_dir} is still being sent to MLflow after {UPLOAD_TIMEOUT_S} s") from None

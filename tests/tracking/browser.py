@@ -1,4 +1,4 @@
-"""A headless Chromium that opens pages, says what is on them and takes pictures.
+"""A headless Chromium that opens pages, says what is on them and takes screenshots.
 
 It is driven by the DevTools protocol over a pipe (JSON messages ended by NUL on file descriptors 3 and 4), which needs
 neither a library nor a port.
@@ -23,12 +23,12 @@ PAGE_TIMEOUT_S = 60.0
 
 
 def find_chromium() -> str | None:
-    """Return the path of a Chromium, or None."""
+    """The path of a Chromium, or None."""
     return next((path for name in PROGRAMS if (path := shutil.which(name))), None)
 
 
 def _high_pipe() -> tuple[int, int]:
-    """Return the reading and the writing end of a pipe, with numbers that nothing else is moved to."""
+    """The reading and the writing end of a pipe, with numbers that nothing else is moved to."""
     ends = os.pipe()
     high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 100) for end in ends]
     for end in ends:
@@ -109,7 +109,7 @@ class Browser:
         return json.loads(message)
 
     def evaluate(self, expression: str) -> Any:
-        """Return the value of a JavaScript expression in the page."""
+        """The value of a JavaScript expression in the page."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
@@ -121,16 +121,16 @@ class Browser:
         return self.wait_for_text(lambda text: all(each in text for each in texts), texts)
 
     def text(self) -> str:
-        """Return the text that the page shows."""
+        """The text that the page shows."""
         return str(self.evaluate("document.body ? document.body.innerText : ''"))
 
     def wait_for_text(self, condition: Callable[[str], bool], what: object) -> str:
-        """Return what the page shows once it meets a condition."""
+        """What the page shows once it meets a condition."""
         self.wait_for(lambda: condition(self.text()), what)
         return self.text()
 
     def wait_for(self, condition: Callable[[], Any], what: object) -> Any:
-        """Return the first true value of a condition."""
+        """The first true value of a condition."""
         deadline = time.monotonic() + PAGE_TIMEOUT_S
         while True:
             value = condition()

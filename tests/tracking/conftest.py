@@ -74,14 +74,14 @@ class Server:
         return MlflowClient(self.uri)
 
     def run(self, experiment: str, name: str) -> Run:
-        """Return the one run of this name."""
+        """The one run of this name."""
         found = self.client.get_experiment_by_name(experiment)
         assert found is not None
         (run,) = self.client.search_runs([found.experiment_id], f"attributes.run_name = '{name}'")
         return run
 
     def curve(self, run: Run, key: str) -> list[tuple[int, float]]:
-        """Return (step, value) of every point, in order of steps: one that is there twice comes twice."""
+        """(step, value) of every point, in order of steps: one that is there twice comes twice."""
         return sorted((p.step, p.value) for p in self.client.get_metric_history(run.info.run_id, key))
 
 
@@ -156,9 +156,16 @@ def proxy(server: Server) -> Iterator[Proxy]:
 
 
 def training(server: Server, shards: Path, out: Path) -> list[str]:
-    """Return the arguments of a short training, all but its name."""
+    """The arguments of a short training, all but its name."""
     data = [f"data.train={shards}/train.json", f"data.val={shards}/val.json", "data.crop_size=65"]
-    small = ["model.backbone=resnet_tiny", "data.num_workers=0", "batch.global_size=4", "optim.lr=1e-3", "max_steps=4"]
+    small = [
+        "model.backbone=resnet_tiny",
+        "precision.dtype=fp32",
+        "data.num_workers=0",
+        "batch.global_size=4",
+        "optim.lr=1e-3",
+        "max_steps=4",
+    ]
     often = ["tracking.log_every=2", "eval.every=2", "eval.num_panels=2", "tracking.experiment=pages"]
     return [*data, *small, *often, f"output_dir={out}", f"tracking.uri={server.uri}"]
 

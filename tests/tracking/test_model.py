@@ -25,6 +25,7 @@ from dist_deeplab.checkpointing.checkpoint import read_checkpoint
 from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.evaluation.images import read_image
 from dist_deeplab.evaluation.inference import Predictor, load_network
+from dist_deeplab.log_model import how_to_serve
 from tests.conftest import command_environ
 from tests.tracking.conftest import Server, training
 
@@ -61,9 +62,9 @@ def trained(server: Server, sample_shards: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two pictures of sizes that are not 8k+1, a JPEG and a PNG."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two images of sizes that are not 8k+1, a JPEG and a PNG."""
+    folder = tmp_path_factory.mktemp("images")
     rows, columns = np.mgrid[0:90, 0:131]
     colors = np.stack([2 * rows, columns, 255 - rows - columns], axis=2).clip(0, 255).astype(np.uint8)
     Image.fromarray(colors).save(folder / "a.jpg", quality=90)
@@ -71,14 +72,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "a.jpg", folder / "b.png"]
 
 
-def expected_mask(run: Path, picture: Path) -> np.ndarray:
-    """Return what the checkpoint's network says of the picture, padded to the right and below by hand."""
+def expected_mask(run: Path, image: Path) -> np.ndarray:
+    """What the checkpoint's network says of the image, padded to the right and below by hand."""
     saved = read_checkpoint(run / "checkpoints" / "best.pt")
-    image = torch.from_numpy(read_image(picture)).permute(2, 0, 1)
+    image = torch.from_numpy(read_image(image)).permute(2, 0, 1)
     _, height, width = image.shape
     padded = torch.zeros(1, 3, height + (1 - height) % 8, width + (1 - width) % 8, dtype=torch.uint8)
     padded[0, :, :height, :width] = image
-    predictor = Predictor.build(load_network(saved), saved.variant.preprocessing, saved.config.eval)
+    predictor = Predictor.build(load_network(saved), saved.variant.preprocessing, saved.config.eval, dtype="fp32")
     logits = predictor.logits(padded, torch.tensor([[height, width]]))
     return logits[0, :, :height, :width].argmax(0).numpy()
 
@@ -106,7 +107,7 @@ def test_the_model_is_a_version_of_the_registered_one_with_its_signature(server:
     assert info.run_id == run.info.run_id
     assert run.info.status == "FINISHED"
     ended = [r["time"] for r in map(json.loads, (trained.folder / "metrics.jsonl").open()) if "time" in r][-1]
-    assert run.info.end_time == round(1000 * ended), "logging a model is no part of the run"
+    assert run.info.end_time == round(1000 * ended), "logging a model is not part of the run"
     logged = server.client.get_logged_model(info.model_id)
     scores = {metric.key: metric.value for metric in logged.metrics}
     assert scores["val/mIoU"] == logged_best(trained.folder)
@@ -115,22 +116,37 @@ def test_the_model_is_a_version_of_the_registered_one_with_its_signature(server:
 
 
 def test_it_loads_elsewhere_with_its_own_code_and_says_what_the_checkpoint_says(
-    server: Server, trained: Trained, pictures: list[Path], tmp_path: Path
+    server: Server, trained: Trained, images: list[Path], tmp_path: Path
 ) -> None:
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"MLFLOW_TRACKING_URI": server.uri}
-    command = [sys.executable, "-c", LOADS, trained.address, *map(str, pictures)]
+    command = [sys.executable, "-c", LOADS, trained.address, *map(str, images)]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     assert str(Path(__file__).parents[2]) not in answer["code"], "the code in the model, not this repository's"
     assert tuple(answer["metadata"]["class_names"]) == CLASS_NAMES
-    for picture, mask in zip(pictures, answer["masks"], strict=True):
-        np.testing.assert_array_equal(read_mask(mask), expected_mask(trained.folder, picture))
+    for image, mask in zip(images, answer["masks"], strict=True):
+        np.testing.assert_array_equal(read_mask(mask), expected_mask(trained.folder, image))
+
+
+def test_its_page_says_what_it_is_its_score_its_classes_and_the_mask_s_encoding(
+    server: Server, trained: Trained
+) -> None:
+    version = server.client.get_model_version("street-deeplab", "1")
+    assert f"of run street, step 3: mIoU {logged_best(trained.folder):.4f}." in version.description or (
+        f"of run street, step 4: mIoU {logged_best(trained.folder):.4f}." in version.description
+    )
+    for text in (version.description, server.client.get_registered_model("street-deeplab").description):
+        assert "0 background, 1 aeroplane" in text
+        assert "palette PNG" in text
+    model = server.client.get_logged_model(version.model_id)
+    assert model.name == "street"
+    assert model.tags["mlflow.note.content"] == version.description
 
 
 @pytest.fixture
 def served(server: Server, trained: Trained, tmp_path: Path) -> Iterator[int]:
-    """Return the port of `mlflow models serve`."""
+    """The port of `mlflow models serve`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -164,13 +180,24 @@ def is_up(port: int) -> bool:
         return False
 
 
-def test_it_is_served_image_in_mask_out(served: int, trained: Trained, pictures: list[Path]) -> None:
-    rows = [[base64.b64encode(picture.read_bytes()).decode()] for picture in pictures]
+def test_the_printed_command_saves_the_mask(
+    served: int, server: Server, trained: Trained, images: list[Path], tmp_path: Path
+) -> None:
+    text = how_to_serve(trained.address, server.uri.replace("//", "//me:secret@"))
+    assert f"export MLFLOW_TRACKING_URI={server.uri}\n" in text, "without the password"
+    assert f"mlflow models serve -m {trained.address} " in text
+    ask = text.splitlines()[-1].strip().replace(":8080/", f":{served}/").replace("photo.jpg", str(images[0]))
+    subprocess.run(["bash", "-c", ask], cwd=tmp_path, check=True, timeout=120)
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "mask.png")), expected_mask(trained.folder, images[0]))
+
+
+def test_it_is_served_image_in_mask_out(served: int, trained: Trained, images: list[Path]) -> None:
+    rows = [[base64.b64encode(image.read_bytes()).decode()] for image in images]
     body = json.dumps({"dataframe_split": {"columns": ["image"], "data": rows}})
     connection = http.client.HTTPConnection("127.0.0.1", served, timeout=120)
     connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
     answer = connection.getresponse()
     content = answer.read()
     assert answer.status == 200, content
-    for picture, row in zip(pictures, json.loads(content)["predictions"], strict=True):
-        np.testing.assert_array_equal(read_mask(row["mask"]), expected_mask(trained.folder, picture))
+    for image, row in zip(images, json.loads(content)["predictions"], strict=True):
+        np.testing.assert_array_equal(read_mask(row["mask"]), expected_mask(trained.folder, image))

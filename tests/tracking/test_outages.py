@@ -40,7 +40,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def start_run(folder: Path, uri: str, *, with_uploader: bool = False, **tags: str) -> Any:
-    """Return the tracker of a run that has just begun."""
+    """The tracker of a run that has just begun."""
     folder.mkdir()
     info = {"name": folder.name, "parameters": {"seed": 1}, "tags": tags}
     tracker = open_tracker(
@@ -86,7 +86,7 @@ def test_errors_cut_connections_and_a_slow_server_cost_no_point(server: Server, 
     assert 3 <= state["failed_sends"] <= 5
 
 
-def test_training_goes_on_while_the_server_hangs_and_says_so_once(
+def test_training_continues_while_the_server_hangs_and_says_so_once(
     server: Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """All points are in the journal before the server has answered a single request."""

@@ -1,4 +1,4 @@
-"""MLflow's pages in a real browser: which setting won, for which class, at what cost. Pictures in build/."""
+"""MLflow's pages in a real browser: which setting won, for which class, at what cost. Screenshots in build/."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from tests.conftest import REPO
 from tests.tracking.browser import Browser, find_chromium
 from tests.tracking.conftest import Server, Sweep
 
-PICTURES = REPO / "build" / "mlflow_pages"
+SCREENSHOTS = REPO / "build" / "mlflow_pages"
 
 pytestmark = [
     pytest.mark.browser,
@@ -43,7 +43,7 @@ def test_the_run_s_page_shows_its_settings_scores_and_origin(
     browser: Browser, server: Server, sweep: Sweep, records: list[RunRecord]
 ) -> None:
     text = browser.open(address(server, sweep.runs[0]), "poly-power_0.5", "Metrics (", "Parameters (", "not_default")
-    browser.screenshot(PICTURES / "run.png")
+    browser.screenshot(SCREENSHOTS / "run.png")
     assert "Finished" in text
     assert "poly-sweep" in text, "its parent"
     assert re.search(r"shards/train \([0-9a-f]{13}", text), "its training set"
@@ -56,33 +56,33 @@ def test_the_run_s_page_shows_its_settings_scores_and_origin(
     assert "val/best_mIoU" in text
 
 
-def test_pictures_evolve_under_a_slider_and_are_large_enough_to_read(
+def test_images_evolve_under_a_slider_and_are_large_enough_to_read(
     browser: Browser, server: Server, sweep: Sweep
 ) -> None:
     browser.open(address(server, sweep.runs[0], "/model-metrics"), "poly-power_0.5", "panels")
     browser.type_into("input[placeholder='Search metric charts']", "panels")
     browser.wait_for(lambda: "panels/" in browser.text(), "the panels")
     count = "document.querySelectorAll('[role=slider]').length"
-    browser.wait_for(lambda: browser.evaluate(count) >= 2, "a slider for each picture")
+    browser.wait_for(lambda: browser.evaluate(count) >= 2, "a slider for each image")
     browser.wait_for(lambda: shown_step(browser, 0), "the cover: the page opens at step 0")
     browser.evaluate("document.querySelector('[role=slider]').focus()")
     for step in (2, 4):
         browser.press("ArrowRight")
-        browser.wait_for(lambda step=step: shown_step(browser, step), f"the picture of step {step}")
+        browser.wait_for(lambda step=step: shown_step(browser, step), f"the image of step {step}")
     width = f"[...document.images].find(i => {HAS_STEP % 4}).naturalWidth"
     assert browser.evaluate(width) >= 1000
     browser.evaluate("document.querySelector('[data-component-id=fullscreen_button_chartcard]').click()")
     large = f"[...document.images].some(i => {HAS_STEP % 4} && i.complete && i.getBoundingClientRect().width > 600)"
     browser.wait_for(lambda: browser.evaluate(large), "the large view")
     time.sleep(1)  # it fades in
-    browser.screenshot(PICTURES / "panels.png")
+    browser.screenshot(SCREENSHOTS / "panels.png")
 
 
 HAS_STEP = "decodeURIComponent(i.src).includes('panels~') && decodeURIComponent(i.src).includes('+step+%d+')"
 
 
 def shown_step(browser: Browser, step: int) -> bool:
-    """Return whether a panel of this step is loaded and shown."""
+    """Whether a panel of this step is loaded and shown."""
     loaded = f"[...document.images].some(i => {HAS_STEP % step} && i.complete && i.naturalWidth > 0)"
     return bool(browser.evaluate(loaded))
 
@@ -108,7 +108,7 @@ def test_the_comparison_s_page_shows_the_settings_and_scores_side_by_side(
     for index, key in enumerate(keys):
         expected = [record.last(key) or 0.0 for record in records]
         assert values[2 * index : 2 * index + 2] == pytest.approx(expected, abs=6e-4, rel=1e-3), key
-    browser.screenshot(PICTURES / "compare.png")
+    browser.screenshot(SCREENSHOTS / "compare.png")
 
 
 def test_the_sweep_s_page_says_who_won(browser: Browser, server: Server, sweep: Sweep) -> None:
@@ -117,18 +117,18 @@ def test_the_sweep_s_page_says_who_won(browser: Browser, server: Server, sweep: 
     assert page is not None
     assert page[1].partition("?")[0] == address(server, sweep.folder)
     text = browser.open(page[1], "poly-sweep", "winner: ", "cost: ", "why: ")
-    browser.screenshot(PICTURES / "sweep.png")
+    browser.screenshot(SCREENSHOTS / "sweep.png")
     assert winner in text
     curves = re.search(r"curves, best first: (http\S+)", sweep.output)
     assert curves is not None
     text = browser.open(curves[1], "2 matching runs", "lr/backbone", "poly-power_0.5", "poly-power_2.0")
-    browser.screenshot(PICTURES / "curves.png")
+    browser.screenshot(SCREENSHOTS / "curves.png")
     best = re.search(r"winner: power=([0-9.]+)", winner)
     assert best is not None
     assert re.findall(r"poly-power_([0-9.]+)", text)[0] == best[1], "the winner first"
     text = browser.open(address(server, sweep.folder, "/artifacts/comparison.png"), "comparison.png", "comparison.csv")
     browser.wait_for(lambda: browser.evaluate("[...document.images].some(i => i.naturalWidth > 1000)"), "the figure")
-    browser.screenshot(PICTURES / "sweep_figure.png")
+    browser.screenshot(SCREENSHOTS / "sweep_figure.png")
 
 
 def test_the_terminal_says_the_same_from_the_store_as_from_the_folders(

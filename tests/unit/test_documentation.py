@@ -52,7 +52,7 @@ PLAIN_WORDS = [
     (r"\bking's moves\b", "Chebyshev distance"),
     (r"\bcall(s|ed)? the roll\b", "barrier"),
     (r"\bdeaf to\b", "ignores"),
-    (r"\b(is|are) no [a-z]", "is not a"),
+    (r"(?<!there )\b(is|are) no (?!longer\b|more\b)[a-z]", "is not a"),
     (r"\bpictures?\b", "image, figure"),
     (r'"""Return what ', "name the thing"),
 ]
@@ -237,7 +237,7 @@ def test_images_are_used_and_small() -> None:
         (missing_keys, "data.nothing=3", "data.val=val.json"),
         (missing_keys, "`optim.rate`", "`optim.lr` and `metrics.json`"),
         (unplain_words, "it waits for ever", "it waits forever"),
-        (unplain_words, "this is no error", "this is not an error"),
+        (unplain_words, "this is no error", "this is not an error; there is no file"),
         (unplain_words, '"""Return what is there."""', '"""What is there."""'),
     ],
 )

@@ -1,4 +1,4 @@
-"""Weights out: for ours and for other people's networks."""
+"""Weights written for this project and for the networks of others."""
 
 import json
 from collections import OrderedDict
@@ -27,7 +27,7 @@ _KAZUTO_BRANCHES = {
 
 
 def to_torchvision(tensors: _Tensors, variant: Variant) -> tuple[_Tensors, list[str]]:
-    """Return the backbone under torchvision's names (no `fc`), and what its user must know."""
+    """The backbone under torchvision's names (no `fc`), and notes for its user."""
     backbone = {name.removeprefix("backbone."): v for name, v in tensors.items() if name.startswith("backbone.")}
     notes = ["load it with strict=False: there is no fc"]
     if variant.stride_on_1x1:
@@ -44,7 +44,7 @@ def to_torchvision(tensors: _Tensors, variant: Variant) -> tuple[_Tensors, list[
 
 
 def to_kazuto(tensors: _Tensors, variant: Variant) -> tuple[_Tensors, list[str]]:
-    """Return the network under the names of kazuto1011's `DeepLabV2_ResNet101_MSC`, and what its user must know.
+    """The network under the names of kazuto1011's `DeepLabV2_ResNet101_MSC`, and notes for its user.
 
     Raises:
         UserError: its network would compute something else, or there is no last layer.
@@ -78,7 +78,7 @@ def to_kazuto(tensors: _Tensors, variant: Variant) -> tuple[_Tensors, list[str]]
 
 
 def to_ours(tensors: _Tensors, variant: Variant) -> tuple[_Tensors, list[str]]:
-    """Return the network under our names."""
+    """The network under our names."""
     return dict(tensors), []
 
 
@@ -92,9 +92,9 @@ FORMATS = tuple(_RENAMED)
 
 
 def export(tensors: _Tensors, variant: Variant, path: Path, *, to: str) -> list[str]:
-    """Write a network's tensors (under our names) as one of `FORMATS`, and return what its user must know.
+    """Write a network's tensors (under our names) as one of `FORMATS`, and return notes for its user.
 
-    The file also says which variant it is, where nobody else looks: it can be read back as what it was.
+    The file also names its variant, in metadata that other readers ignore, so that it can be read back.
 
     Raises:
         UserError: it cannot be written there, or not in that format.

@@ -1,4 +1,4 @@
-"""Recognised weights into a network, all or nothing, with a report of what went where."""
+"""Recognised weights into a network, all or nothing, with a report per tensor."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ MIN_BACKBONE_COVERAGE = 0.95  # below this, a file that "loads" would leave a si
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a file's tensors. `str` is a sentence, `lines` the whole list."""
+    """Which of a file's tensors were loaded. `str` is a sentence, `lines` the whole list."""
 
     path: str
     family: str
@@ -49,7 +49,7 @@ class Report:
         return "; ".join(clauses)
 
     def lines(self) -> Iterator[str]:
-        """Yield a line for each tensor: loaded, skipped or missing."""
+        """One line per tensor: loaded, skipped or missing."""
         yield from (f"loaded   {ours} <- {theirs}" for ours, theirs in self.loaded.items())
         yield from (f"skipped  {theirs}: {reason}" for theirs, reason in self.skipped.items())
         yield from (f"missing  {ours}" for ours in self.missing)
@@ -107,7 +107,7 @@ def fit_weights(net: nn.Module, weights: Weights, *, restore_last: bool) -> Repo
 
 
 def backbone_of(tensors: dict[str, torch.Tensor]) -> str | None:
-    """Return which of our backbones has as many blocks and channels as these tensors, or None."""
+    """Name of our backbone with the blocks and channels of these tensors, or None."""
     blocks = [0, 0, 0, 0]
     for name in tensors:
         part, _, rest = name.partition(".layer")

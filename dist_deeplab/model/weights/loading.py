@@ -21,7 +21,7 @@ _MAX_BYTES = 2**34  # a ResNet-101 with its optimizer has some 2**29
 
 
 def load_weights(source: str | Path) -> Weights:
-    """Return the weights in a file, whatever known family they are of.
+    """The weights in a file, of any known family.
 
     source: a path or a URL (see `locate.local_path`).
 
@@ -33,7 +33,7 @@ def load_weights(source: str | Path) -> Weights:
 
 
 def _read(path: Path) -> Weights:
-    """Return the weights in a file whose format its first or last bytes tell; names are not trusted."""
+    """The weights in a file; its format is recognised by its first or last bytes, not by its name."""
     if index := bundle_index(path):
         return weights_of(read_tensorflow(index), index)
     head = _first_bytes(path)
@@ -66,7 +66,7 @@ def _read_torch(path: Path) -> Weights:
 
 
 def _verify(path: Path) -> None:
-    """Hold a checkpoint against the digests in its sidecar, where it has one.
+    """Compare a checkpoint with the digests in its sidecar, if it has one.
 
     Raises:
         UserError: it is damaged: torch does not notice a flipped byte.
@@ -77,10 +77,10 @@ def _verify(path: Path) -> None:
 
 
 def _first_bytes(path: Path) -> bytes:
-    """Return the beginning of a file.
+    """First bytes of a file.
 
     Raises:
-        UserError: no such file, a folder, empty, or plainly something else than weights.
+        UserError: no such file, a folder, empty, or a known kind of file that does not hold weights.
     """
     try:
         with path.open("rb") as file:

@@ -14,12 +14,12 @@ _NAMES_STATE_DIGESTS = ("download.pytorch.org", "download.openmmlab.com")
 
 
 def local_path(source: str) -> Path:
-    """Return the path of a file given as path or URL; a URL may end in `#sha256=<64 hexadecimal digits>`.
+    """Path of a file given as path or URL; a URL may end in `#sha256=<64 hexadecimal digits>`.
 
     A URL is fetched into `cache_folder()`, by one process of a node while the others wait.
 
     Raises:
-        UserError: not there, or not the bytes with that digest.
+        UserError: not there, or bytes with another digest.
     """
     if not downloads.is_url(source):
         if "://" in source:
@@ -32,7 +32,7 @@ def local_path(source: str) -> Path:
         if not found:
             raise UserError(f"{fragment!r} behind the URL of the weights must be sha256= and 64 hexadecimal digits")
         digest = found[1].lower()
-    folder = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:12]  # two files of one name do not meet
+    folder = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:12]  # one name, two URLs: two files
     path = downloads.fetch(url, folder, sha256=digest)
     if digest is None:
         _check_name(url, path)
@@ -40,7 +40,7 @@ def local_path(source: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder that keeps fetched weights: $DIST_DEEPLAB_CACHE/weights, else in the user's cache (XDG)."""
+    """Folder that keeps fetched weights: $DIST_DEEPLAB_CACHE/weights, else in the user's cache (XDG)."""
     own = os.environ.get("DIST_DEEPLAB_CACHE")
     if own:
         return Path(own).expanduser() / "weights"
@@ -49,7 +49,7 @@ def cache_folder() -> Path:
 
 
 def _check_name(url: str, path: Path) -> None:
-    """Hold a file against the digest in its name, where its host is known to put it there."""
+    """Compare a file with the digest in its name, if its host is known to put it there."""
     host = re.match(r"https?://([^/:]+)", url)
     stated = re.search(r"-([0-9a-f]{8,64})\.\w+$", path.name)
     if host and host[1] in _NAMES_STATE_DIGESTS and stated:

@@ -18,7 +18,7 @@ the list of its training images itself."""
 
 
 def with_provenance(weights: Weights, name: str) -> Weights:
-    """Return the weights, marked if the file's name tells that they were trained on VOC val."""
+    """The weights, marked if the file is one that is known to be trained on VOC val."""
     for pattern, reason in _TRAINED_ON_VAL:
         if re.fullmatch(pattern, name):
             return marked(weights, f"{name}: {reason}")
@@ -26,7 +26,7 @@ def with_provenance(weights: Weights, name: str) -> Weights:
 
 
 def marked(weights: Weights, reason: str) -> Weights:
-    """Return the weights with the note that they were trained on VOC val."""
+    """The weights with the note that they were trained on VOC val."""
     if weights.variant.note:
         return weights
     note = f"trained on VOC 2012 val too ({reason}), so a score on val is no validation score"

@@ -18,7 +18,7 @@ class Variant:
     contract_dilation: bool = False
     """The first block of res4 and res5 dilates by half: how torchvision and mmsegmentation dilate a ResNet."""
     note: str = ""
-    """What whoever reads a score of these weights must know, e.g. that they were trained on the validation set."""
+    """Remark that belongs beside every score of these weights, e.g. that they were trained on the validation set."""
 
     @property
     def geometry(self) -> dict[str, bool]:
@@ -26,15 +26,15 @@ class Variant:
         return {"stride_on_1x1": self.stride_on_1x1, "contract_dilation": self.contract_dilation}
 
     def to_plain(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint."""
+        """Plain values for a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> "Variant":
-        """Return the variant that `to_plain` described.
+        """The variant that `to_plain` described.
 
         Raises:
-            KeyError, TypeError, ValueError: it describes none.
+            KeyError, TypeError, ValueError: they do not describe a variant.
         """
         plain = values["preprocessing"]
         mean, std = (tuple(float(value) for value in plain[name]) for name in ("mean", "std"))

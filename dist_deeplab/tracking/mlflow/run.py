@@ -187,7 +187,7 @@ class MlflowRun:
             self._send_points([record])
 
     def _unless_refused(self, warning: str, **batch: Any) -> bool:
-        """Send a batch; return whether MLflow took it. An outage is no refusal and is raised."""
+        """Send a batch; whether MLflow took it. An outage is not a refusal and is raised."""
         from mlflow.exceptions import MlflowException
 
         try:

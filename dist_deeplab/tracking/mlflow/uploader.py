@@ -173,7 +173,7 @@ def upload_until_done(
 
 
 def _is_of_training(record: Record) -> bool:
-    """Whether training was going on at the record's time: post-training results say nothing of its end."""
+    """Whether training was running at the record's time: post-training results say nothing of its end."""
     return "time" in record and not record.get("late")
 
 

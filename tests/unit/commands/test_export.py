@@ -32,7 +32,7 @@ def checkpoint(saved: dict[str, object], tmp_path_factory: pytest.TempPathFactor
 
 
 def python(*arguments: object) -> str:
-    """Return what a Python process of its own prints: exporters bring libraries that need not get on with others."""
+    """Output of a Python process of its own: exporters load libraries that may not work together with others."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -47,10 +47,10 @@ def test_one_module_does_all_that_evaluation_does(saved: dict[str, object], prep
         with torch.no_grad():
             return module(torch.from_numpy(image)).numpy()
 
-    pictures = {str(size): tool.draw(*size) for size in [*tool._SIZES, (1, 1), (96, 128)]}
-    assert tool.compare(run, predictor, pictures) < 1e-6
+    images = {str(size): tool.draw(*size) for size in [*tool._SIZES, (1, 1), (96, 128)]}
+    assert tool.compare(run, predictor, images) < 1e-6
     with pytest.raises(TrainingError, match="differs on"):
-        tool.compare(lambda image: run(image)[..., ::-1], predictor, pictures)
+        tool.compare(lambda image: run(image)[..., ::-1], predictor, images)
 
 
 def test_an_onnx_file_computes_the_same_and_says_what_it_is(checkpoint: Path, tmp_path: Path) -> None:
@@ -58,11 +58,15 @@ def test_an_onnx_file_computes_the_same_and_says_what_it_is(checkpoint: Path, tm
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} (the extra export) is not installed")
     out = tmp_path / "model.onnx"
-    assert "checked on 5 pictures" in python("-m", "dist_deeplab", "export", checkpoint, out)
+    assert "checked on 5 images" in python("-m", "dist_deeplab", "export", checkpoint, out)
     read = "import json, onnx, sys; print(json.dumps({e.key: e.value for e in onnx.load(sys.argv[1]).metadata_props}))"
     metadata = json.loads(python("-c", read, out))
     assert json.loads(metadata["class_names"]) == list(CLASS_NAMES)
     assert json.loads(metadata["preprocessing"])["channels"] == "bgr"
+    axes = "[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]"
+    load = "import json, onnx, sys; g = onnx.load(sys.argv[1]).graph"
+    shapes = f"{load}; print(json.dumps([{axes} for v in (*g.input, *g.output)]))"
+    assert json.loads(python("-c", shapes, out)) == [["batch", 3, "height", "width"], ["batch", 21, "height", "width"]]
 
 
 def test_a_file_that_is_there_is_not_overwritten(
@@ -73,6 +77,21 @@ def test_a_file_that_is_there_is_not_overwritten(
     assert tool.main([str(checkpoint), str(out)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert out.read_bytes() == b"precious"
+
+
+def test_a_file_that_differs_takes_no_name(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(model: Exportable, out: Path, metadata: dict[str, str]) -> tool.Model:
+        out.write_bytes(b"other weights")
+        return lambda image: np.zeros((1, 21, *image.shape[2:]), dtype=np.float32)
+
+    out = tmp_path / "model.pt2"
+    out.write_bytes(b"precious")
+    monkeypatch.setattr(tool, "write_program", write)
+    assert tool.main([str(checkpoint), str(out), "--overwrite"]) == 1
+    assert "the exported network differs on drawn" in capsys.readouterr().err
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"precious"]
 
 
 RUN_PROGRAM = """
@@ -87,7 +106,7 @@ print(json.loads(extra["metadata.json"])["checkpoint"])
 
 def test_a_program_takes_any_size_and_batch(checkpoint: Path, saved: dict[str, object], tmp_path: Path) -> None:
     out = tmp_path / "model.pt2"
-    assert "checked on 5 pictures" in python("-m", "dist_deeplab", "export", checkpoint, out)
+    assert "checked on 5 images" in python("-m", "dist_deeplab", "export", checkpoint, out)
     image = torch.rand(3, 3, 41, 70) * 255
     torch.save(image, tmp_path / "image.pt")
     said = python("-c", RUN_PROGRAM, out, tmp_path / "image.pt", tmp_path / "logits.pt")

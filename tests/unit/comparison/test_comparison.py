@@ -111,7 +111,7 @@ def test_the_conclusions_say_which_won_where_at_what_cost_and_why(records: list[
         "gains most for cat (+0.1000) and least for background (-0.0800); it is better for 1 and worse for 1 of"
         in where
     )
-    assert cost == "cost: 2:00, 0.2 device-hours; the others took 0.2 to 0.2; all 3 runs together 0.6"
+    assert cost == "cost of power=0.9: 2:00, 0.2 device-hours; the others took 0.2 to 0.2; all 3 runs together 0.6"
     assert why.startswith("why: its training loss is the lowest too (1.3000)")
     assert peak == "its best was at step 10; at step 20, its last evaluation, it had 0.4100, 0.1000 less"
     assert "chance" in chance

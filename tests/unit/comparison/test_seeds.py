@@ -41,7 +41,12 @@ def printed(records: list[RunRecord]) -> str:
     return console.export_text()
 
 
-LUCKY = [run(0.1, 0, 0.60), run(0.1, 1, 0.40), run(0.2, 0, 0.55), run(0.2, 1, 0.53)]
+LUCKY = [  # the losses differ beyond noise, the scores do not
+    run(0.1, 0, 0.60, loss=1.0),
+    run(0.1, 1, 0.40, loss=1.01),
+    run(0.2, 0, 0.55, loss=0.5),
+    run(0.2, 1, 0.53, loss=0.51),
+]
 CLEAR = [
     run(0.1, 0, 0.60, loss=1.0),
     run(0.1, 1, 0.61, loss=1.01),
@@ -68,7 +73,7 @@ def test_within_noise_nothing_is_claimed() -> None:
     assert "winner: lr" not in text.replace("no winner: lr", "")
     for claim in ("why:", "gains", "better", "its best was"):
         assert claim not in text
-    assert "cost: 1:00, 0.5 device-hours a run; the other took 0.5; all 4 runs together 2" in text
+    assert "cost of lr=0.2: 1:00, 0.5 device-hours a run; the other took 0.5; all 4 runs together 2" in text
 
 
 def test_a_lead_beyond_noise_wins_with_its_error_classes_and_reason() -> None:

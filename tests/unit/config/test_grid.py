@@ -23,7 +23,7 @@ from dist_deeplab.errors import UserError
         ("{a: [1,2]},3", ["{a: [1,2]}", "3"]),
     ],
 )
-def test_values_are_parted_by_commas_outside_brackets_and_quotes(text: str, values: list[str]) -> None:
+def test_values_are_separated_by_commas_outside_brackets_and_quotes(text: str, values: list[str]) -> None:
     assert split_values(text) == values
 
 

@@ -8,7 +8,6 @@ import torch
 
 from dist_deeplab.distributed import meter as meter_module
 from dist_deeplab.distributed.meter import Meter, peak_memory_bytes
-from dist_deeplab.model.peak import peak_flops
 
 CPU = torch.device("cpu")
 
@@ -88,21 +87,3 @@ def test_mfu_is_the_share_of_what_the_devices_could_do_at_their_peak(clock: Cloc
         clock.now += 2.0
     assert meter.pop(images_per_step=8, device=CPU)["mfu"] == pytest.approx(4.0 / 10.0)
     assert "mfu" not in Meter().pop(images_per_step=8, device=CPU)
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "tflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
-        ("NVIDIA H100 PCIe", "bf16", 756.0),
-        ("NVIDIA H200", "tf32", 494.7),
-        ("NVIDIA A100-SXM4-80GB", "fp32", 19.5),
-        ("Tesla V100-SXM2-32GB", "bf16", None),
-        ("NVIDIA L40S", "fp16", 362.0),
-        ("NVIDIA L4", "fp16", 121.0),
-        ("NVIDIA A10G", "fp16", None),
-        ("Some GPU of next year", "bf16", None),
-    ],
-)
-def test_a_gpu_is_known_by_its_name_or_not_at_all(name: str, dtype: str, tflops: float | None) -> None:
-    assert peak_flops(name, dtype) == (None if tflops is None else tflops * 1e12)

@@ -30,8 +30,8 @@ def _slow_iou(label: np.ndarray, pred: np.ndarray, num_classes: int, ignore_labe
 
 
 @st.composite
-def _pictures(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """label, pred, number of classes and void label of some small pictures."""
+def _label_maps(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """label, pred, number of classes and void label of some small label maps."""
     num_classes = draw(st.integers(2, 6))
     ignore_label = draw(st.sampled_from([255, num_classes, 0]))
     shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)))
@@ -43,9 +43,9 @@ def _pictures(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, int]:
     return label, pred, num_classes, ignore_label
 
 
-@given(_pictures())
-def test_confusion_matrix_equals_the_slow_reference(pictures: tuple[np.ndarray, np.ndarray, int, int]) -> None:
-    label, pred, num_classes, ignore_label = pictures
+@given(_label_maps())
+def test_confusion_matrix_equals_the_slow_reference(label_maps: tuple[np.ndarray, np.ndarray, int, int]) -> None:
+    label, pred, num_classes, ignore_label = label_maps
     band = np.random.default_rng(int(label.sum())).integers(0, 3, label.shape).astype(np.uint8)
     options = {"num_classes": num_classes, "ignore_label": ignore_label}
     tensors = torch.from_numpy(label), torch.from_numpy(pred)
@@ -63,9 +63,9 @@ def test_confusion_matrix_equals_the_slow_reference(pictures: tuple[np.ndarray, 
             np.testing.assert_array_equal(banded[image, number].numpy(), expected)
 
 
-@given(_pictures())
-def test_scores_equal_the_slow_reference(pictures: tuple[np.ndarray, np.ndarray, int, int]) -> None:
-    label, pred, num_classes, ignore_label = pictures
+@given(_label_maps())
+def test_scores_equal_the_slow_reference(label_maps: tuple[np.ndarray, np.ndarray, int, int]) -> None:
+    label, pred, num_classes, ignore_label = label_maps
     matrix = _slow_confusion(label, pred, num_classes, ignore_label)
     if not matrix.sum():
         with pytest.raises(ValueError, match="empty"):

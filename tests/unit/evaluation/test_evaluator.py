@@ -1,7 +1,10 @@
 """evaluate() equals a plain loop over the images, and leaves the network as it was."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.session import Session
 from dist_deeplab.distributed.stop_request import StopRequest
 from dist_deeplab.errors import TrainingError
+from dist_deeplab.evaluation import evaluator
 from dist_deeplab.evaluation.accumulator import TRIMAP_WIDTHS
 from dist_deeplab.evaluation.evaluator import EvaluationStopped, draw_panels, evaluate
 from dist_deeplab.evaluation.inference import Predictor
@@ -185,11 +189,48 @@ def test_panels_of_chosen_images_come_in_the_order_asked_for(net: DeepLabV2, man
     assert draw_panels(predictor, manifest, ALONE, []) == []
 
 
+class TwoRanks:
+    """Two threads as ranks, which exchange values as a process group does."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2, timeout=60)
+        self.values: dict[int, Any] = {}
+        self.rank = threading.local()
+
+    def gather(self, value: Any) -> list[Any]:
+        self.values[self.rank.number] = value
+        self.barrier.wait()
+        gathered = [self.values[0], self.values[1]]
+        self.barrier.wait()
+        return gathered
+
+    def run(self, function: Callable[[DistEnv], Any]) -> list[Any]:
+        def call(number: int) -> Any:
+            self.rank.number = number
+            return function(DistEnv(number, number, 2, "torchrun"))
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(call, (0, 1)))
+
+
+def test_panels_of_several_ranks_come_in_the_order_asked_for_on_each(
+    net: DeepLabV2, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rank order a slider over the steps would show another image at another number of ranks."""
+    ranks = TwoRanks()
+    for name in ("gather_to_all", "gather_bytes"):
+        monkeypatch.setattr(evaluator, name, ranks.gather, raising=False)
+    asked = [3, 0, 4, 1, 2]
+    for panels in ranks.run(lambda env: draw_panels(Predictor(net, CAFFE), manifest, env, asked)):
+        assert [panel.key for panel in panels] == [f"image_{index}" for index in asked]
+
+
 @pytest.mark.parametrize(("num_panels", "shown"), [(0, 0), (2, 2), (9, 5)])
-def test_panels_are_the_sets_first_images(net: DeepLabV2, manifest: Manifest, num_panels: int, shown: int) -> None:
+def test_panels_are_spread_over_the_set(net: DeepLabV2, manifest: Manifest, num_panels: int, shown: int) -> None:
     panels = evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), num_workers=0, num_panels=num_panels).panels
-    assert [panel.key for panel in panels] == [f"image_{n}" for n in range(shown)]
-    for panel, size in zip(panels, SIZES):
+    indices = [n * len(SIZES) // shown for n in range(shown)]
+    assert [panel.key for panel in panels] == [f"image_{n}" for n in indices]
+    for panel, size in zip(panels, [SIZES[n] for n in indices], strict=True):
         assert panel.image.shape == (*size, 3)
         assert panel.label.shape == panel.pred.shape == size
         assert panel.image.dtype == panel.label.dtype == panel.pred.dtype == np.uint8

@@ -52,6 +52,19 @@ def test_a_class_without_ground_truth_is_marked_in_the_matrix() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog (none)"]
 
 
+def test_the_matrix_leaves_out_classes_that_are_neither_true_nor_predicted() -> None:
+    confusion = np.zeros((4, 4), dtype=np.int64)
+    confusion[0, 0], confusion[2, 0], confusion[2, 3] = 6, 1, 3
+    axes = confusion_figure(confusion, list("abcd")).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "c", "d (none)"]
+    assert [(text.get_position(), text.get_text()) for text in axes.texts] == [
+        ((0, 0), "100"),
+        ((0, 1), "25"),
+        ((2, 1), "75"),
+    ]
+    assert axes.get_title().endswith("; 1 of 4 classes neither true nor predicted")
+
+
 def test_a_name_with_dollars_is_not_a_formula() -> None:
     names, confusion = ["$_$^", "dog"], np.array([[3, 1], [0, 2]])
     panels = panels_figure([_panel(np.zeros((9, 9), np.uint8), "$_$^")], names, ignore_label=255)

@@ -6,7 +6,7 @@ from torch import nn
 
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import ASPP, DeepLabV2, MultiScale
-from dist_deeplab.model.flops import training_flops
+from dist_deeplab.model.flops import peak_flops, training_flops
 
 
 def by_hand(model: MultiScale, size: int) -> int:
@@ -46,3 +46,21 @@ def test_counting_leaves_the_model_alone() -> None:
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
+        ("NVIDIA H100 PCIe", "bf16", 756.0),
+        ("NVIDIA H200", "tf32", 494.7),
+        ("NVIDIA A100-SXM4-80GB", "fp32", 19.5),
+        ("Tesla V100-SXM2-32GB", "bf16", None),
+        ("NVIDIA L40S", "fp16", 362.0),
+        ("NVIDIA L4", "fp16", 121.0),
+        ("NVIDIA A10G", "fp16", None),
+        ("Some GPU of next year", "bf16", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name_or_not_at_all(name: str, dtype: str, tflops: float | None) -> None:
+    assert peak_flops(name, dtype) == (None if tflops is None else tflops * 1e12)

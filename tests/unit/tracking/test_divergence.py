@@ -1,4 +1,4 @@
-"""A run that goes on must compute what it computed before; where it does not, it is said, counted and shown."""
+"""A resumed run must compute what it computed before; where it does not, it is said, counted and shown."""
 
 import json
 import logging
@@ -59,7 +59,7 @@ def test_a_long_replay_warns_a_handful_of_times(caplog: pytest.LogCaptureFixture
     assert 1 <= len(caplog.records) <= 5
 
 
-def test_a_value_that_is_no_number_any_more_differs(tmp_path: Path) -> None:
+def test_a_value_that_is_not_a_number_any_more_differs(tmp_path: Path) -> None:
     (point, *_, tag) = replayed(tmp_path, {"train/loss": float("nan")})
     assert (point["key"], point["value"]) == ("tracking/diverged_points", 1.0)
     assert "inf" in tag["tags"]["diverged"]

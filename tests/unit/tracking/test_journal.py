@@ -13,7 +13,7 @@ from dist_deeplab.tracking.journal import Journal, read_records
 
 
 class FullDisk:
-    """Stands in for `os.write` on a disk that has room for so many bytes more."""
+    """Stands in for `os.write` on a disk that has room for N bytes more."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -46,7 +46,7 @@ def test_a_full_disk_keeps_lines_waiting_and_warns_once(
     assert [json.loads(line)["step"] for line in lines] == list(range(6))
 
 
-def test_records_come_with_the_offset_behind_them_and_reading_goes_on_there(tmp_path: Path) -> None:
+def test_records_come_with_the_offset_behind_them_and_reading_resumes_there(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"a": 1}\nnoise\n{"a": 2}\n{"a": 3')
     records = list(read_records(path))

@@ -15,7 +15,7 @@ from dist_deeplab.tracking.post_training import add_to_run
 def run_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     (folder / "eval" / "best_val").mkdir(parents=True)
-    (folder / "eval" / "best_val" / "iou.png").write_bytes(b"picture")
+    (folder / "eval" / "best_val" / "iou.png").write_bytes(b"image")
     (folder / "run.json").write_text(json.dumps({"tracking": {"uri": "none", "experiment": "x"}}))
     journal = Journal(folder / "metrics.jsonl")
     journal.append({"step": 3, "time": 1.0, "key": "val/mIoU", "value": 0.5, "attempt": 0})
@@ -34,7 +34,7 @@ def test_points_and_files_are_appended_as_those_of_the_last_attempt_after_its_en
     assert point.pop("time") == file.pop("time") > 1e9
     assert point == {"step": 3, "late": True, "key": "eval/val/mIoU", "value": 0.7, "attempt": 0}
     assert file == {"step": 3, "late": True, "file": "eval/best_val/iou.png"}
-    assert Journal(run_dir / "metrics.jsonl").attempt == 1  # as before: an evaluation is no attempt
+    assert Journal(run_dir / "metrics.jsonl").attempt == 1  # as before: an evaluation is not an attempt
 
 
 def test_a_score_is_recorded_again_only_if_it_changed(run_dir: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def read_journal(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def points(run_dir: Path) -> list[tuple[int, str, float, int]]:
-    """Return the points that were logged: those of the run's cost come with every call and are left out."""
+    """The points that were logged: those of the run's cost come with every call and are left out."""
     found = [(r["step"], r["key"], r["value"], r["attempt"]) for r in read_journal(run_dir) if "key" in r]
     return [point for point in found if not point[1].startswith("cost/")]
 
@@ -81,7 +81,7 @@ def test_values_keep_every_digit(values: list[float], tmp_path_factory: pytest.T
     assert [value for _, _, value, _ in points(run_dir)] == values
 
 
-def test_a_value_that_is_not_finite_is_no_point_and_every_line_is_strict_json(tmp_path: Path) -> None:
+def test_a_value_that_is_not_finite_is_not_a_point_and_every_line_is_strict_json(tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
@@ -169,7 +169,7 @@ def test_an_empty_journal_is_a_first_attempt(tmp_path: Path) -> None:
     [b"\0" * 40 + b"\n", b"\xff\xfe\n", b"{half\n", b"[]\n", b"\n"],
     ids=["zeros", "no text", "half", "no object", "blank"],
 )
-def test_a_damaged_line_does_not_keep_a_run_from_going_on(damage: bytes, tmp_path: Path) -> None:
+def test_a_damaged_line_does_not_keep_a_run_from_resuming(damage: bytes, tmp_path: Path) -> None:
     """A node that loses power may leave zeros where the file system had promised data."""
     tracker = JournalTracker(tmp_path)
     tracker.log(1, {"a": 1.0})
@@ -212,7 +212,7 @@ def test_the_main_rank_writes_configuration_and_facts_beside_the_journal(tmp_pat
     assert tracker.uploader is None, "`none` means no MLflow"
 
 
-def test_the_end_waits_for_the_uploader_but_not_for_ever(
+def test_the_end_waits_for_the_uploader_for_a_limited_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tracker_module.logging.getLogger("dist_deeplab"), "propagate", True)
@@ -247,7 +247,9 @@ def test_a_model_is_waited_for_longer_unless_mlflow_is_away(
     uploader.communicate(b"\n")
 
 
-def test_the_uploader_is_no_rank_and_gets_no_signal_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_uploader_is_not_a_rank_and_gets_no_signal_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started: dict[str, Any] = {}
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started.update(options, command=command))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")

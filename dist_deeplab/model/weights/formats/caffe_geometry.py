@@ -1,4 +1,4 @@
-"""The layer parameters in a `.caffemodel`, held against our network: kernel, stride, padding, dilation, epsilon."""
+"""The layer parameters in a `.caffemodel`, compared with our network: kernel, stride, padding, dilation, epsilon."""
 
 import itertools
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class Geometry:
 
 
 def recognise_geometry(convolutions: dict[str, Convolution], path: Path) -> Geometry:
-    """Return the network that the layers' parameters describe; without any the authors' is taken.
+    """The network that the layers' parameters describe; without parameters, the authors'.
 
     Known are DeepLab-v2, the same with contracted dilation, and an ImageNet classification network, whose strides
     in res4 and res5 become dilation here; each with the stride on the first 1x1 or on the 3x3.
@@ -121,7 +121,7 @@ def check_pooling(layer: Any, path: Path) -> None:
 
 
 def _expected(place: Place, form: str, *, stride_on_1x1: bool) -> Convolution:
-    """Return the geometry of a layer of one of the known networks."""
+    """Geometry of a layer of one of the known networks."""
     if place.kind == "head":
         rate = ASPP_RATES[int(place.module[-1])]
         return Convolution(kernel=3, stride=1, pad=rate, dilation=rate)

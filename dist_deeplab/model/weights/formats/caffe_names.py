@@ -41,7 +41,7 @@ class Place:
 
 
 def place_of(layer: str) -> Place | None:
-    """Return the place of a layer, or None if our network has no such layer."""
+    """Place of a layer, or None if our network has no such layer."""
     if layer == "conv1":
         return Place("conv", "backbone.conv1")
     if layer in ("bn_conv1", "scale_conv1"):
@@ -52,7 +52,7 @@ def place_of(layer: str) -> Place | None:
     if not found:
         return None
     kind, stage, letter, number, branch = found.groups()
-    if number and letter != "b":  # ResNet-101 counts b1, b2, ..., ResNet-50 goes on with c, d, ...
+    if number and letter != "b":  # ResNet-101 counts b1, b2, ..., ResNet-50 continues with c, d, ...
         return None
     block = int(number[:4]) if number else ord(letter) - ord("a")
     norm = kind != "res"
@@ -61,13 +61,13 @@ def place_of(layer: str) -> Place | None:
 
 
 def why_skipped(layer: str) -> str:
-    """Return why a layer has no place."""
-    return "the same layer at another scale" if _OTHER_SCALE.search(layer) else "no part of our network"
+    """Reason why a layer has no place."""
+    return "the same layer at another scale" if _OTHER_SCALE.search(layer) else "not part of our network"
 
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """What a reader found: tensors named `<layer>/<parameter>`, what it left, and what it knows about the network."""
+    """Result of a reader: tensors named `<layer>/<parameter>`, what was skipped, and the kind of network."""
 
     family: str
     tensors: Mapping[str, torch.Tensor]
@@ -79,10 +79,10 @@ class LayerTensors:
 
 
 def weights_of(content: LayerTensors, path: Path) -> Weights:
-    """Return the tensors of layers under our names.
+    """The tensors of layers under our names.
 
-    Two things that our network writes otherwise are folded, so that its outputs stay theirs: a bias of a convolution
-    before a batch norm (into the mean), and an epsilon that is not ours (into the variance).
+    So that outputs stay the same, a convolution's bias before a batch norm is folded into the mean, and an epsilon that
+    is not ours into the variance.
 
     Raises:
         UserError: not a network of this family, or two layers for one place.
@@ -113,7 +113,7 @@ def weights_of(content: LayerTensors, path: Path) -> Weights:
     for module, bias in biases.items():
         mean = ours.get(f"{module}.running_mean")
         if mean is None or mean.shape != bias.shape:
-            raise UserError(f"{path} has a convolution with a bias and no batch norm behind it, before {module}")
+            raise UserError(f"{path} has a convolution with a bias and no batch norm after it, before {module}")
         ours[f"{module}.running_mean"] = mean - bias
     if content.eps != EPS:
         for name in [name for name in ours if name.endswith("running_var")]:
@@ -122,14 +122,14 @@ def weights_of(content: LayerTensors, path: Path) -> Weights:
 
 
 def _norm_of(place: Place) -> str:
-    """Return the batch norm behind a convolution."""
+    """Batch norm after a convolution."""
     if place.module.endswith("downsample.0"):
         return place.module.removesuffix("0") + "1"
     return re.sub(r"conv(\d)$", r"bn\1", place.module)
 
 
 def to_tensor(array: "np.ndarray[Any, Any]", *, is_hwio: bool = False) -> torch.Tensor:
-    """Return a float32 tensor; `is_hwio`: a kernel in TensorFlow's layout (height, width, in, out) becomes torch's."""
+    """Float32 tensor; `is_hwio`: a kernel in TensorFlow's layout (height, width, in, out) is transposed to torch's."""
     if is_hwio and array.ndim == 4:
         array = array.transpose(3, 2, 0, 1)
     return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))

@@ -35,10 +35,10 @@ _MAX_HEADER_BYTES = 10_000
 
 
 def read_kaffe(path: Path) -> LayerTensors:
-    """Return the layers of a kaffe dictionary; no code in the file is run.
+    """The layers of a kaffe dictionary; no code in the file is run.
 
     Raises:
-        UserError: damaged, or no such dictionary.
+        UserError: damaged, or not such a dictionary.
     """
     try:
         layers = _read_dictionary(path)
@@ -52,7 +52,7 @@ def read_kaffe(path: Path) -> LayerTensors:
         for parameter, array in parameters.items():
             name = f"{layer}/{parameter}"
             if parameter not in PARAMETERS or not isinstance(array, Array):
-                skipped[name] = "no parameter of a convolution or batch norm"
+                skipped[name] = "not a parameter of a convolution or batch norm"
                 continue
             is_slim |= parameter == "moving_variance"
             try:

@@ -1,7 +1,7 @@
-"""Whose names are these? State dicts of PyTorch networks, recognised by keys and shapes, under our names.
+"""State dicts of PyTorch networks, recognised by keys and shapes, under our names.
 
-Two ways of naming a bottleneck ResNet are known. torchvision's is ours too, and timm's, mmsegmentation's and isht7's;
-the other is kazuto1011's. A network may lie under any prefix (`module.`, `backbone.`, `Scale.`, `base.`, ...).
+Two ways of naming a bottleneck ResNet are known: torchvision's, which is also ours, timm's, mmsegmentation's and
+isht7's, and kazuto1011's. A network may be under any prefix (`module.`, `backbone.`, `Scale.`, `base.`, ...).
 """
 
 import re
@@ -33,7 +33,7 @@ _KAZUTO_PLACES = {
 
 
 def torchvision_name(name: str) -> str | None:
-    """Return our name of a tensor in torchvision's or isht7's network, or None if ours has no such tensor."""
+    """Our name of a tensor in torchvision's or isht7's network, or None if ours has no such tensor."""
     if head := re.fullmatch(r"layer5\.conv2d_list\.([0-3])\.(weight|bias)", name):  # isht7: Classifier_Module
         return f"head.branches.{head[1]}.{head[2]}"
     if _TORCHVISION.fullmatch(name) or re.match(r"(conv1|bn1|layer[1-4])\.", name):
@@ -42,7 +42,7 @@ def torchvision_name(name: str) -> str | None:
 
 
 def kazuto_name(name: str) -> str | None:
-    """Return our name of a tensor in kazuto1011's network, or None if ours has no such tensor."""
+    """Our name of a tensor in kazuto1011's network, or None if ours has no such tensor."""
     if stem := _KAZUTO_STEM.fullmatch(name):
         return f"backbone.{'conv1' if stem[1] == 'conv' else 'bn1'}.{stem[2]}"
     if found := _KAZUTO_BLOCK.fullmatch(name):
@@ -55,14 +55,14 @@ def kazuto_name(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """A way of naming: tensors that every network of it has, and our name for each."""
+    """A naming scheme: tensors that every network of it has, and our name for each."""
 
     name: str
     anchors: tuple[str, ...]
     translate: Callable[[str], str | None]
 
     def prefixes(self, names: Iterable[str]) -> list[str]:
-        """Return under which prefixes a whole network of this layout lies."""
+        """Prefixes under which a whole network of this layout is found."""
         known = set(names)
         ends = [name[: -len(self.anchors[0])] for name in known if name.endswith(self.anchors[0])]
         return sorted(
@@ -72,7 +72,7 @@ class Layout:
         )
 
     def num_fitting(self, names: Iterable[str]) -> int:
-        """Return how many names end like names of this layout, whatever stands before."""
+        """Number of names that end like names of this layout, whatever their prefix."""
         pattern = re.compile(r"(?:^|.*\.)(conv1|layer\d\..*)")
         tails = (pattern.fullmatch(name) for name in names)
         return sum(1 for tail in tails if tail and self._is_exact(tail[1]))
@@ -95,7 +95,7 @@ KAZUTO_LAYOUT = Layout(
 
 
 def recognise(content: NamedTensors, path: Path) -> Weights:
-    """Return a state dict's tensors under our names.
+    """A state dict's tensors under our names.
 
     Raises:
         UserError: of no known family (the nearest is named), of a network that ours can't be, or two in one file.
@@ -112,7 +112,7 @@ def recognise(content: NamedTensors, path: Path) -> Weights:
             return _translated(content.tensors, layout, prefixes[0], variant, path)
     layout = max((TORCHVISION_LAYOUT, KAZUTO_LAYOUT), key=lambda layout: layout.num_fitting(names))
     num = layout.num_fitting(names)
-    nearest = f"; the nearest is {layout.name}, of which {num} of its {len(names)} names remind" if num else ""
+    nearest = f"; the nearest is {layout.name}, which {num} of its {len(names)} names resemble" if num else ""
     raise UserError(
         f"the weights in {path} are of no known family{nearest}; its names begin with "
         f"{', '.join(list(names)[:3])}; {KNOWN}"
@@ -120,7 +120,7 @@ def recognise(content: NamedTensors, path: Path) -> Weights:
 
 
 def _family(layout: Layout, prefix: str, tensors: dict[str, torch.Tensor], path: Path) -> Variant:
-    """Return the variant that keys beside the backbone tell."""
+    """Variant, recognised by the keys beside the backbone."""
     if layout is KAZUTO_LAYOUT:
         return Variant("kazuto1011 DeepLab-v2", True, CAFFE_ROUNDED)
     if f"{prefix}layer5.conv2d_list.0.weight" in tensors or prefix.endswith("Scale."):
@@ -150,7 +150,7 @@ def _translated(tensors: dict[str, torch.Tensor], layout: Layout, prefix: str, v
         if target is None and re.fullmatch(r"head\.branches\.[0-3]\.(weight|bias)", name[len(outside) :]):
             target = name[len(outside) :]  # an export of ours
         if target is None:
-            skipped[name] = "no part of our network"
+            skipped[name] = "not part of our network"
         elif target in ours:
             raise UserError(f"{path} holds {sources[target]} and {name}, which are the same tensor here; keep one")
         else:
@@ -159,7 +159,7 @@ def _translated(tensors: dict[str, torch.Tensor], layout: Layout, prefix: str, v
 
 
 def _refuse_other_resnets(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Name the ResNets that look like ours and can't be.
+    """Refuse ResNets that are named like ours and compute something else.
 
     Raises:
         UserError: deep stem, basic blocks, grouped or wide bottlenecks.

@@ -64,7 +64,7 @@ def _messages() -> dict[str, Any]:
 
 
 def bundle_index(path: Path) -> Path | None:
-    """Return the index file of a V2 checkpoint given as `model.ckpt-20000`, `....index`, `....data-...` or `....meta`.
+    """Index file of a V2 checkpoint given as `model.ckpt-20000`, `....index`, `....data-...` or `....meta`.
 
     Raises:
         UserError: one of its other files is given and there is no index.
@@ -79,7 +79,7 @@ def bundle_index(path: Path) -> Path | None:
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a file ends as a TensorFlow table does."""
+    """Whether a file ends as a TensorFlow table does."""
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, size - len(MAGIC)))
@@ -87,7 +87,7 @@ def is_table(path: Path) -> bool:
 
 
 def read_tensorflow(path: Path) -> LayerTensors:
-    """Return the layers in a checkpoint; path: the index of a V2 checkpoint, or a V1 checkpoint.
+    """The layers in a checkpoint; path: the index of a V2 checkpoint, or a V1 checkpoint.
 
     Raises:
         UserError: damaged, incomplete, or not of DrSleep's network.
@@ -123,7 +123,7 @@ def _read(path: Path) -> LayerTensors:
         layer, _, parameter = name.removeprefix(prefixes[0]).rpartition("/")
         if not name.startswith(prefixes[0]) or parameter not in PARAMETERS or "/" in layer:
             is_slot = any(parameter.startswith(slot) for slot in _OPTIMIZER)
-            skipped[name] = "state of the optimizer" if is_slot else "no part of our network"
+            skipped[name] = "state of the optimizer" if is_slot else "not part of our network"
             continue
         is_slim |= parameter == "moving_variance"
         try:

@@ -18,7 +18,7 @@ METADATA_KEY = "dist_deeplab"
 """Where our exports keep their variant: in a state dict's `_metadata[""]`, and in the header of safetensors."""
 
 _INNER = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights")
-"""Under which keys the scripts people use put a network's state dict."""
+"""Keys under which common training scripts save a network's state dict."""
 
 _MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")
 """The number 0x1950a86a20f9469cfc6c as a pickle of its own, with which torch.save began before it wrote archives."""
@@ -31,14 +31,14 @@ _TEXT = frozenset({*range(0x20, 0x7F), *b"\t\n\r\f", *range(0x80, 0x100)})
 
 @dataclass(frozen=True)
 class NamedTensors:
-    """What a file holds, under its own names; `variant` where the file states it."""
+    """Tensors of a file under its own names; `variant` if the file states it."""
 
     tensors: dict[str, torch.Tensor]
     variant: Variant | None = None
 
 
 def load_file(path: str | Path) -> Any:
-    """Return what `torch.save` wrote, on the CPU, without running any code that the file may hold.
+    """Content of a file of `torch.save`, on the CPU, without running any code that the file may hold.
 
     Raises:
         UserError: no such file, damaged, or holding more than plain values and tensors.
@@ -78,10 +78,10 @@ def load_plain(path: Path) -> Any:
 
 
 def _require_magic(path: Path) -> None:
-    """Refuse what does not begin as a file of torch.save does that is no archive (older than torch 1.6).
+    """Refuse files that do not begin like those of torch.save before torch 1.6, which are not archives.
 
     Raises:
-        UserError: another file, called what it is where that can be told.
+        UserError: another file; its kind is named if it is recognised.
     """
     with path.open("rb") as file:
         head = file.read(512)
@@ -94,14 +94,14 @@ def _require_magic(path: Path) -> None:
     if head.startswith(b"\x80"):
         what = "a pickle that torch.save did not write"
     elif all(byte in _TEXT for byte in head):
-        what = "a text"
+        what = "text"
     else:
-        what = "of no kind that can be read"
+        what = "of an unknown kind"
     raise UserError(f"{path} holds no weights: it is {what}; {KNOWN}")
 
 
 def _require_stored(path: Path) -> None:
-    """Refuse an archive that would grow on reading: torch.save compresses nothing.
+    """Refuse an archive that is larger in memory than on disk: torch.save compresses nothing.
 
     Raises:
         UserError: compressed or overlapping members, TorchScript, or some other archive.
@@ -121,7 +121,7 @@ def _require_stored(path: Path) -> None:
 
 
 def named_tensors(content: Any, path: Path) -> NamedTensors:
-    """Return the tensors of a state dict, on whichever level of nested dictionaries it lies.
+    """Tensors of a state dict, found at any level of up to four nested dictionaries.
 
     Raises:
         UserError: there is none, or a tensor is not a plain dense one.
@@ -149,7 +149,7 @@ def named_tensors(content: Any, path: Path) -> NamedTensors:
 
 
 def load_safetensors(path: Path) -> NamedTensors:
-    """Return the tensors of a safetensors file.
+    """Tensors of a safetensors file.
 
     Raises:
         UserError: damaged.
@@ -159,7 +159,7 @@ def load_safetensors(path: Path) -> NamedTensors:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, MemoryError) as error:
         raise UserError(f"{path} can't be read as safetensors ({first_line(error)}); is it whole?") from None
     if any(len(name) > _MAX_NAME for name in tensors):
@@ -179,11 +179,11 @@ def _variant(plain: Any, path: Path) -> Variant | None:
     try:
         return Variant.from_plain(plain)
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path} says in a way that can't be read which network its weights are of") from None
+        raise UserError(f"{path} describes the network of its weights in a way that can't be read") from None
 
 
 def _require_plain(name: str, tensor: torch.Tensor, path: Path) -> None:
-    """Refuse what is no ordinary array: sparse, quantized, without data, or larger than the bytes behind it."""
+    """Refuse what is not an ordinary array: sparse, quantized, without data, or larger than the bytes behind it."""
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     if not dense or tensor.is_nested or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise UserError(f"{name} in {path} is not a plain dense tensor; save it as one")

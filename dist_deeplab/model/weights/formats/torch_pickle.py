@@ -1,4 +1,4 @@
-"""The pickles in a file of torch.save, followed once before torch follows them.
+"""The pickles in a file of torch.save, checked before torch reads them.
 
 `torch.load(weights_only=True)` runs no code, but bounds neither time nor memory: in torch 2.13, 60 bytes that call
 `bytearray` take a GiB, and nested tuples as keys take exponential time or overflow the C stack. So each file is first

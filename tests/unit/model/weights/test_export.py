@@ -125,5 +125,5 @@ def test_a_variant_that_can_not_be_read_is_refused(tmp_path: Path, change: Calla
     content = torch.load(tmp_path / "a.pth", weights_only=True)
     content._metadata = change(content._metadata)
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="says in a way that can't be read"):
+    with pytest.raises(UserError, match="describes the network of its weights in a way that can't be read"):
         load_weights(tmp_path / "a.pth")

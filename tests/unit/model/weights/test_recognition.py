@@ -79,10 +79,10 @@ def test_tensors_without_a_place_are_refused(save: Callable[..., Path]) -> None:
 
 
 def test_the_nearest_family_is_named(save: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"no known family; the nearest is torchvision ResNet, of which .* remind"):
+    with pytest.raises(UserError, match=r"no known family; the nearest is torchvision ResNet, which .* resemble"):
         load_weights(save(_state(bn1__running_mean=None)))
     kazuto = {k: v for k, v in Kazuto(*TINY, 3).state_dict().items() if not k.startswith("layer1")}
-    with pytest.raises(UserError, match=r"the nearest is kazuto1011 DeepLab-v2, of which .* remind"):
+    with pytest.raises(UserError, match=r"the nearest is kazuto1011 DeepLab-v2, which .* resemble"):
         load_weights(save(kazuto))
     with pytest.raises(UserError, match=r"of no known family; its names begin with features\.0\.weight"):
         load_weights(save({"features.0.weight": torch.zeros(3)}))
@@ -153,7 +153,7 @@ def test_the_report_tells_what_was_loaded_renamed_skipped_and_missing(save: Call
     assert "backbone.layer3.1.bn2.bias" in report.missing
     assert "head.branches.0.weight" in report.missing
     assert report.loaded["backbone.conv1.weight"] == "backbone.conv1.weight"
-    assert report.skipped == {f"decode_head.{p}": "no part of our network" for p in ("weight", "bias")}
+    assert report.skipped == {f"decode_head.{p}": "not part of our network" for p in ("weight", "bias")}
     sentence = str(report)
     num = report.num_backbone
     assert f"(mmsegmentation ResNet): {num - 1} of {num} backbone tensors, 0 of 8 of the last layer" in sentence

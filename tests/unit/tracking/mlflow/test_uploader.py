@@ -56,7 +56,7 @@ class Store:
         return run
 
     def history(self, key: str) -> list[tuple[int, float, int]]:
-        """Return (step, value, time in ms) of every point, in order of steps."""
+        """(step, value, time in ms) of every point, in order of steps."""
         points = self.client.get_metric_history(self.run().info.run_id, key)
         return sorted((point.step, point.value, point.timestamp) for point in points)
 
@@ -234,22 +234,22 @@ def test_post_training_results_arrive_and_leave_end_and_status_as_they_are(store
     assert store.history("eval/val/mIoU") == [(20, 0.75, in_ms(5000))]
 
 
-def test_pictures_of_a_series_arrive_with_their_steps_once_and_readable(
+def test_images_of_a_series_arrive_with_their_steps_once_and_readable(
     store: Store, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     really, calls = mlflow.MlflowClient.log_artifact, iter(range(1000))
 
     def unreliable(self: mlflow.MlflowClient, *arguments: Any) -> None:
-        if next(calls) in (2, 5, 6):  # in the midst of a picture: one of its two files is there
+        if next(calls) in (2, 5, 6):  # in the middle of an image: one of its two files is there
             raise MlflowException("the server is away")
         really(self, *arguments)
 
     monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", unreliable)
     for step in (10, 20):
-        picture = run_dir / f"eval/step_{step:08d}/street.png"
-        picture.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (1000, 500), (10 * step, 0, 0)).save(picture)
-        append(run_dir, file(str(picture.relative_to(run_dir))) | {"image": "panels/street", "step": step})
+        image = run_dir / f"eval/step_{step:08d}/street.png"
+        image.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (1000, 500), (10 * step, 0, 0)).save(image)
+        append(run_dir, file(str(image.relative_to(run_dir))) | {"image": "panels/street", "step": step})
     append(run_dir, ending("FINISHED"))
     assert send(run_dir)
     state = run_dir / "mlflow.json"
@@ -273,7 +273,7 @@ def test_pictures_of_a_series_arrive_with_their_steps_once_and_readable(
 def test_a_file_at_the_top_of_the_folder_arrives_and_one_that_mlflow_refuses_holds_up_nothing(
     store: Store, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (run_dir / "curves.png").write_bytes(b"a picture")
+    (run_dir / "curves.png").write_bytes(b"an image")
     append(run_dir, file("curves.png"), *USUAL)
     assert send(run_dir)
     assert store.artifacts() == ["config.yaml", "curves.png", "eval/step_00000020/metrics.json"]
@@ -332,7 +332,7 @@ def test_more_points_than_mlflow_takes_in_a_call_arrive(store: Store, run_dir: P
     assert store.history("train/loss") == [(step, step / 7, in_ms(step)) for step in range(1203)]
 
 
-def test_points_are_sent_while_the_run_goes_on(store: Store, run_dir: Path) -> None:
+def test_points_are_sent_during_the_run(store: Store, run_dir: Path) -> None:
     append(run_dir, point(1, 1.0))
     uploader = Uploader(run_dir)
     assert uploader.send_new() is None
@@ -376,7 +376,7 @@ def test_points_whose_receipt_was_lost_are_sent_twice_and_kept_once(store: Store
     assert_usual(store)
 
 
-def test_a_resumed_attempt_goes_on_in_the_same_run(store: Store, run_dir: Path) -> None:
+def test_a_resumed_attempt_continues_in_the_same_run(store: Store, run_dir: Path) -> None:
     append(run_dir, point(10, 2.5), ending("KILLED"))
     assert send(run_dir)
     assert store.run().info.status == "KILLED"
@@ -521,7 +521,7 @@ def test_a_resume_with_other_loader_settings_after_an_outage_goes_through(
     assert_usual(store)
 
 
-def test_while_the_run_goes_on_an_outage_is_waited_out(
+def test_during_the_run_an_outage_is_waited_out(
     store: Store, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one that is longer than a uploader waits after the end of its run."""

@@ -1,0 +1,44 @@
+"""What a resumed run takes over from its checkpoint, and what it does not."""
+
+from collections.abc import Callable
+
+import pytest
+
+from dist_deeplab.checkpointing.checkpoint import Checkpoint
+from dist_deeplab.config import load_config
+from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.model.weights import SCRATCH
+from dist_deeplab.training.loss_window import LossWindow
+from dist_deeplab.training.resume import restore
+from dist_deeplab.training.state import TrainState
+from dist_deeplab.training.step import TrainStep
+
+WITH_CRF = ["eval.crf=true", "crf.bi_w=4"]
+
+
+@pytest.fixture
+def state(make_net: Callable[..., DeepLabV2], make_step: Callable[..., TrainStep]) -> TrainState:
+    net = make_net()
+    update = make_step(net)
+    return TrainState(net, update.optimizer, update.precision, LossWindow(max_nonfinite_steps=9))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_kept"),
+    [
+        (WITH_CRF, [*WITH_CRF, "crf.num_workers=2", "eval.every=3", "eval.num_panels=1"], True),
+        (WITH_CRF, ["eval.crf=true", "crf.bi_w=5"], False),
+        (WITH_CRF, ["crf.bi_w=4"], False),
+        ([], ["crf.bi_w=5"], True),  # without a CRF its settings score nothing
+        ([], ["eval.flip=true"], False),
+        ([], ["eval.scales=[0.5,1.0]"], False),
+    ],
+)
+def test_a_best_score_counts_only_where_images_are_scored_as_they_were(
+    state: TrainState, before: list[str], now: list[str], is_kept: bool
+) -> None:
+    """Else a run would compare scores of two kinds, and `best.pt` might never be replaced, or be the worse one."""
+    state.best_miou = 0.5
+    saved = Checkpoint(state.state_dict(), load_config(None, before), SCRATCH, ("a", "b"))
+    restore(state, saved, load_config(None, now), None)
+    assert state.best_miou == (0.5 if is_kept else -1.0)

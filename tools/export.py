@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""The same as `dist-deeplab export`, from a clone without an installation: see its --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dist_deeplab.commands.export import main
+
+if __name__ == "__main__":
+    sys.exit(main())
