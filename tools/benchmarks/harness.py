@@ -88,17 +88,17 @@ def interleave(
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """Return what waits for the work on `device` to be done."""
+    """Function that waits until the work on `device` is done."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def best_device() -> torch.device:
-    """Return the GPU where there is one, else the CPU."""
+    """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> dict[str, str | int | None]:
-    """Return what a figure means nothing without: device, processor, versions, revision and command."""
+    """Where a figure was measured: device, processor, versions, revision and command."""
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else "CPU",
