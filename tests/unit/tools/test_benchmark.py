@@ -188,3 +188,13 @@ def test_loader_measures_ours_beside_all_others_on_the_same_images(shard_set: Ma
     assert all(row["samples_per_core_s"] > 0 for row in rows.values())
     assert all(rows[name]["first_batch_s"] > 0 and rows[name]["worker_mib"] > 0 for name in rows if name != "decode")
     assert rows["decode"]["x_decode"] == 1
+
+
+def test_all_benchmarks_become_one_report_and_those_without_time_are_named(tmp_path: Path) -> None:
+    done = run_benchmark("all", "--out", tmp_path / "report", "--minutes", 0.1)
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "report" / "report.md").read_text()
+    for name in ("batch_norm", "step", "scaling", "evaluate", "loader", "crf"):
+        assert f"## {name}\n" in report
+    assert "not finished in" in report or "no time was left" in report
+    assert run_benchmark("all", "--out", tmp_path, "--minutes", 0).returncode == 2
