@@ -53,8 +53,8 @@ class CheckpointFolder:
     def save(self, content: dict[str, Any], *, step: int, is_best: bool, wait: bool = False) -> None:
         """Copy `content` (tensors and plain values), then write it as the checkpoint of `step` in the background.
 
-        Training stands still for the copy, and for what is left of the save before. A disk that is full or broken is
-        an error in the log and the metric `checkpoint/failed`, and the run goes on; nothing that was there is lost.
+        Training waits for the copy, and for what is left of the save before. A disk that is full or broken is
+        an error in the log and the metric `checkpoint/failed`, and the run continues; nothing that was there is lost.
 
         Args:
             content: what to save.
@@ -81,7 +81,7 @@ class CheckpointFolder:
             if problem:
                 raise TrainingError(
                     f"the checkpoint of step {step} could not be written ({problem}); make room in {self.path}, then "
-                    "the same command goes on from the one before"
+                    "the same command resumes from the one before"
                 )
 
     def lost_best(self) -> bool:

@@ -33,7 +33,7 @@ class RunConfig(Section):
     max_steps: Annotated[Positive, RECIPE] = 20000
     """Optimizer steps."""
     max_hours: Annotated[Annotated[float, Field(gt=0)] | None, EXECUTION] = None
-    """Save and stop (exit code 75) after so many hours since the launch: before a known limit. Empty: no limit."""
+    """Save and stop (exit code 75) this many hours after the launch: before a known limit. Empty: no limit."""
     output_dir: Annotated[str, NOTHING] = "runs"
     """Folder of all runs."""
     resume: Annotated[str, NOTHING] = "auto"

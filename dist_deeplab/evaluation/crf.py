@@ -58,7 +58,7 @@ def dense_crf(
     `iterations` of mean field (DeepLab-v2, section 3.3). A kernel of weight 0 is left out.
 
     Args:
-        image: the original picture, uint8 [H, W, 3] RGB, nothing subtracted.
+        image: the original image, uint8 [H, W, 3] RGB, nothing subtracted.
         prob: softmax of the network's logits at the image's size, float32 [C, H, W].
     """
     from pydensecrf import densecrf, utils
@@ -76,7 +76,7 @@ def dense_crf(
 
 
 class CrfPool:
-    """Processes that refine images while the caller goes on; a context manager.
+    """Processes that refine images while the caller continues; a context manager.
 
     parameters: those of `dense_crf`. num_processes: how many; a core each.
     """

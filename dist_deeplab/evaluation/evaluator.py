@@ -217,7 +217,7 @@ def _classes(predictor: Predictor, batch: Batch, device: torch.device) -> torch.
 def _split_for_crf(
     predictor: Predictor, batches: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
-    """Yield each image of the batches as a batch of one, with its picture and probabilities, without padding."""
+    """Yield each image of the batches as a batch of one, with its image and probabilities, without padding."""
     for batch in batches:
         whole: np.ndarray | None = None
         if not predictor.windows.needed_for(batch.content.max(dim=0).values.tolist()):

@@ -127,7 +127,7 @@ class Predictor:
 
         Args:
             image: uint8 RGB [B, 3, H, W] on the network's device; corner-aligned: H and W of 8k+1.
-            content: int64 [B, 2], CPU: height and width of the part at the top left that is no padding.
+            content: int64 [B, 2], CPU: height and width of the part at the top left that is not padding.
 
         Raises:
             ValueError: half-pixel, and images of several sizes.

@@ -42,7 +42,7 @@ class ApexInstall:
 
 
 def find_apex() -> ApexInstall | None:
-    """Return what is installed as `apex`, or None; nothing of it is run."""
+    """The package installed as `apex`, or None; nothing of it is run."""
     spec = importlib.util.find_spec("apex")
     if spec is None or not spec.submodule_search_locations:
         return None

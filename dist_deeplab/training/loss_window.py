@@ -103,7 +103,7 @@ class LossWindow:
         "train/num_skipped" and "train/num_nonfinite" updates; with fp16 "train/loss_scale" of the last step.
         """
         names = list(self.rows[-1]["losses"])
-        # A run that goes on with other multi_scale.scales may have begun the window with other losses.
+        # A run that resumes with other multi_scale.scales may have begun the window with other losses.
         self.rows = [row for row in self.rows if list(row["losses"]) == names]
         means = {name: _mean([row["losses"][name] for row in self.rows]) for name in names}
         values = {"train/loss": math.fsum(means.values())}

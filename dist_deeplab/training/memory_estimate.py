@@ -142,7 +142,7 @@ def gib(num_bytes: float) -> str:
 
 
 def images_that_fit(memory: float, fixed: float, image: float) -> int:
-    """Return how many images' micro-batch fits into so many bytes, where `fixed` bytes are needed for none."""
+    """Size of the largest micro-batch that fits into `memory` bytes, of which `fixed` are needed without an image."""
     return max(0, math.floor((memory - fixed) / image))
 
 

@@ -78,7 +78,7 @@ class Precision:
         return skipped, norm
 
     def loss_scale(self) -> torch.Tensor:
-        """Return what losses are multiplied by before backward, float32 [] on the device; 1 but for fp16."""
+        """Factor of the losses before backward, float32 [] on the device; 1 but for fp16."""
         return self.scaler.scale(torch.ones((), device=self.device))
 
     def state_dict(self) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_a_variant_that_does_not_exist_is_refused(text: str) -> None:
 
 def test_a_share_that_does_not_divide_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["step", "--images", "3", "--accumulation", "2"]) == 2
-    assert "--images 3 is no multiple of --accumulation 2" in capsys.readouterr().err
+    assert "--images 3 is not a multiple of --accumulation 2" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
