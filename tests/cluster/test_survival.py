@@ -75,7 +75,7 @@ def lose_node(rank: int) -> None:
 
 
 def test_a_job_survives_a_warning_a_lost_node_and_a_requeue(slurm, environ, arguments, tmp_path):
-    # until srun gives a silent node up; until torchrun on the other node does (where it kept the meeting point itself)
+    # How long srun waits for a lost node; how long torchrun on the other one does (where it held the rendezvous itself)
     patience = {"SRUN_OPTIONS": "--wait=5", "PET_RDZV_CONF": "join_timeout=40"}
     job = slurm.run(
         "sbatch",
