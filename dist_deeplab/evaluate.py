@@ -5,10 +5,11 @@
     ... eval.scales=[0.5,0.75,1.0] eval.flip=true eval.crf=true        # as the paper's best row
 
 The checkpoint says which network and preprocessing it is of; nothing has to be repeated. Prints the table and writes
-metrics.json, classes.csv, images.csv, confusion.png, iou.png, trimap.png and panels of the first, the best and the
-worst images to --out (default: eval/<checkpoint>_<set>... in the run's folder). A warning says how many of the images
-the checkpoint was trained on. Where the checkpoint lies in its run's folder, scores and report go to the run's journal
-and MLflow page too, as eval/<set>.../*. Exit codes: 0 done, 1 error, 2 wrong arguments, checkpoint or data.
+metrics.json, classes.csv, images.csv, confusion.png, iou.png, trimap.png and panels of images spread over the set, of
+the best and the worst ones to --out (default: eval/<checkpoint>_<set>... in the run's folder). A warning says how many
+of the images the checkpoint was trained on. Where the checkpoint lies in its run's folder, scores and report go to the
+run's journal and MLflow page too, as eval/<set>.../*. Exit codes: 0 done, 1 error, 2 wrong arguments, checkpoint or
+data.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from dist_deeplab import config as configuration
 from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
 from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.cache import build_cache
+from dist_deeplab.data.shards.checks import require_scorable
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
@@ -54,6 +56,7 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
     manifest = load_manifest(arguments.data, cache=build_cache(settings.data.cache_dir, settings.data.cache_gib))
     require_crf(settings.eval.crf)
     check_classes(checkpoint, manifest)
+    require_scorable(manifest)
     prepare_folder(report_folder(arguments, settings), remedy="choose another --out")
     if arguments.json:
         prepare_file(arguments.json, remedy="choose another --json")

@@ -12,20 +12,18 @@ can't be read are listed at the end. Exit codes: 0 done, 1 error or some files c
 
 import argparse
 import logging
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
 from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig
-from dist_deeplab.data.windows import Windows
+from dist_deeplab.data.image_file import MAX_PIXELS, DecodeOptions
 from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks_on_host
 from dist_deeplab.distributed.session import Session, session
@@ -34,7 +32,7 @@ from dist_deeplab.evaluation import submission
 from dist_deeplab.evaluation.crf import CrfPool, open_crf, require_crf
 from dist_deeplab.evaluation.images import Source, find_images
 from dist_deeplab.evaluation.inference import Predictor, inference_settings
-from dist_deeplab.evaluation.prediction import Prediction, predict_images
+from dist_deeplab.evaluation.prediction import Prediction, Workload, predict_images
 from dist_deeplab.evaluation.result_files import EXTRAS, ResultFiles
 from dist_deeplab.files import prepare_folder
 
@@ -50,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(arguments: argparse.Namespace, env: DistEnv) -> int:
     """Check all that can be checked before any heavy work, then predict; the exit code."""
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are expected here
     checkpoint = read_checkpoint(arguments.checkpoint)
     settings = inference_settings(checkpoint, arguments.overrides)
     require_crf(settings.eval.crf)
@@ -84,14 +81,14 @@ def predict(
     predictor = Predictor.from_checkpoint(checkpoint, settings, env.device)
     own = sources[env.rank :: env.world_size]
     log.info("%d images (%d on this rank) to %s", len(sources), len(own), arguments.out)
-    predictions = predict_images(
-        predictor,
-        own,
-        device=env.device,
+    work = Workload(
+        env.device,
         batch_size=settings.eval.batch_size,
-        windows=Windows(arguments.window, arguments.overlap),
         num_threads=settings.data.num_workers,
+        with_probabilities=settings.eval.crf or arguments.probabilities,
+        decoding=DecodeOptions(max_pixels=round(arguments.max_megapixels * 1e6)),
     )
+    predictions = predict_images(predictor, own, work)
     problems = []
     with open_crf(settings.eval.crf, settings.crf, ranks_on_host=ranks_on_host()) as crf, ThreadPoolExecutor(2) as pool:
         writing = None
@@ -132,7 +129,7 @@ def refined(predictions: Iterable[Prediction], crf: CrfPool | None) -> Iterator[
                 yield done._replace(prob=done.prob[:0]), done.image, done.prob
 
     for done, prob in crf.refine(readable()):
-        yield done._replace(prob=prob)
+        yield done._replace(prob=prob, pred=prob.argmax(0).astype(np.uint8))
     yield from problems
 
 
@@ -195,8 +192,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--voc-submission", choices=("comp5", "comp6"), help="masks in the tree, and results.tar, that PASCAL takes")
     add("--overwrite", action="store_true", help="replace results that are there already")
     add("--skip-existing", action="store_true", help="leave images alone whose results are there already")
-    add("--window", type=int, default=2049, metavar="PIXELS", help="larger images go in windows (default: 2049)")
-    add("--overlap", type=int, default=256, metavar="PIXELS", help="by which windows overlap at least (default: 256)")
+    add("--window", type=int, metavar="PIXELS", help="larger images go in windows; short for eval.window=PIXELS")
+    add(
+        "--overlap", type=int, metavar="PIXELS", help="by which windows overlap at least; short for eval.overlap=PIXELS"
+    )
+    limit = MAX_PIXELS / 1e6
+    add("--max-megapixels", type=float, default=limit, metavar="N", help=f"refuse larger images (default: {limit:.0f})")
     arguments = parser.parse_intermixed_args(argv)
     is_override = [("=" in text and not Path(text).exists()) for text in arguments.images]
     arguments.overrides = [text for text, override in zip(arguments.images, is_override) if override]
@@ -205,8 +206,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--overwrite and --skip-existing are opposites; give one of them")
     if not arguments.images:
         parser.error("no images: give image files, folders of them or quoted patterns")
-    if arguments.window < 33 or not 0 <= arguments.overlap < arguments.window:
-        parser.error("--window must be 33 or more, and --overlap smaller than it")
+    short = {"window": arguments.window, "overlap": arguments.overlap}
+    arguments.overrides += [f"eval.{key}={value}" for key, value in short.items() if value is not None]
     return arguments
 
 

@@ -40,6 +40,7 @@ from dist_deeplab.training.builders import (
     build_step,
     build_tracker,
     build_train_loader,
+    follow_manifest,
     images_per_s_at_peak,
     open_data,
     open_session,
@@ -76,6 +77,7 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
 def start(config: RunConfig, env: DistEnv, *, profile: bool = False) -> int:
     """Check all that can be checked before any heavy work, then train; the exit code. Every rank calls it."""
     data = open_data(config, env)
+    config = follow_manifest(config, data[0])
     require_crf(config.eval.crf)
     require_known_store(resolve_uri(config.tracking.uri.real, config.output_dir))
     split = split_batch(config, env)
@@ -160,7 +162,7 @@ def validate(run: Run, state: TrainState) -> bool:
     """
     if run.val_set is None:
         return False
-    predictor = Predictor.build(state.net, run.variant.preprocessing, run.config.eval)
+    predictor = Predictor.build(state.net, run.variant.preprocessing, run.config.eval, dtype=run.config.precision.dtype)
     scored = validation.Validation(run.val_set, run.config, run.session, run.tracker)
     miou = validation.score(scored, predictor, step=state.step)
     state.pending_evaluation = miou is None

@@ -34,7 +34,7 @@ from dist_deeplab.evaluation.confusion import count_pixels, scores
 from dist_deeplab.evaluation.crf import open_crf, require_crf
 from dist_deeplab.evaluation.evaluator import content_of
 from dist_deeplab.evaluation.inference import Predictor, inference_settings
-from dist_deeplab.evaluation.prediction import probabilities
+from dist_deeplab.evaluation.prediction import probabilities_of_one
 from dist_deeplab.files import prepare_file
 
 DEFAULT_GRID = ("crf.bi_w=3,4,5", "crf.bi_xy_std=50,67,80", "crf.bi_rgb_std=3,5")
@@ -151,7 +151,7 @@ def search(
     def cases() -> Iterator[tuple[tuple[int, np.ndarray], np.ndarray, np.ndarray, Point]]:
         for index in indices:
             image, label = content_of(dataset.fetch(index), 0)
-            prob = probabilities(predictor, [image], device)[0]
+            prob = probabilities_of_one(predictor, image, device)
             add(len(points), label, prob.argmax(0).astype(np.uint8))
             for number, point in enumerate(points):
                 yield (number, label), image, prob, point

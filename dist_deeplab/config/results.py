@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dist_deeplab.config.section import (
     EXECUTION,
@@ -33,12 +33,22 @@ class EvalConfig(Section):
     """Average with the prediction on the mirrored image."""
     align_corners: Annotated[bool, SCORE] = True
     """true: logits sit on pixels, as in training; false: half-pixel resizing, unpadded images (kazuto1011's way)."""
+    window: Annotated[int, Field(ge=33), SCORE] = 2049
+    """Images with a longer side in pixels go through the network in windows of this side."""
+    overlap: Annotated[NonNegative, SCORE] = 256
+    """By which windows overlap at least, in pixels; their probabilities are blended there."""
     crf: Annotated[bool, SCORE] = False
     """Refine by a dense CRF (section crf); about a second of a core per image, in processes beside the GPU."""
     num_panels: Annotated[NonNegative, EXECUTION_EVERYWHERE] = 4
     """Validation images shown as image | label | prediction | errors."""
     table: Annotated[Literal["classes", "mean"], Affects("nothing", inference=True)] = "classes"
     """What an evaluation prints: a table of every class in the set, or mean: the mIoU alone. Files hold all."""
+
+    @model_validator(mode="after")
+    def _overlap_below_window(self) -> "EvalConfig":
+        if self.overlap >= self.window:
+            raise ValueError(f"overlap={self.overlap} must be smaller than window={self.window}")
+        return self
 
     @field_validator("scales")
     @classmethod

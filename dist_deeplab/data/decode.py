@@ -11,6 +11,7 @@ OpenCV is imported where it is used, here and in what training imports: a comman
 
 import io
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -66,15 +67,15 @@ def read_image_file(data: bytes, options: DecodeOptions = DEFAULT) -> Decoded:
         return Decoded(_turn_back(_to_rgb(file), file, orientation, options), str(file.format), orientation, plain)
 
 
-def image_size(data: bytes, options: DecodeOptions = DEFAULT) -> tuple[int, int]:
-    """Height and width of the upright image, from the file's header.
+def image_size(file: bytes | Path, options: DecodeOptions = DEFAULT) -> tuple[int, int]:
+    """Height and width of the upright image, from the header of a file or of one's bytes.
 
     Raises:
         DecodeError: see `decode_image`.
     """
-    with opened(data, options, load=False) as (file, orientation):
-        width, height = file.size
-        swapped = orientation >= 5 and file.format != "TIFF"  # of a TIFF Pillow gives the upright size
+    with opened(file, options, load=False) as (image, orientation):
+        width, height = image.size
+        swapped = orientation >= 5 and image.format != "TIFF"  # of a TIFF Pillow gives the upright size
         return (width, height) if swapped else (height, width)
 
 
@@ -94,7 +95,7 @@ def decode_values(data: bytes, *, colours: bool, options: DecodeOptions = DEFAUL
         if file.format in LOSSY or (file.format == "WEBP" and b"VP8L" not in data[:64]):
             raise DecodeError(f"the mask is a {file.format}, which does not keep class indices; export it as PNG")
         pixels = np.asarray(file.convert("RGB")) if colours else _stored_integers(file, data)
-        return np.ascontiguousarray(_turn_back(pixels, file, orientation, options))
+        return np.require(_turn_back(pixels, file, orientation, options), requirements=["C", "W"])
 
 
 def decode_packed(data: bytes) -> np.ndarray:

@@ -6,6 +6,7 @@ import io
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,22 +87,22 @@ def endings() -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def opened(data: bytes, options: DecodeOptions, *, load: bool = True) -> Iterator[tuple[Image.Image, int]]:
-    """Open (and decode) a file within `options`; yields it with its EXIF orientation."""
-    with reading(len(data)):
+def opened(file: bytes | Path, options: DecodeOptions, *, load: bool = True) -> Iterator[tuple[Image.Image, int]]:
+    """Open (and decode) a file, or one's bytes, within `options`; yields it with its EXIF orientation."""
+    with reading(len(file) if isinstance(file, bytes) else file.stat().st_size):
         Image.init()
         known = tuple(form for form in options.formats if form in Image.OPEN)
-        with Image.open(io.BytesIO(data), formats=known) as file:
-            num_pixels = file.size[0] * file.size[1]
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=known) as image:
+            num_pixels = image.size[0] * image.size[1]
             if num_pixels > options.max_pixels:
                 raise DecodeError(
-                    f"the image is {file.size[0]} x {file.size[1]}, {num_pixels / 1e6:,.0f} megapixels, but at most "
+                    f"the image is {image.size[0]} x {image.size[1]}, {num_pixels / 1e6:,.0f} megapixels, but at most "
                     f"{options.max_pixels / 1e6:,.0f} are read; {options.if_too_large}"
                 )
-            orientation = _orientation(file)
+            orientation = _orientation(image)
             if load:
-                file.load()
-            yield file, orientation
+                image.load()
+            yield image, orientation
 
 
 @contextlib.contextmanager

@@ -69,7 +69,9 @@ def dense_crf(
     if pos_w:
         field.addPairwiseGaussian(sxy=pos_xy_std, compat=pos_w)
     if bi_w:
-        field.addPairwiseBilateral(sxy=bi_xy_std, srgb=bi_rgb_std, rgbim=np.ascontiguousarray(image), compat=bi_w)
+        field.addPairwiseBilateral(
+            sxy=bi_xy_std, srgb=bi_rgb_std, rgbim=np.require(image, requirements=["C", "W"]), compat=bi_w
+        )
     return np.array(field.inference(iterations), dtype=np.float32).reshape(prob.shape)
 
 

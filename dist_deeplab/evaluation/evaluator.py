@@ -11,6 +11,7 @@ import torch
 
 from dist_deeplab.data.loader import Batch, EvalDataset, eval_batches, eval_loader
 from dist_deeplab.data.shards.manifest import Manifest
+from dist_deeplab.data.transforms import pad_to
 from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_bytes, gather_to_all
 from dist_deeplab.distributed.session import Session
 from dist_deeplab.errors import TrainingError
@@ -18,6 +19,7 @@ from dist_deeplab.evaluation.accumulator import ConfusionAccumulator, ImageScore
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious
 from dist_deeplab.evaluation.crf import CrfPool
 from dist_deeplab.evaluation.inference import Predictor
+from dist_deeplab.evaluation.prediction import classes_of, classes_of_one, probabilities_of_one
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def evaluate(
         session: this rank among the ranks; its stop request is looked at after each batch.
         num_workers: loader processes per rank.
         batch_size: images of a batch, at most.
-        num_panels: how many images, the set's first, to return for looking at.
+        num_panels: how many images, spread over the set, to return for looking at.
         crf: refines the predictions; None: the network's own count.
 
     Raises:
@@ -104,7 +106,7 @@ def evaluate(
         confusion=total.sum(0),
         num_images=len(images),
         ignore_label=manifest.ignore_label,
-        panels=draw_panels(predictor, manifest, env, range(min(num_panels, manifest.num_samples)), crf=crf),
+        panels=draw_panels(predictor, manifest, env, spread_over(manifest.num_samples, num_panels), crf=crf),
         trimap=total.cumsum(0)[:-1],
         images=images,
     )
@@ -124,6 +126,12 @@ def _in_the_sets_order(own: list[ImageScore], indices: list[int], manifest: Mani
             "be wrong"
         )
     return tuple(score for _, score in scored)
+
+
+def spread_over(num_samples: int, count: int) -> list[int]:
+    """Indices of `count` samples, evenly spread: neighbours, e.g. frames of a video, look alike."""
+    count = min(count, num_samples)
+    return [number * num_samples // count for number in range(count)]
 
 
 def draw_panels(
@@ -181,26 +189,40 @@ def _predictions(
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Yield each batch with its classes, uint8 [B, H, W] on the device, and leave the network as it was."""
     loaded = eval_loader(dataset, batches, num_workers=num_workers, pin_memory=env.device.type == "cuda")
-    was_training = predictor.net.training
+    was_training, benchmark = predictor.net.training, torch.backends.cudnn.benchmark
     predictor.net.eval()
+    torch.backends.cudnn.benchmark = False  # 130 VOC images have 32 padded sizes, and tuning takes 1 s or so for each
     try:
-        logits = ((b, predictor.logits(b.image.to(env.device, non_blocking=True), b.content)) for b in loaded)
         if crf is None:
-            for batch, own in logits:
-                yield batch, own.max(dim=1).indices.to(torch.uint8)  # argmax takes four times as long on a CPU
+            for batch in loaded:
+                yield batch, _classes(predictor, batch, env.device)
         else:
-            for batch, pred in crf.predict(_split_for_crf(logits)):
+            for batch, pred in crf.predict(_split_for_crf(predictor, loaded, env.device)):
                 yield batch, torch.from_numpy(pred)[None].to(env.device)
     finally:
         predictor.net.train(was_training)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def _classes(predictor: Predictor, batch: Batch, device: torch.device) -> torch.Tensor:
+    """The classes of a batch, uint8 [B, H, W] on the device; images that are too large go in windows, as in predict."""
+    if not predictor.windows.needed_for(batch.content.max(dim=0).values.tolist()):
+        return classes_of(predictor.logits(batch.image.to(device, non_blocking=True), batch.content))
+    size = (batch.image.shape[2], batch.image.shape[3])
+    images = [content_of(batch, number)[0] for number in range(len(batch.keys))]
+    preds = [pad_to(classes_of_one(predictor, image, device), size, 0) for image in images]
+    return torch.from_numpy(np.stack(preds)).to(device)
 
 
 def _split_for_crf(
-    stream: Iterable[tuple[Batch, torch.Tensor]],
+    predictor: Predictor, batches: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
     """Yield each image of the batches as a batch of one, with its picture and probabilities, without padding."""
-    for batch, logits in stream:
-        prob = logits.softmax(1).cpu().numpy()  # the host waits here; the CRF takes far longer
+    for batch in batches:
+        whole: np.ndarray | None = None
+        if not predictor.windows.needed_for(batch.content.max(dim=0).values.tolist()):
+            logits = predictor.logits(batch.image.to(device, non_blocking=True), batch.content)
+            whole = logits.softmax(1).cpu().numpy()  # the host waits here; the CRF takes far longer
         for number, key in enumerate(batch.keys):
             image, label = content_of(batch, number)
             one = Batch(
@@ -212,4 +234,7 @@ def _split_for_crf(
                 if batch.bands is None
                 else batch.bands[number : number + 1, : label.shape[0], : label.shape[1]],
             )
-            yield one, image, np.ascontiguousarray(prob[number, :, : label.shape[0], : label.shape[1]])
+            if whole is None:
+                yield one, image, probabilities_of_one(predictor, image, device)
+            else:
+                yield one, image, np.ascontiguousarray(whole[number, :, : label.shape[0], : label.shape[1]])

@@ -76,7 +76,9 @@ def image_size(path: Path, options: DecodeOptions = DEFAULT) -> tuple[int, int]:
         ImageError: not an image.
     """
     try:
-        return decode.image_size(_content(path), options)
+        return decode.image_size(path, options)
+    except OSError as error:
+        raise ImageError(f"{path} can't be read ({error.strerror})") from None
     except DecodeError as error:
         raise ImageError(f"{path}: {error}") from None
 

@@ -53,16 +53,16 @@ class ResultFiles:
 
     def write(self, done: Prediction) -> None:
         """Write the results of one image, each file in one rename."""
-        pred = done.prob.argmax(0).astype(np.uint8)
         for kind, file in self.of(done.source).items():
             file.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(file, functools.partial(self._fill, kind=kind, done=done, pred=pred), durable=False)
+            replace_file(file, functools.partial(self._fill, kind=kind, done=done), durable=False)
 
-    def _fill(self, target: Path, *, kind: str, done: Prediction, pred: np.ndarray) -> None:
+    def _fill(self, target: Path, *, kind: str, done: Prediction) -> None:
+        pred = done.pred
         if kind == "mask":
             voc.save_palette_png(pred, target)
         elif kind == "overlay":
-            shot = Image.fromarray(drawing.overlay(done.image, pred))
+            shot = Image.fromarray(drawing.overlay(done.image, pred, self.class_names))
             shot.save(target, format="JPEG", quality=_JPEG_QUALITY)
         elif kind == "side_by_side":
             shot = drawing.side_by_side(done.image, pred, self.class_names)

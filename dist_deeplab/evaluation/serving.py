@@ -20,6 +20,7 @@ from dist_deeplab.data import voc
 from dist_deeplab.data.decode import decode_image
 from dist_deeplab.data.image_file import DecodeOptions
 from dist_deeplab.evaluation.inference import Predictor
+from dist_deeplab.evaluation.prediction import classes_of_one
 from dist_deeplab.model.weights.formats.torch_file import load_plain
 
 if TYPE_CHECKING:
@@ -54,12 +55,7 @@ class SegmentationModel:
 
     def segment(self, image: np.ndarray) -> np.ndarray:
         """The classes, uint8 [H, W], of a uint8 RGB image [H, W, 3]."""
-        height, width = image.shape[:2]
-        padding = [(0, -(length - 1) % 8) for length in (height, width)]  # to 8k+1
-        padded = np.pad(image, [*padding, (0, 0)])
-        batch = torch.from_numpy(padded).permute(2, 0, 1)[None].contiguous().to(self.device)
-        logits = self.predictor.logits(batch, torch.tensor([[height, width]]))
-        return logits[0, :, :height, :width].max(dim=0).indices.to(torch.uint8).cpu().numpy()
+        return classes_of_one(self.predictor, image, self.device)
 
 
 def encode_mask(mask: np.ndarray) -> bytes:

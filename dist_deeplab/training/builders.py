@@ -14,6 +14,7 @@ from dist_deeplab.data.blocks import BlockShuffle
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards.cache import build_cache
+from dist_deeplab.data.shards.checks import require_scorable, require_trainable
 from dist_deeplab.data.shards.manifest import Manifest, check_sizes, load_manifest, require_fit
 from dist_deeplab.data.stream import Place, StreamDataset, StreamLoader
 from dist_deeplab.data.transforms import Augmentation
@@ -103,13 +104,24 @@ def open_data(config: RunConfig, env: DistEnv) -> tuple[Manifest, Manifest | Non
     manifests = [load_manifest(path, cache=cache, check_shards=False) for path in sets]
     for manifest in manifests:
         env.on_each_node(check_sizes, manifest)
-        require_fit(manifest, num_classes=config.data.num_classes, ignore_label=config.data.ignore_label)
+        expected = follow_manifest(config, manifests[0]).data
+        require_fit(manifest, num_classes=expected.num_classes, ignore_label=expected.ignore_label)
+    require_trainable(manifests[0])
+    if config.data.val:
+        require_scorable(manifests[1])
     if manifests[-1].class_names != manifests[0].class_names:
         raise UserError(f"the class names of {config.data.train} and {config.data.val} differ; make both from one list")
     if cache:
         needed = [_cached_bytes(config, env, manifests[0]), *(manifest.size_bytes for manifest in manifests[1:])]
         cache.require_room(sum(size for size, manifest in zip(needed, manifests, strict=True) if manifest.cache))
     return manifests[0], manifests[1] if config.data.val else None
+
+
+def follow_manifest(config: RunConfig, train_set: Manifest) -> RunConfig:
+    """The configuration with the number of classes and the void label of the training set, unless they were given."""
+    facts = {"num_classes": train_set.num_classes, "ignore_label": train_set.ignore_label}
+    unsaid = {key: value for key, value in facts.items() if key not in config.data.model_fields_set}
+    return config.model_copy(update={"data": config.data.model_copy(update=unsaid)})
 
 
 def _cached_bytes(config: RunConfig, env: DistEnv, train_set: Manifest) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dist_deeplab.config import RunConfig, changed_from_defaults, flatten
+from dist_deeplab.data.shards.checks import count_shared
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all
 from dist_deeplab.logs import format_duration
@@ -40,12 +41,22 @@ def describe(run: Run, state: TrainState) -> None:
         log.info("model.train_only=head: only the last layers learn; the backbone and its statistics are frozen")
     if config.deterministic:
         log.info("deterministic: the same hardware and number of ranks repeat this run bit by bit, at lower speed")
-    if variant is SCRATCH:
+    if config.model.init and not state.step:
+        log.info("model.init: the weights of %s", config.model.init)
+    elif variant is SCRATCH and not state.step:
         log.info("no model.init: all weights are random; the published scores start from ImageNet or COCO weights")
     if variant.note:
         log.warning("NOTE on these weights: %s", variant.note)
     validated = f", validated on {val_set.num_samples}" if val_set else "; no data.val, so there will be no score"
     log.info("data %s: %d samples%s", train_set.path, train_set.num_samples, validated)
+    for note in (*train_set.notes, *(val_set.notes if val_set else ())):
+        log.info("  %s", note)
+    if shared := shared_images(train_set, val_set):
+        log.warning(
+            "WARNING: %d of the %d validation images are training images too: their scores are not validation scores",
+            shared,
+            val_set.num_samples if val_set else 0,
+        )
     log.info("%s", split)
     log.info("%s", estimate_memory(config, variant).describe(split.largest, config.data.crop_size))
     recipe = RunConfig()
@@ -60,6 +71,11 @@ def describe(run: Run, state: TrainState) -> None:
     for line in describe_groups(state.optimizer):
         log.info("  %s", line)
     log.info("from step %d to %d", state.step, config.max_steps)
+
+
+def shared_images(train_set: Manifest, val_set: Manifest | None) -> int:
+    """Images of the validation set that are trained on, by their keys."""
+    return count_shared(train_set.key_hashes, val_set) if val_set else 0
 
 
 def window_values(run: Run, state: TrainState, rates: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -102,6 +118,8 @@ def run_info(run: Run) -> dict[str, Any]:
         **library_versions(),
         **git_revision(),
     }
+    if shared := shared_images(train_set, val_set):
+        tags["validation_images_trained_on"] = shared
     sets = {"training": train_set, **({"validation": val_set} if val_set else {})}
     return {
         "name": config.name,

@@ -29,7 +29,13 @@ def environ() -> Mapping[str, str]:
 @pytest.fixture
 def arguments(sample_shards: Path, tmp_path: Path) -> list[str]:
     data = [f"data.train={sample_shards}/train.json", "data.crop_size=65", "data.num_workers=0", "tracking.uri=none"]
-    small = ["model.backbone=resnet_tiny", "batch.global_size=4", "optim.lr=1e-3", f"max_steps={MAX_STEPS}"]
+    small = [
+        "model.backbone=resnet_tiny",
+        "precision.dtype=fp32",
+        "batch.global_size=4",
+        "optim.lr=1e-3",
+        f"max_steps={MAX_STEPS}",
+    ]
     return [*data, *small, f"output_dir={tmp_path}", "name=run", "tracking.log_every=1", "checkpoint.every=5"]
 
 

@@ -17,10 +17,11 @@ from dist_deeplab.commands.packing.arguments import (
     require_plain_name,
 )
 from dist_deeplab.commands.packing.printing import print_manifest, print_set, show_progress, size_of
+from dist_deeplab.data.packing.contact_sheet import contact_sheet
 from dist_deeplab.data.packing.import_tars import index_tars
 from dist_deeplab.data.packing.labels import LabelSpace, read_class_names, refuse_class_named_as_void
 from dist_deeplab.data.packing.ordered_map import useful_workers
-from dist_deeplab.data.packing.verify import SampleContent, contact_sheet, inspect_set, verify
+from dist_deeplab.data.packing.verify import SampleContent, inspect_set, verify
 from dist_deeplab.data.shards.manifest import ShardError, load_manifest
 
 COMMANDS = ("index", "verify", "info")

@@ -1,8 +1,7 @@
 """Where samples lie before they are packed: folders of images and masks, and known trees of such folders."""
 
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +75,7 @@ def read_folders(images: Path, masks: Path, *, image_suffix: str = "", mask_suff
             raise ShardError(f"there is no folder {folder}")
     image_files, mask_files, left_out = _tell_apart(images, masks, image_suffix, mask_suffix)
     found = _stems(images, image_files, image_suffix)
-    by_stem = _masks_by_stem(masks, mask_files, mask_suffix, stems={stem for stem, _ in found})
+    by_stem = masks_by_stem(masks, mask_files, mask_suffix, stems={stem for stem, _ in found})
     samples: dict[str, SourceSample] = {}
     missing = []
     for stem, image in found:
@@ -171,27 +170,35 @@ def _stem(path: Path, folder: Path, suffix: str) -> str:
     return relative.with_name(relative.stem.removesuffix(suffix)).as_posix()
 
 
-def _masks_by_stem(folder: Path, files: Sequence[Path], suffix: str, *, stems: set[str]) -> dict[str, Path]:
-    """{stem: mask}; where a lossy file lies beside a lossless one of the same name, it is not the mask."""
+def masks_by_stem(
+    folder: Path, files: Sequence[Path], suffix: str, *, stems: Container[str] | None = None
+) -> dict[str, Path]:
+    """{path below the folder without suffix and ending: mask}.
+
+    Where a lossy file lies beside a lossless one of the same name, it is not the mask.
+    """
     by_stem: dict[str, Path] = {}
     for stem, mask in sorted(_stems(folder, files, suffix), key=lambda pair: pair[1].suffix.lower() in _LOSSY_ENDINGS):
         other = by_stem.setdefault(stem, mask)
-        if other is not mask and stem in stems and mask.suffix.lower() not in _LOSSY_ENDINGS:
+        if other is not mask and (stems is None or stem in stems) and mask.suffix.lower() not in _LOSSY_ENDINGS:
             raise ShardError(f"two masks fit one image: {other} and {mask}; give --mask-suffix, or move one away")
     return by_stem
 
 
+def common_suffix(stems: Sequence[str], longer: Sequence[str]) -> str:
+    """What all of `stems` lack to be among `longer`; empty where there is no such thing."""
+    there = set(longer)
+    first = stems[0] if stems else ""
+    rests = sorted(name[len(first) :] for name in longer if name.startswith(first) and name != first)
+    return next((rest for rest in rests if all(stem + rest in there for stem in stems)), "")
+
+
 def _suggest_suffix(stems: Sequence[str], mask_stems: Sequence[str], mask_suffix: str) -> str:
-    """What to do about images without masks: the option that would pair them, where all masks show it."""
-    there = set(mask_stems)
-    rests = Counter(
-        mask[len(stem) :] for stem in stems[:1] for mask in mask_stems if mask.startswith(stem) and mask != stem
-    )
-    for rest, _ in rests.most_common():
-        if all(stem + rest in there for stem in stems):
-            return f"all masks' names end in {rest + mask_suffix}: give --mask-suffix {rest + mask_suffix}"
-    for mask in mask_stems:
-        rest = stems[0].removeprefix(mask)
-        if rest and rest != stems[0] and all(stem.removesuffix(rest) in there for stem in stems):
-            return f"all images' names end in {rest}: give --image-suffix {rest}"
+    """What to do about images without masks: the option that would pair them, where all names show it."""
+    suffix = common_suffix(stems, mask_stems)
+    if suffix:
+        return f"all masks' names end in {suffix + mask_suffix}: give --mask-suffix {suffix + mask_suffix}"
+    suffix = common_suffix(mask_stems, stems)
+    if suffix:
+        return f"all images' names end in {suffix}: give --image-suffix {suffix}"
     return "if their names end differently, give --image-suffix or --mask-suffix"

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 from dist_deeplab.data.decode import DecodeError, decode_label, decode_packed, read_image_file
@@ -13,14 +12,8 @@ from dist_deeplab.data.packing.ordered_map import ordered_map
 from dist_deeplab.data.shards.keys import keys_digest
 from dist_deeplab.data.shards.manifest import Manifest, ShardError
 from dist_deeplab.data.shards.reader import ShardReader
-from dist_deeplab.data.voc import PALETTE
 from dist_deeplab.errors import UserError
 from dist_deeplab.files import sha256
-
-_TILE = 200  # longer side of an image on the contact sheet, pixels
-_GAP = 6
-_CAPTION = 18  # height of the line under an image
-_VOID_GREY = 224
 
 
 class SampleContent(NamedTuple):
@@ -120,39 +113,3 @@ def load_sample(reader: ShardReader, index: int) -> tuple[np.ndarray, np.ndarray
     if image.shape[:2] != label.shape:
         raise ShardError(f"{where}: image {image.shape[:2]} and label {label.shape} differ in size")
     return image, label, sample.key
-
-
-def contact_sheet(manifest: Manifest, *, num_samples: int, columns: int = 3) -> np.ndarray:
-    """An image, uint8 [H, W, 3] RGB, of samples spread over the set: image and coloured label side by side.
-
-    Void is light grey. Under each pair its key and the classes in it.
-    """
-    reader = ShardReader(manifest)
-    count = min(num_samples, manifest.num_samples)
-    cells = [_cell(*load_sample(reader, i * manifest.num_samples // count), manifest) for i in range(count)]
-    columns = min(columns, count)
-    height, width = (max(cell.shape[axis] for cell in cells) + _GAP for axis in (0, 1))
-    rows = -(-count // columns)
-    sheet = np.full((rows * height + _GAP, columns * width + _GAP, 3), 255, dtype=np.uint8)
-    for number, cell in enumerate(cells):
-        top, left = _GAP + number // columns * height, _GAP + number % columns * width
-        sheet[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
-    return sheet
-
-
-def _cell(image: np.ndarray, label: np.ndarray, key: str, manifest: Manifest) -> np.ndarray:
-    """Image and label side by side with a caption, uint8 [h, w, 3]."""
-    scale = _TILE / max(image.shape[:2])
-    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    palette = PALETTE.copy()
-    palette[manifest.ignore_label] = _VOID_GREY
-    pair = [cv2.resize(image, size, interpolation=cv2.INTER_AREA), cv2.resize(palette[label], size, interpolation=0)]
-    cell = np.full((_TILE + _CAPTION, 2 * _TILE + _GAP // 2, 3), 255, dtype=np.uint8)
-    for number, image in enumerate(pair):
-        left = number * (_TILE + _GAP // 2)
-        cell[: size[1], left : left + size[0]] = image
-    there = [name for value, name in enumerate(manifest.class_names) if (label == value).any() and value != 0]
-    caption = f"{key}: {', '.join(there) or manifest.class_names[0]}"
-    ascii_caption = caption.encode("ascii", "replace").decode()[:64]
-    cv2.putText(cell, ascii_caption, (1, _TILE + 13), cv2.FONT_HERSHEY_SIMPLEX, 0.36, (0, 0, 0), 1, cv2.LINE_AA)
-    return cell

@@ -67,8 +67,8 @@ def test_a_list_names_files_with_spaces_and_may_have_a_second_column(
     for folder in folders:
         (folder / "image_1.png").rename(folder / "image 1.png")
     (tmp_path / "list.txt").write_text("image 1\nimage_2 -1\n")
-    keys = tool.find_keys(*folders, tmp_path / "list.txt")
-    assert keys == ["image 1", "image_2"]
+    pairs = tool.find_pairs(*folders, tool.parse_arguments([*map(str, folders), "--list", str(tmp_path / "list.txt")]))
+    assert list(pairs) == ["image 1", "image_2"]
 
 
 def _write(path: Path, mask: np.ndarray) -> None:
@@ -80,12 +80,12 @@ def _write(path: Path, mask: np.ndarray) -> None:
     [
         (lambda pred, gt: (pred / "image_2.png").unlink(), r"missing.*pred/image_2\.png"),
         (lambda pred, gt: _write(pred / "image_2.png", np.zeros((32, 44), np.uint8)), r"44 x 32 .* 45 x 32"),
-        (lambda pred, gt: _write(pred / "image_2.png", np.zeros((32, 45, 3), np.uint8)), "in colour"),
+        (lambda pred, gt: _write(pred / "image_2.png", np.full((32, 45, 3), (1, 2, 3), np.uint8)), "in colour"),
         (lambda pred, gt: _write(pred / "image_2.png", np.full((32, 45), 21, np.uint8)), "21 is a class index of no"),
         (lambda pred, gt: _write(pred / "image_2.png", np.full((32, 45), 255, np.uint8)), "255 is a class index of no"),
         (lambda pred, gt: _write(gt / "image_2.png", np.full((32, 45), 99, np.uint8)), r"gt/image_2\.png: 99"),
-        (lambda pred, gt: (pred / "image_2.png").write_bytes(b"no png"), "not a PNG"),
-        (lambda pred, gt: [_write(p, np.full((32, 45), 255, np.uint8)) for p in gt.iterdir()], "all labels .* void"),
+        (lambda pred, gt: (pred / "image_2.png").write_bytes(b"no png"), "not an image"),
+        (lambda pred, gt: [_write(p, np.full((32, 45), 255, np.uint8)) for p in gt.iterdir()], "no label but void"),
         (lambda pred, gt: [p.unlink() for p in gt.iterdir()], "nothing to score"),
     ],
 )
@@ -98,7 +98,7 @@ def test_what_cannot_be_scored_is_named(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert "image_2" in error or "all labels" in reason or "nothing" in reason
+    assert "image_2" in error or "void" in reason or "nothing" in reason
     assert re.search(reason, error)
 
 

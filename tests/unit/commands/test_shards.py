@@ -16,6 +16,7 @@ from PIL import Image
 from dist_deeplab.commands import shards as tool
 from dist_deeplab.commands.packing import look, pack
 from dist_deeplab.data import voc
+from dist_deeplab.data.packing import writer
 from dist_deeplab.data.shards.manifest import load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
 from tests.commands import exit_code
@@ -205,7 +206,7 @@ def test_a_full_disk_ends_with_1_and_a_sentence(
     def no_space(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", filename)
 
-    monkeypatch.setattr(np, "save", no_space)
+    monkeypatch.setattr(writer, "build_index", no_space)
     message = refusal(capsys, "--voc-root", voc_root, "--split", "val", "--out", tmp_path, code=1)
     assert "No space left on device" in message
     assert (filename or str(tmp_path)) in message

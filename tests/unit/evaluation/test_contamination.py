@@ -41,7 +41,7 @@ def test_of_sets_too_large_to_be_listed_the_share_is_extrapolated(
     own_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "MAX_KEY_HASHES", 4)
-    monkeypatch.setattr("dist_deeplab.evaluation.contamination.MAX_KEY_HASHES", 4)
+    monkeypatch.setattr("dist_deeplab.data.shards.checks.MAX_KEY_HASHES", 4)
     manifest = load_manifest(own_set)
     assert len(manifest.key_hashes) == 4
     assert find_contamination(_trained_on(manifest.key_hashes), manifest) == Contamination(8, 8)

@@ -226,10 +226,11 @@ def test_panels_of_several_ranks_come_in_the_order_asked_for_on_each(
 
 
 @pytest.mark.parametrize(("num_panels", "shown"), [(0, 0), (2, 2), (9, 5)])
-def test_panels_are_the_sets_first_images(net: DeepLabV2, manifest: Manifest, num_panels: int, shown: int) -> None:
+def test_panels_are_spread_over_the_set(net: DeepLabV2, manifest: Manifest, num_panels: int, shown: int) -> None:
     panels = evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), num_workers=0, num_panels=num_panels).panels
-    assert [panel.key for panel in panels] == [f"image_{n}" for n in range(shown)]
-    for panel, size in zip(panels, SIZES):
+    indices = [n * len(SIZES) // shown for n in range(shown)]
+    assert [panel.key for panel in panels] == [f"image_{n}" for n in indices]
+    for panel, size in zip(panels, [SIZES[n] for n in indices], strict=True):
         assert panel.image.shape == (*size, 3)
         assert panel.label.shape == panel.pred.shape == size
         assert panel.image.dtype == panel.label.dtype == panel.pred.dtype == np.uint8

@@ -36,7 +36,7 @@ def test_a_picture_is_read_as_predict_reads_it_upright_and_on_white() -> None:
     mask = model.predict(pandas.DataFrame({"image": [file.getvalue()]}))["mask"][0]
 
     upright = np.rot90(np.where(stored[..., 3:] == 255, stored, 255)[..., :3].astype(np.uint8), -1)
-    expected = probabilities(Predictor(net, CAFFE), [upright], torch.device("cpu"))[0].argmax(0)
+    expected = probabilities(Predictor(net, CAFFE), upright, torch.device("cpu")).argmax(0)
     assert len(np.unique(expected)) > 1
     np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(mask))), expected)
 

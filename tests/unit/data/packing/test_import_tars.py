@@ -15,9 +15,10 @@ import webdataset
 from PIL import Image
 
 from dist_deeplab.data import voc
+from dist_deeplab.data.packing.contact_sheet import contact_sheet
 from dist_deeplab.data.packing.import_tars import index_tars
 from dist_deeplab.data.packing.labels import LabelSpace
-from dist_deeplab.data.packing.verify import SampleContent, contact_sheet, inspect_set, verify
+from dist_deeplab.data.packing.verify import SampleContent, inspect_set, verify
 from dist_deeplab.data.shards.index import find_members
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
