@@ -46,7 +46,7 @@ setup(
     package_data={
         "dist_deeplab": ["py.typed"],
         "dist_deeplab.configs": ["*.yaml"],
-        "dist_deeplab.launch": ["*.sh", "Containerfile"],
+        "dist_deeplab.launch": ["*.sh"],
         "dist_deeplab.slurm": ["*.sh"],
     },
     python_requires=">=3.11",

@@ -190,7 +190,7 @@ def run_all(sweep: Sweep, *, num_processes: int) -> int:
             continue
         log.info("%s", name)
         before = journal_size(child)
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", "-m"]
+        launcher = ["dist_deeplab", "torchrun", "--standalone", f"--nproc_per_node={num_processes}", "-m"]
         command = [sys.executable, "-m", *(launcher if num_processes > 1 else []), "dist_deeplab.train"]
         code = stop.run([*command, *child.arguments])
         if stop.requested:

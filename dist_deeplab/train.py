@@ -162,7 +162,7 @@ def validate(run: Run, state: TrainState) -> bool:
     """
     if run.val_set is None:
         return False
-    predictor = Predictor.build(state.net, run.variant.preprocessing, run.config.eval)
+    predictor = Predictor.build(state.net, run.variant.preprocessing, run.config.eval, dtype=run.config.precision.dtype)
     scored = validation.Validation(run.val_set, run.config, run.session, run.tracker)
     miou = validation.score(scored, predictor, step=state.step)
     state.pending_evaluation = miou is None

@@ -244,9 +244,9 @@ for line in requires("dist_deeplab") or []:
 PY
 }
 
-# The version of the installed torch if it can be imported and is new enough, else nothing.
+# The version of the installed torch if it can be imported and is new enough, else nothing; of INTERPRETER where set.
 suitable_torch() {
-    "$ENVIRONMENT/bin/python" - 2>/dev/null <<'PY' || true
+    "${INTERPRETER:-$ENVIRONMENT/bin/python}" - 2>/dev/null <<'PY' || true
 from importlib.metadata import version
 
 import torch

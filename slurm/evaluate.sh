@@ -15,6 +15,10 @@
 
 set -euo pipefail
 
+if [[ -z ${SLURM_JOB_ID:-} && ${1:-} =~ ^(-h|--help)$ ]]; then
+    sed -n '3,/^$/s/^# \{0,1\}//p' "$0"
+    exit 0
+fi
 [[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_JOB_NODELIST:-} ]] || {
     echo "slurm/evaluate.sh: this is a batch script: submit it, as in 'sbatch slurm/evaluate.sh CHECKPOINT --data FILE'." >&2
     exit 2

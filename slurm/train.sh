@@ -33,6 +33,10 @@
 
 set -euo pipefail
 
+if [[ -z ${SLURM_JOB_ID:-} && ${1:-} =~ ^(-h|--help)$ ]]; then
+    sed -n '3,/^$/s/^# \{0,1\}//p' "$0"
+    exit 0
+fi
 [[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_JOB_NODELIST:-} ]] || {
     echo "slurm/train.sh: this is a batch script: submit it, as in 'sbatch --nodes 2 slurm/train.sh --config FILE'." >&2
     exit 2

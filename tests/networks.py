@@ -31,7 +31,9 @@ def discerning_network(num_classes: int, images: torch.Tensor | None = None) -> 
 
 def checkpoint_of(net: DeepLabV2) -> dict[str, Any]:
     """Return what a checkpoint of a resnet_tiny for VOC's classes holds, but for an optimizer's state."""
-    config = RunConfig.model_validate({"model": {"backbone": "resnet_tiny"}, "data": {"num_workers": 0}})
+    config = RunConfig.model_validate(
+        {"model": {"backbone": "resnet_tiny"}, "precision": {"dtype": "fp32"}, "data": {"num_workers": 0}}
+    )
     content = {"model": net.state_dict(), "variant": SCRATCH.to_plain(), "config": config_to_dict(config)}
     return content | {"optimizer": {}, "step": 7, "class_names": list(CLASS_NAMES), "train_keys_sha256": ""}
 

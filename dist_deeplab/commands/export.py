@@ -102,8 +102,9 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def one_scale(config: RunConfig) -> RunConfig:
-    """The configuration with evaluation at one scale, as an exported program computes it."""
-    return config.model_copy(update={"eval": EvalConfig()})
+    """The configuration asked for at one scale, in fp32: what an exported program computes."""
+    precision = config.precision.model_copy(update={"backend": "torch", "dtype": "fp32"})
+    return config.model_copy(update={"eval": EvalConfig(), "precision": precision})
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, str]:

@@ -20,7 +20,7 @@ from dist_deeplab.files import prepare_folder, replace_text
 from dist_deeplab.packaged import packaged_folder
 
 FOLDERS = ("launch", "slurm")
-OF_CLONES = ("test.sh",)
+OF_CLONES = ("test.sh", "Containerfile", "install_in_image.sh")
 """Scripts that need the repository."""
 
 

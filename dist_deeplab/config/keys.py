@@ -63,12 +63,15 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 
 def recipe_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """`key: old -> new` for every key of the recipe, which decides what a run computes, that differs."""
+    """`key: old -> new` for every key of the recipe, which decides what a run computes, that differs.
+
+    A new value of `auto` takes what was chosen before.
+    """
     before, after = flatten(old), flatten(new)
     return [
         f"{key}: {before[key]} -> {after[key]}"
         for key in after
-        if AFFECTS[key].what == "recipe" and before[key] != after[key]
+        if AFFECTS[key].what == "recipe" and after[key] not in (before[key], "auto")
     ]
 
 

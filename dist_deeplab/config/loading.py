@@ -87,10 +87,14 @@ def config_to_yaml(config: RunConfig) -> str:
         if isinstance(value, Section):
             lines.append(f"\n{name}:")
             for key, sub in type(value).model_fields.items():
-                lines += [f"  # {sub.description}", f"  {_yaml_line(key, getattr(value, key))}"]
+                lines += [*_comment(sub.description, "  "), f"  {_yaml_line(key, getattr(value, key))}"]
         else:
-            lines += [f"# {field.description}", _yaml_line(name, value)]
+            lines += [*_comment(field.description), _yaml_line(name, value)]
     return "\n".join(lines) + "\n"
+
+
+def _comment(text: str | None, indent: str = "") -> list[str]:
+    return [f"{indent}# {line.strip()}" for line in (text or "").splitlines()]
 
 
 def _yaml_line(key: str, value: Any) -> str:

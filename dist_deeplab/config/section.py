@@ -35,6 +35,7 @@ class Affects:
 
 
 RECIPE = Affects("recipe")
+RECIPE_EVERYWHERE = Affects("recipe", inference=True)
 SCORE = Affects("score", inference=True)
 ORIGIN = Affects("origin")
 EXECUTION = Affects("execution")

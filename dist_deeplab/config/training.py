@@ -9,6 +9,7 @@ from dist_deeplab.config.section import (
     EXECUTION_EVERYWHERE,
     ORIGIN,
     RECIPE,
+    RECIPE_EVERYWHERE,
     Location,
     NonNegative,
     Positive,
@@ -127,8 +128,9 @@ class MultiScaleConfig(Section):
 
 
 class PrecisionConfig(Section):
-    dtype: Annotated[Literal["fp32", "tf32", "bf16", "fp16"], RECIPE] = "fp32"
-    """Arithmetic of the forward pass; bf16 and fp16 by torch.amp, fp16 with a gradient scaler."""
+    dtype: Annotated[Literal["auto", "fp32", "tf32", "bf16", "fp16"], RECIPE_EVERYWHERE] = "auto"
+    """Arithmetic of the forward pass, by torch.amp (AMP), fp16 with a gradient scaler. auto: what all devices of the
+    run are made for (bf16 from Ampere GPUs and AMX CPUs on, fp16 on Volta and Turing, else fp32), kept on resume."""
     backend: Annotated[Literal["torch", "apex"], RECIPE] = "torch"
     """Who mixes precisions: torch.amp, or apex.amp (fp16 on a GPU; in NVIDIA apex until May 2025)."""
     max_nonfinite_steps: Annotated[Positive, EXECUTION] = 10
@@ -136,7 +138,7 @@ class PrecisionConfig(Section):
 
     @model_validator(mode="after")
     def _apex_is_fp16(self) -> "PrecisionConfig":
-        if self.backend == "apex" and self.dtype != "fp16":
+        if self.backend == "apex" and self.dtype not in ("fp16", "auto"):
             raise ValueError("precision.backend=apex mixes fp32 with fp16: set precision.dtype=fp16 too")
         return self
 

@@ -189,8 +189,9 @@ def _predictions(
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Yield each batch with its classes, uint8 [B, H, W] on the device, and leave the network as it was."""
     loaded = eval_loader(dataset, batches, num_workers=num_workers, pin_memory=env.device.type == "cuda")
-    was_training = predictor.net.training
+    was_training, benchmark = predictor.net.training, torch.backends.cudnn.benchmark
     predictor.net.eval()
+    torch.backends.cudnn.benchmark = False  # 130 VOC images have 32 padded sizes, and tuning takes 1 s or so for each
     try:
         if crf is None:
             for batch in loaded:
@@ -200,6 +201,7 @@ def _predictions(
                 yield batch, torch.from_numpy(pred)[None].to(env.device)
     finally:
         predictor.net.train(was_training)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def _classes(predictor: Predictor, batch: Batch, device: torch.device) -> torch.Tensor:

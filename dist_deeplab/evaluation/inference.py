@@ -14,7 +14,7 @@ from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, upsample
-from dist_deeplab.model.numerics import allow_tf32
+from dist_deeplab.model.numerics import allow_tf32, autocast, fastest_dtype
 from dist_deeplab.model.preprocessing import Preprocessing
 
 
@@ -47,7 +47,8 @@ def inference_settings(checkpoint: Checkpoint, overrides: Sequence[str]) -> RunC
         key = override.partition("=")[0]
         if key in AFFECTS and not AFFECTS[key].inference:
             raise UserError(
-                f"{override!r} has no meaning here: the checkpoint fixes all but data.num_workers, crf.* and eval.*"
+                f"{override!r} has no meaning here: the checkpoint fixes all but eval.*, crf.*, precision.dtype and "
+                "data.num_workers"
             )
     base = config_to_dict(checkpoint.config)
     for key, mark in AFFECTS.items():
@@ -92,18 +93,19 @@ class Predictor:
     fusion: str = "max"
     align_corners: bool = True
     windows: Windows = DEFAULT_WINDOWS
+    dtype: str = "fp32"
 
     @classmethod
-    def build(cls, net: DeepLabV2, preprocessing: Preprocessing, config: EvalConfig) -> "Predictor":
-        """The predictor of a configuration; `net` is on its device."""
+    def build(cls, net: DeepLabV2, preprocessing: Preprocessing, config: EvalConfig, *, dtype: str) -> "Predictor":
+        """The predictor of a configuration; `net` is on its device and computes in `dtype`, a `precision.dtype`."""
         windows = Windows(config.window, config.overlap)
-        return cls(net, preprocessing, config.scales, config.flip, config.fusion, config.align_corners, windows)
+        return cls(net, preprocessing, config.scales, config.flip, config.fusion, config.align_corners, windows, dtype)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, settings: RunConfig, device: torch.device) -> "Predictor":
         """The one way from a checkpoint to predictions, for evaluation, prediction, export and serving alike.
 
-        Sets torch's arithmetic to the run's own (`precision.dtype`): its defaults round fp32 convolutions to tf32.
+        It computes in the run's own `precision.dtype`, tf32 included: torch's defaults round fp32 convolutions to it.
 
         Args:
             checkpoint: the network, its preprocessing and classes.
@@ -113,9 +115,11 @@ class Predictor:
         Raises:
             UserError: see `load_network`.
         """
-        allow_tf32(settings.precision.dtype)
+        chosen = settings.precision.dtype
+        dtype = fastest_dtype(device) if chosen == "auto" else chosen  # auto: weights that no run of ours has trained
+        allow_tf32(dtype)
         net = place_model(load_network(checkpoint), device)
-        return cls.build(net, checkpoint.variant.preprocessing, settings.eval)
+        return cls.build(net, checkpoint.variant.preprocessing, settings.eval, dtype=dtype)
 
     @torch.inference_mode()
     def logits(self, image: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
@@ -149,14 +153,17 @@ class Predictor:
 
     def _at_scale(self, x: torch.Tensor, scale: float) -> torch.Tensor:
         if scale == 1.0:
-            return self.net(x).float()
+            return self._network(x)
         if not self.align_corners:
             size = tuple(math.floor(length * scale) for length in x.shape[2:])
             how = {"scale_factor": scale} if min(size) > 0 else {"size": tuple(max(1, length) for length in size)}
-            return self.net(F.interpolate(x, **how, mode="bilinear", align_corners=False)).float()
-        return self.net(
-            upsample(x, (nearest_grid_size(x.shape[2], scale), nearest_grid_size(x.shape[3], scale)))
-        ).float()
+            return self._network(F.interpolate(x, **how, mode="bilinear", align_corners=False))
+        size = nearest_grid_size(x.shape[2], scale), nearest_grid_size(x.shape[3], scale)
+        return self._network(upsample(x, size))
+
+    def _network(self, x: torch.Tensor) -> torch.Tensor:
+        with autocast(self.dtype, x.device):
+            return self.net(x).float()
 
     def _resize(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         if tuple(x.shape[2:]) == tuple(size):

@@ -20,6 +20,7 @@ from dist_deeplab.training.builders import (
 )
 from dist_deeplab.training.memory import find_micro_batch_size
 from dist_deeplab.training.optim import build_optimizer
+from dist_deeplab.training.precision import choose_precision
 from dist_deeplab.training.resume import find_checkpoint, restore
 from dist_deeplab.training.run import Run
 from dist_deeplab.training.state import TrainState
@@ -46,6 +47,7 @@ def assemble(
     train_set, val_set = data
     checkpoints = build_checkpoints(config, env)
     saved = find_checkpoint(config, checkpoints, train_set)
+    config = choose_precision(config, env, before=saved.config.precision.dtype if saved else None)
     weights = None if saved else starting_weights(config)
     variant = saved.variant if saved else weights.variant if weights else SCRATCH
     split = find_micro_batch_size(config, env, split, variant, saved.micro_size if saved else 0)

@@ -64,11 +64,11 @@ def _report(config: RunConfig, short: RunConfig, env: DistEnv) -> None:
         return [point["value"] for point in points if point.get("key") == key and point["step"] > _SETTLE]
 
     saved = read_checkpoint(short.run_dir / "checkpoints" / f"step_{STEPS:08d}.pt")
-    estimate = estimate_memory(config, saved.variant)
+    estimate = estimate_memory(saved.config, saved.variant)
     peak = max(of("memory/peak_gib")) * 2**30
     log.info("%s", forecast(config, of("time/step_s"), of("time/data_s")))
     largest = BatchSplit(config.batch.global_size, saved.micro_size, env.world_size).largest
-    log.info("%s", memory_report(config, estimate, peak, micro_size=largest, device=env.device))
+    log.info("%s", memory_report(saved.config, estimate, peak, micro_size=largest, device=env.device))
 
 
 def forecast(config: RunConfig, step_s: Sequence[float], data_s: Sequence[float]) -> str:

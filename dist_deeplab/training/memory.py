@@ -5,8 +5,8 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
+import psutil
 import torch
 
 from dist_deeplab.config import RunConfig
@@ -104,12 +104,8 @@ def _remedies(config: RunConfig, *, smaller: int) -> str:
 
 
 def free_memory_bytes() -> int:
-    """Return the memory that Linux would give away without swapping."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024  # the kernel counts in KiB
-    raise RuntimeError("/proc/meminfo has no line MemAvailable")
+    """Memory that the system would give away without swapping."""
+    return int(psutil.virtual_memory().available)
 
 
 def _gpu_trial(config: RunConfig, variant: Variant, device: torch.device) -> Callable[[int], bool]:

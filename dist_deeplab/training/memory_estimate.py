@@ -10,10 +10,9 @@ from torch import nn
 from dist_deeplab.config import RunConfig
 from dist_deeplab.model.batch_norm import FrozenBatchNorm, norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, output_name, scaled_length
+from dist_deeplab.model.numerics import AUTOCAST
 from dist_deeplab.model.resnet import Bottleneck
 from dist_deeplab.model.weights import Variant
-
-LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def estimate_memory(config: RunConfig, variant: Variant) -> MemoryEstimate:
         net = temporary_network(config, variant)
     parameters, trained = _bytes(net.parameters()), _bytes(p for p in net.parameters() if p.requires_grad)
     buffers = _bytes(net.buffers())
-    lower = LOWER.get(config.precision.dtype)
+    lower = AUTOCAST.get(config.precision.dtype)
     net.to(lower or torch.float32)
     kept = {
         output_name(scale): _kept_for_backward(net, scaled_length(config.data.crop_size, scale))

@@ -1,5 +1,6 @@
 """Arithmetic of the forward pass behind one call signature: fp32, tf32, bf16, fp16 with a gradient scaler."""
 
+import logging
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -7,10 +8,32 @@ import torch
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from dist_deeplab.model.numerics import allow_tf32
+from dist_deeplab.config import RunConfig
+from dist_deeplab.distributed.process_group import DistEnv, gather_to_all
+from dist_deeplab.model.numerics import allow_tf32, autocast, common_dtype, fastest_dtype
 from dist_deeplab.training.optim import update_unless
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+log = logging.getLogger(__name__)
+
+
+def choose_precision(config: RunConfig, env: DistEnv, *, before: str | None) -> RunConfig:
+    """The configuration with `precision.dtype: auto` decided, which is said; every rank calls it.
+
+    Args:
+        config: the run's.
+        env: this rank.
+        before: what the run that is resumed was decided to compute in, on whatever machine; None: a new run.
+    """
+    if config.precision.dtype != "auto":
+        return config
+    if before not in (None, "auto"):
+        dtype, why = before, "as before"
+    elif config.precision.backend == "apex":
+        dtype, why = "fp16", "apex.amp has no other"
+    else:
+        dtype, why = common_dtype(gather_to_all(fastest_dtype(env.device))), "what all devices of the run are made for"
+    log.info("precision.dtype=auto: %s, %s", dtype, why)
+    return config.model_copy(update={"precision": config.precision.model_copy(update={"dtype": dtype})})
 
 
 class Precision:
@@ -26,9 +49,8 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context for the forward pass."""
-        dtype = _AUTOCAST.get(self.dtype)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        """The context for the forward pass."""
+        return autocast(self.dtype, self.device)
 
     @record_function("backward")
     def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:

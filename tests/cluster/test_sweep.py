@@ -15,7 +15,14 @@ pytestmark = pytest.mark.slurm
 
 def test_each_point_of_the_grid_is_a_task_and_the_last_job_compares_them(slurm, sample_shards: Path, tmp_path: Path):
     data = [f"data.train={sample_shards}/train.json", f"data.val={sample_shards}/val.json", "data.crop_size=65"]
-    small = ["model.backbone=resnet_tiny", "data.num_workers=0", "batch.global_size=4", "optim.lr=1e-3", "max_steps=2"]
+    small = [
+        "model.backbone=resnet_tiny",
+        "precision.dtype=fp32",
+        "data.num_workers=0",
+        "batch.global_size=4",
+        "optim.lr=1e-3",
+        "max_steps=2",
+    ]
     where = [f"output_dir={tmp_path}", "name=poly", "tracking.uri=none", "optim.power=0.5,2.0"]
     environ = {"VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "REPO": str(REPO)}
     options = ["--array-limit", "2", f"--chdir={tmp_path}"]

@@ -21,7 +21,14 @@ def environ() -> Mapping[str, str]:
 @pytest.fixture
 def arguments(sample_shards: Path, tmp_path: Path) -> list[str]:
     data = [f"data.train={sample_shards}/train.json", f"data.val={sample_shards}/val.json", "data.crop_size=65"]
-    small = ["model.backbone=resnet_tiny", "data.num_workers=0", "batch.global_size=4", "optim.lr=1e-3", "max_steps=4"]
+    small = [
+        "model.backbone=resnet_tiny",
+        "precision.dtype=fp32",
+        "data.num_workers=0",
+        "batch.global_size=4",
+        "optim.lr=1e-3",
+        "max_steps=4",
+    ]
     return [*data, *small, f"output_dir={tmp_path}", "name=run", "tracking.log_every=2"]
 
 

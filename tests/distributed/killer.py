@@ -36,7 +36,14 @@ from tests.processes import children_of, environ_of, ranks_of
 
 MAX_STEPS = 12
 SMALL = [
-    *("model.backbone=resnet_tiny", "data.crop_size=65", "data.num_workers=1", "batch.global_size=4", "optim.lr=1e-3"),
+    *(
+        "model.backbone=resnet_tiny",
+        "precision.dtype=fp32",
+        "data.crop_size=65",
+        "data.num_workers=1",
+        "batch.global_size=4",
+        "optim.lr=1e-3",
+    ),
     *(f"max_steps={MAX_STEPS}", "tracking.log_every=1", "checkpoint.every=2", "eval.every=4", "eval.num_panels=1"),
     *("tracking.uri=none", "distributed.hang_timeout_s=30"),
 ]

@@ -49,7 +49,13 @@ def start_agent(sample_shards: Path, tmp_path: Path) -> Iterator[StartAgent]:
     meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=x", "--local_addr=localhost"]
     quick = ["--rdzv_conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3", "--max_restarts=5"]
     data = [f"data.train={sample_shards}/train.json", f"output_dir={tmp_path}", "name=run", "data.crop_size=65"]
-    small = ["model.backbone=resnet_tiny", "data.num_workers=0", "batch.global_size=4", "batch.micro_size=2"]
+    small = [
+        "model.backbone=resnet_tiny",
+        "precision.dtype=fp32",
+        "data.num_workers=0",
+        "batch.global_size=4",
+        "batch.micro_size=2",
+    ]
     often = [f"max_steps={MAX_STEPS}", "tracking.log_every=1", "checkpoint.every=2", "tracking.uri=none"]
     command = ["-m", "dist_deeplab.train", *data, *small, *often]
     with ExitStack() as stack:

@@ -15,7 +15,14 @@ pytestmark = pytest.mark.distributed
 
 WORKER = REPO / "tests/distributed/workers/failing_rank.py"
 MARK = "DIST_DEEPLAB_FAILING_RANK"
-SMALL = ["model.backbone=resnet_tiny", "data.crop_size=33", "data.num_workers=1", "batch.global_size=4", "max_steps=20"]
+SMALL = [
+    "model.backbone=resnet_tiny",
+    "precision.dtype=fp32",
+    "data.crop_size=33",
+    "data.num_workers=1",
+    "batch.global_size=4",
+    "max_steps=20",
+]
 TIMEOUT_S = 150  # importing torch on a busy machine; without the remedy it is the 31 minutes of a collective
 
 

@@ -44,7 +44,13 @@ def fill(disk: Path) -> None:
 
 def train(shards: Path, disk: Path, *extra: str) -> subprocess.CompletedProcess[str]:
     data = [f"data.train={shards}/train.json", f"data.val={shards}/val.json", "data.crop_size=65", "data.num_workers=0"]
-    small = ["model.backbone=resnet_tiny", "batch.global_size=4", "tracking.log_every=1", "eval.every=0"]
+    small = [
+        "model.backbone=resnet_tiny",
+        "precision.dtype=fp32",
+        "batch.global_size=4",
+        "tracking.log_every=1",
+        "eval.every=0",
+    ]
     where = [f"output_dir={disk}", "name=full", "tracking.on_event=true", "tracking.system_metrics=true"]
     command = torchrun_command(2, "-m", "dist_deeplab.train", *data, *small, *where, *extra)
     return subprocess.run(command, env=command_environ(), capture_output=True, text=True, timeout=280)

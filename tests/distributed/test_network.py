@@ -53,7 +53,13 @@ def test_a_cut_cable_ends_in_a_clear_error_and_the_run_resumes_once_it_is_back(
     hosts: tuple[str, str], sample_shards: Path, tmp_path: Path
 ) -> None:
     data = [f"data.train={sample_shards}/train.json", f"output_dir={tmp_path}", "name=run", "data.crop_size=65"]
-    small = ["model.backbone=resnet_tiny", "data.num_workers=0", "batch.global_size=4", "tracking.uri=none"]
+    small = [
+        "model.backbone=resnet_tiny",
+        "precision.dtype=fp32",
+        "data.num_workers=0",
+        "batch.global_size=4",
+        "tracking.uri=none",
+    ]
     often = ["max_steps=4000", "tracking.log_every=1", "checkpoint.every=2"]
     limits = ["distributed.hang_timeout_s=8", "distributed.startup_timeout_s=60"]
     run_dir, number = tmp_path / "run", itertools.count()

@@ -28,7 +28,14 @@ from tests.processes import ranks_of
 pytestmark = pytest.mark.distributed
 
 SMALL = [
-    *("model.backbone=resnet_tiny", "data.crop_size=65", "data.num_workers=1", "batch.global_size=4", "optim.lr=1e-3"),
+    *(
+        "model.backbone=resnet_tiny",
+        "precision.dtype=fp32",
+        "data.crop_size=65",
+        "data.num_workers=1",
+        "batch.global_size=4",
+        "optim.lr=1e-3",
+    ),
     *("max_steps=12", "tracking.log_every=3", "checkpoint.every=4", "eval.every=8", "eval.num_panels=2"),
 ]
 
@@ -358,7 +365,13 @@ def test_too_many_bad_samples_end_all_ranks_with_one_sentence(
             content[member.offset_data + member.size // 2] ^= 8
     tar.write_bytes(content)
     arguments = [f"data.train={shards}/train.json", f"output_dir={tmp_path}", "name=bad", "max_steps=20"]
-    arguments += ["model.backbone=resnet_tiny", "data.crop_size=33", "batch.global_size=4", "data.num_workers=1"]
+    arguments += [
+        "model.backbone=resnet_tiny",
+        "precision.dtype=fp32",
+        "data.crop_size=33",
+        "batch.global_size=4",
+        "data.num_workers=1",
+    ]
     result = run_ranks(
         2, "-m", "dist_deeplab.train", *arguments, "tracking.uri=none", "data.max_bad_samples=1", "eval.every=0"
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[2]
-SCRIPTS = sorted([*REPO.glob("launch/*.sh"), *REPO.glob("slurm/*.sh"), REPO / ".ci" / "run"])
+SCRIPTS = sorted([*REPO.glob("launch/*.sh"), *REPO.glob("slurm/*.sh"), REPO / ".ci" / "run", REPO / ".ci" / "wheel"])
 PATH = os.environ.get("PATH", "")
 # What would make a launcher behave as under another user, in another environment or inside a job.
 OURS = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON", "PYTHONHOME", "OMP_NUM_THREADS", "NNODES", "NPROC_PER_NODE",
@@ -140,6 +140,14 @@ def test_multi_node_refuses_gpus_that_torch_does_not_see(repo: Path, tmp_path: P
 
 def test_the_batch_script_outside_slurm_says_to_submit_it(repo: Path):
     assert_one_sentence(run(repo / "slurm/train.sh", cwd=repo), 2, "submit it", "sbatch")
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "sweep"])
+def test_help_of_a_slurm_script_is_its_manual(repo: Path, script: str):
+    done = run(repo / f"slurm/{script}.sh", "--help", cwd=repo)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"slurm/{script}.sh" in done.stdout
+    assert "#SBATCH" not in done.stdout
 
 
 def test_mlflow_ui_without_a_store_says_to_train_first(repo: Path):
@@ -611,7 +619,7 @@ def test_a_failed_installation_is_an_error_and_not_taken_for_done(repo: Path, en
 
 def test_setups_at_the_same_time_install_once(repo: Path, environment: Path):
     if shutil.which("flock") is None:
-        pytest.skip("no flock here: launch/common.sh goes on without the lock")
+        pytest.skip("no flock here: launch/common.sh continues without the lock")
     set_torch(environment, "2.13.0")
     both = 'setup_environment "" & first=$!; setup_environment "" & wait $first && wait $!'
     done = source(repo, both, VIRTUAL_ENV=str(environment))

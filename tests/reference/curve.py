@@ -34,7 +34,14 @@ def run_quickstart(shards: Path, output_dir: Path) -> dict[str, list[float]]:
     """Train `configs/quickstart.yaml` for 10 steps on a small drawn set; return each key's values."""
     arguments = [
         *("--config", str(REPO / "configs/quickstart.yaml"), f"data.train={shards}/train.json", "data.val="),
-        *(f"output_dir={output_dir}", "name=curve", "max_steps=10", "data.crop_size=65", "data.num_workers=0"),
+        *(
+            f"output_dir={output_dir}",
+            "name=curve",
+            "max_steps=10",
+            "precision.dtype=fp32",
+            "data.crop_size=65",
+            "data.num_workers=0",
+        ),
         *("tracking.uri=none", "tracking.log_every=1", "checkpoint.every=1000"),
     ]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}

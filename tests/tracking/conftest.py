@@ -158,7 +158,14 @@ def proxy(server: Server) -> Iterator[Proxy]:
 def training(server: Server, shards: Path, out: Path) -> list[str]:
     """The arguments of a short training, all but its name."""
     data = [f"data.train={shards}/train.json", f"data.val={shards}/val.json", "data.crop_size=65"]
-    small = ["model.backbone=resnet_tiny", "data.num_workers=0", "batch.global_size=4", "optim.lr=1e-3", "max_steps=4"]
+    small = [
+        "model.backbone=resnet_tiny",
+        "precision.dtype=fp32",
+        "data.num_workers=0",
+        "batch.global_size=4",
+        "optim.lr=1e-3",
+        "max_steps=4",
+    ]
     often = ["tracking.log_every=2", "eval.every=2", "eval.num_panels=2", "tracking.experiment=pages"]
     return [*data, *small, *often, f"output_dir={out}", f"tracking.uri={server.uri}"]
 

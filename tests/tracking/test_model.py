@@ -79,7 +79,7 @@ def expected_mask(run: Path, image: Path) -> np.ndarray:
     _, height, width = image.shape
     padded = torch.zeros(1, 3, height + (1 - height) % 8, width + (1 - width) % 8, dtype=torch.uint8)
     padded[0, :, :height, :width] = image
-    predictor = Predictor.build(load_network(saved), saved.variant.preprocessing, saved.config.eval)
+    predictor = Predictor.build(load_network(saved), saved.variant.preprocessing, saved.config.eval, dtype="fp32")
     logits = predictor.logits(padded, torch.tensor([[height, width]]))
     return logits[0, :, :height, :width].argmax(0).numpy()
 

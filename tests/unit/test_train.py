@@ -19,11 +19,19 @@ from dist_deeplab.errors import STOPPED_EARLY
 from dist_deeplab.evaluation import validation
 from dist_deeplab.evaluation.evaluator import Evaluation, evaluate
 from dist_deeplab.evaluation.inference import Predictor
+from dist_deeplab.model import numerics
 from dist_deeplab.tracking import tracker
 from tests.commands import exit_code
 
 SMALL = [
-    *("model.backbone=resnet_tiny", "data.crop_size=33", "data.num_workers=0", "batch.global_size=2", "optim.lr=1e-3"),
+    *(
+        "model.backbone=resnet_tiny",
+        "precision.dtype=fp32",
+        "data.crop_size=33",
+        "data.num_workers=0",
+        "batch.global_size=2",
+        "optim.lr=1e-3",
+    ),
     *("tracking.uri=none", "tracking.log_every=2", "eval.every=0", "eval.num_panels=0"),
 ]
 
@@ -174,6 +182,28 @@ def test_a_best_score_is_of_its_images_also_after_a_time_without_any(
     others = f"data.val={runs.shards}/train.json"
     assert runs("run", "max_steps=3", "resume_anyway=true", others) == 0
     assert runs.saved("run", 3)["best_miou"] == 0.3
+
+
+def test_a_precision_that_was_chosen_is_kept_on_another_machine_and_used_for_scores(
+    runs: Runs, first: Path, sample_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chosen bf16 on an AMX CPU; resumed and evaluated on one without."""
+    autocast, used = numerics.autocast, []
+
+    def watch(dtype: str, device: torch.device) -> Any:
+        used.append(dtype)
+        return autocast(dtype, device)
+
+    monkeypatch.setattr("dist_deeplab.evaluation.inference.autocast", watch)
+    for fastest, steps in (("bf16", 1), ("fp32", 2)):
+        monkeypatch.setattr("dist_deeplab.training.precision.fastest_dtype", lambda device, dtype=fastest: dtype)
+        assert runs("run", "precision.dtype=auto", f"max_steps={steps}", "resume_anyway=true", validated=True) == 0
+        assert runs.saved("run", steps)["config"]["precision"]["dtype"] == "bf16"
+    data = ("--data", sample_shards / "val.json", "--no-mlflow", "eval.num_panels=0")
+    assert exit_code(evaluate_command.main, runs.checkpoint("run", 2), *data) == 0
+    assert set(used) == {"bf16"}
+    assert exit_code(evaluate_command.main, runs.checkpoint("run", 2), *data, "precision.dtype=fp32") == 0
+    assert used[-1] == "fp32"
 
 
 def test_a_dry_run_starts_from_the_weights_that_a_run_would_go_on_from(runs: Runs, first: Path) -> None:

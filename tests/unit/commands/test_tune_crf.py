@@ -48,7 +48,9 @@ def test_each_point_scores_as_a_direct_call(shard_set: Manifest, monkeypatch: py
     pytest.importorskip("pydensecrf", reason="pydensecrf2 (the extra crf) is not installed")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     net = discerning_network(21)
-    settings = RunConfig.model_validate({"model": {"backbone": "resnet_tiny"}, "crf": {"num_workers": 1}})
+    settings = RunConfig.model_validate(
+        {"model": {"backbone": "resnet_tiny"}, "precision": {"dtype": "fp32"}, "crf": {"num_workers": 1}}
+    )
     checkpoint = Checkpoint({"model": net.state_dict()}, settings, SCRATCH, CLASS_NAMES)
     points: list[dict[str, Any]] = [tool.base_point(settings) | {"bi_w": weight} for weight in (0.0, 4.0)]
     mious, without = tool.search(checkpoint, settings, shard_set, points, num_images=3)

@@ -16,6 +16,7 @@ from dist_deeplab.training.dry_run import STEPS, dry_run, forecast, memory_repor
 from dist_deeplab.training.memory_estimate import MemoryEstimate
 
 GIB = 2**30
+FP32 = load_config(None, ["precision.dtype=fp32"])
 
 
 def test_the_forecast_is_of_the_whole_run() -> None:
@@ -27,7 +28,7 @@ def test_the_forecast_is_of_the_whole_run() -> None:
 def test_on_a_gpu_an_images_memory_is_what_was_measured_beyond_the_fixed_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 * GIB, 80 * GIB))
     estimate = MemoryEstimate({"weights": GIB, "momentum": GIB}, {"scale_1": 2 * GIB})
-    text = memory_report(RunConfig(), estimate, 14 * GIB, micro_size=4, device=torch.device("cuda"))
+    text = memory_report(FP32, estimate, 14 * GIB, micro_size=4, device=torch.device("cuda"))
     assert "micro-batches of 4 images of 321 in fp32: 14 GiB = 2 GiB fixed + 3 GiB an image (2 counted)" in text
     assert "of its 80 GiB, batch.micro_size of up to 24 would take 95%" in text  # (0.95 * 80 - 2) / 3
 
@@ -38,7 +39,7 @@ def test_on_a_cpu_an_images_memory_is_counted_and_half_of_what_is_free_is_for_th
     monkeypatch.setattr(module, "free_memory_bytes", lambda: 20 * GIB)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     estimate = MemoryEstimate({"weights": GIB}, {"scale_1": GIB, "scale_0.5": GIB // 2})
-    text = memory_report(RunConfig(), estimate, 6 * GIB, micro_size=2, device=torch.device("cpu"))
+    text = memory_report(FP32, estimate, 6 * GIB, micro_size=2, device=torch.device("cpu"))
     assert "6 GiB, Python and libraries included; counted of it: 4 GiB = 1 GiB fixed + 1.5 GiB an image" in text
     assert "batch.micro_size of up to 3 would take half of the memory that is free" in text
 
@@ -46,7 +47,7 @@ def test_on_a_cpu_an_images_memory_is_counted_and_half_of_what_is_free_is_for_th
 def test_it_runs_a_shortened_copy_elsewhere_and_keeps_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = load_config(None, ["name=mine", f"output_dir={tmp_path}", "data.val=val.json", "max_steps=500"])
     seen: list[RunConfig] = []
-    saved = Checkpoint({"model": {}, "optimizer": {}, "step": STEPS, "micro_size": 5}, RunConfig(), SCRATCH, ())
+    saved = Checkpoint({"model": {}, "optimizer": {}, "step": STEPS, "micro_size": 5}, FP32, SCRATCH, ())
 
     def run(short: RunConfig, env: DistEnv) -> int:
         seen.append(short)

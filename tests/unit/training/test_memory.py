@@ -117,7 +117,7 @@ def test_free_memory_is_some_part_of_the_machines() -> None:
     [OUT_OF_MEMORY, RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory")],
 )
 def test_running_out_of_memory_says_what_to_set(error: RuntimeError) -> None:
-    config = _config("multi_scale.scales=[1.0,0.5]", "batch.global_size=24")
+    config = _config("multi_scale.scales=[1.0,0.5]", "batch.global_size=24", "precision.dtype=fp32")
     with pytest.raises(TrainingError) as caught, explained_out_of_memory(config, BatchSplit(24, 6, 2)):
         raise error
     message = str(caught.value)
