@@ -60,7 +60,7 @@ def variants(text: str) -> str | Variant:
 
 
 def expand(wanted: list[str | Variant], *, on_gpu: bool, ranks: int) -> list[Variant]:
-    """Return the variants, `each` and `alone` replaced by what they stand for here, each variant once.
+    """The variants, `each` and `alone` replaced by what they stand for here, each variant once.
 
     each: ours, with one choice taken back or one option put on at a time: what each gives together with all others.
     alone: plain, with all choices taken back, and plain with one of them at a time: what each gives by itself.
