@@ -58,12 +58,12 @@ class PackingCounts:
         notes = []
         if turned:
             notes.append(
-                f"{_images(turned)} turned upright by their EXIF orientation: masks are drawn on what people see "
+                f"{_images(turned)} turned upright (EXIF orientation): masks are drawn on what people see "
                 "(--exif ignore if yours were drawn on the stored pixels)"
             )
         if self.num_against_options:
-            way = "not turned by their EXIF orientation" if reading.options.upright else "turned upright"
-            notes.append(f"{_images(self.num_against_options)} {way}, because their masks fit only so")
+            way = "not turned" if reading.options.upright else "turned"
+            notes.append(f"{_images(self.num_against_options)} {way} upright, because masks fit only that way")
         if reading.tiles is not None:
             side, overlap = reading.tiles.side, reading.tiles.overlap
             notes.append(
