@@ -116,7 +116,7 @@ def test_the_sweep_s_page_says_who_won(browser: Browser, server: Server, sweep: 
     page = re.search(r"the sweep: (http\S+)", sweep.output)
     assert page is not None
     assert page[1].partition("?")[0] == address(server, sweep.folder)
-    text = browser.open(page[1], "poly-sweep", "winner: ", "cost: ", "why: ")
+    text = browser.open(page[1], "poly-sweep", "winner: ", "cost of ", "why: ")
     browser.screenshot(SCREENSHOTS / "sweep.png")
     assert winner in text
     table = re.search(r"its runs, best first: (http\S+)", sweep.output)

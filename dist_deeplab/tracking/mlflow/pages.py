@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from urllib.parse import quote
 
+from dist_deeplab.packaged import mlflow_ui
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.mlflow.state import UploadState
 
@@ -70,7 +71,7 @@ def sweep_pages(server: str, experiment_id: str, sweep_id: str, run_ids: Sequenc
 def where_to_look(uri: str, state: UploadState) -> str:
     """How to open a run and the table of all runs: an address each, after a command where there is no server."""
     server = server_of(uri)
-    head = "in MLflow:" if uri.startswith("http") else f"in MLflow ({shown_url(uri)}): ./launch/mlflow_ui.sh, then"
+    head = "in MLflow:" if uri.startswith("http") else f"in MLflow ({shown_url(uri)}): {mlflow_ui(uri)}, then"
     page, table = run_page(server, state["experiment_id"], state["run_id"]), runs_table(server, state["experiment_id"])
     return f"{head}\n    this run: {page}\n    all runs, best first: {table}"
 
