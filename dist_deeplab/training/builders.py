@@ -33,7 +33,7 @@ from dist_deeplab.training.apex import INSTEAD_OF_AMP, INSTEAD_OF_SGD, require_a
 from dist_deeplab.training.apex_precision import ApexPrecision
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.memory import explained_out_of_memory
-from dist_deeplab.training.nonfinite import NonFiniteDump
+from dist_deeplab.training.nonfinite import NonFiniteDump, NonFiniteMonitor
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.run import Run
 from dist_deeplab.training.state import TrainState
@@ -268,7 +268,7 @@ def build_precision(config: RunConfig, env: DistEnv, net: DeepLabV2, optimizer: 
 def build_loss_window(config: RunConfig, env: DistEnv) -> LossWindow:
     """Return what keeps losses until a log line, and saves the samples of steps that were not finite."""
     dump = NonFiniteDump(config.run_dir / "nonfinite", {"config": config_to_dict(config)}, env.rank)
-    return LossWindow(max_nonfinite_steps=config.precision.max_nonfinite_steps, dump=dump)
+    return LossWindow(NonFiniteMonitor(config.precision.max_nonfinite_steps, dump))
 
 
 def build_step(run: Run, state: TrainState, model: nn.Module) -> TrainStep:
