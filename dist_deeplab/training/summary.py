@@ -29,21 +29,20 @@ def describe(run: Run, state: TrainState) -> None:
     """Log what is about to happen."""
     config, env, split = run.config, run.env, run.split
     train_set, val_set, variant = run.train_set, run.val_set, run.variant
+    own = bool(config.model.init) and variant.family == SCRATCH.family  # a checkpoint that began with random weights
     log.info("run %s on %d x %s (%s)", config.run_dir, env.world_size, device_name(env), env.launcher)
     log.info(
         "network %s, %s batch norm, %s, %s",
         config.model.backbone,
         config.model.batch_norm_used,
         config.precision.dtype,
-        variant.family,
+        f"the weights of {config.model.init}" if own else variant.family,
     )
     if config.model.train_only == "head":
         log.info("model.train_only=head: only the last layers learn; the backbone and its statistics are frozen")
     if config.deterministic:
         log.info("deterministic: the same hardware and number of ranks repeat this run bit by bit, at lower speed")
-    if config.model.init and not state.step:
-        log.info("model.init: the weights of %s", config.model.init)
-    elif variant is SCRATCH and not state.step:
+    if variant is SCRATCH and not config.model.init and not state.step:
         log.info("no model.init: all weights are random; the published scores start from ImageNet or COCO weights")
     if variant.note:
         log.warning("NOTE on these weights: %s", variant.note)
