@@ -50,7 +50,7 @@ def check_replicas(model: nn.Module, *, buffers: bool = True, when: str = "at th
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a checksum of a tensor's bits, int64 [] on its device; the memory format does not count.
+    """A checksum of a tensor's bits, int64 [] on its device; the memory format does not count.
 
     Each element's bits, times an odd number that grows with its position, are added up modulo 2^64: exact whatever the
     order, and any change of one element changes it.

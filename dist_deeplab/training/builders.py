@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[TrainingSession]:
-    """Return what holds while the run goes on: the ranks' connection, the folder's lock, watchdog and signals."""
+    """The session of a run: connection of the ranks, lock of the folder, watchdog and signals."""
     set_determinism(config.deterministic)  # before any GPU is used
     if config.optim.implementation == "apex":
         require_apex("optim.implementation=apex", "optimizers", INSTEAD_OF_SGD)
@@ -61,7 +61,7 @@ def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[Trai
 
 
 def build_checkpoints(config: RunConfig, env: DistEnv) -> CheckpointFolder:
-    """Return the run's checkpoints."""
+    """The run's checkpoints."""
     keep = config.checkpoint
     return CheckpointFolder(
         config.run_dir / "checkpoints",
@@ -147,7 +147,7 @@ def _build_blocks(config: RunConfig, train_set: Manifest) -> BlockShuffle:
 
 
 def split_batch(config: RunConfig, env: DistEnv) -> BatchSplit:
-    """Return how a step's images are shared out; with `batch.micro_size: auto` for now a rank's whole share at once.
+    """The split of a step over ranks and micro-batches; with `batch.micro_size: auto` for now a rank's share at once.
 
     Raises:
         UserError: there are fewer images than ranks.
@@ -259,14 +259,14 @@ def images_per_s_at_peak(run: Run, net: DeepLabV2) -> float | None:
 
 
 def build_precision(config: RunConfig, env: DistEnv, net: DeepLabV2, optimizer: Optimizer) -> Precision:
-    """Return the arithmetic of forward, backward and update."""
+    """The arithmetic of forward, backward and update."""
     if config.precision.backend == "apex":
         return ApexPrecision(env.device, net, optimizer)
     return Precision(config.precision.dtype, env.device)
 
 
 def build_loss_window(config: RunConfig, env: DistEnv) -> LossWindow:
-    """Return what keeps losses until a log line, and saves the samples of steps that were not finite."""
+    """The window of losses between two log lines, with the monitor of steps that were not finite."""
     dump = NonFiniteDump(config.run_dir / "nonfinite", {"config": config_to_dict(config)}, env.rank)
     return LossWindow(NonFiniteMonitor(config.precision.max_nonfinite_steps, dump))
 

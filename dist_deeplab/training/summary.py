@@ -1,4 +1,4 @@
-"""What a run says about itself: at its start, and while it goes on."""
+"""What a run says about itself: at its start and during training."""
 
 import logging
 import math
@@ -135,7 +135,7 @@ def run_info(run: Run) -> dict[str, Any]:
 
 
 def _description(changed: Mapping[str, Any]) -> str:
-    """Return Markdown that MLflow shows above a run: what is not as in the published recipe.
+    """Markdown that MLflow shows above a run: what is not as in the published recipe.
 
     One paragraph: the page shows five lines of it until it is asked for more.
     """
@@ -146,7 +146,7 @@ def _description(changed: Mapping[str, Any]) -> str:
 
 
 def _dataset(context: str, manifest: Manifest) -> dict[str, Any]:
-    """Return what MLflow shows of a set of samples; the digest is of its keys, however it is sharded."""
+    """Description of a set of samples for MLflow; the digest is of its keys, however it is sharded."""
     return {
         "name": f"{manifest.path.parent.name}/{manifest.split}",
         "context": context,
@@ -163,5 +163,5 @@ def _dataset(context: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def device_name(env: DistEnv) -> str:
-    """Return e.g. NVIDIA H100 80GB HBM3, or CPU."""
+    """Name of the device: NVIDIA H100 80GB HBM3, or CPU."""
     return torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else "CPU"

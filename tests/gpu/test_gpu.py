@@ -17,7 +17,7 @@ from dist_deeplab.model import sync_batch_norm
 from dist_deeplab.model.batch_norm import EPS, MOMENTUM, SyncBatchNorm, norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.training.device_copy import Uploader
+from dist_deeplab.training.device_copy import DeviceCopier
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import StepResult, TrainStep
@@ -240,7 +240,7 @@ def test_sync_batch_norm_never_waits_for_the_device() -> None:
 
 
 def test_uploads_read_what_was_given_though_they_run_beside_the_compute() -> None:
-    upload = Uploader(torch.device("cuda"))
+    upload = DeviceCopier(torch.device("cuda"))
     pinned = [torch.full((512, 512), float(number)).pin_memory() for number in range(50)]
     busy = torch.randn(2048, 2048, device="cuda")
     sums = []
@@ -253,6 +253,6 @@ def test_uploads_read_what_was_given_though_they_run_beside_the_compute() -> Non
 
 
 def test_what_is_not_in_pinned_memory_arrives_too_though_it_is_freed_at_once() -> None:
-    upload = Uploader(torch.device("cuda"))
+    upload = DeviceCopier(torch.device("cuda"))
     copies = [upload(torch.full((300, 41, 41), number))[0] for number in range(50)]
     assert [int(copy.float().mean()) for copy in copies] == list(range(50))
