@@ -45,7 +45,7 @@ def check_replicas(model: nn.Module, *, buffers: bool = True, when: str = "at th
         raise TrainingError(
             f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))} of {len(all_ranks)} "
             f"{'holds' if len(ranks) == 1 else 'hold'} other values than the rest in {named}{more} {when}; do all have "
-            "the same code, files and hardware? the run goes on from its last checkpoint when started again"
+            "the same code, files and hardware? the same command resumes from the last checkpoint"
         )
 
 

@@ -32,7 +32,7 @@ FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"(?<![\w./-])(?:python -m|-m) (dist_deeplab(?:\.\w+)*)|(?<![\w./-])dist-deeplab ([a-z][\w-]*)")
 SCRIPT = re.compile(r"(?<![\w/.-])(?:\./)?((?:tools|launch|slurm|tests|configs|docs|\.ci)/[\w./-]*\w)")
-MODULE = re.compile(r"\bdist_deeplab(?:[./]\w+)+")
+MODULE = re.compile(r"(?<![\w/])dist_deeplab(?![./](?:oci|sif|sqsh)\b)(?:[./]\w+)+")
 KEY = re.compile(r"(?<![\w./-])([a-z_]+)\.([a-z_0-9]+)(?==)")
 QUOTED_KEY = re.compile(r"`([a-z_]+)\.([a-z_0-9]+)`")
 

@@ -83,7 +83,7 @@ def main(env: DistEnv, folder: Path) -> None:
             net.head.branches[2].bias[0] += 1e-7
     try:
         check_replicas(net, buffers=False, when="at step 3")
-        raise AssertionError("nobody saw it")
+        raise AssertionError("no rank noticed it")
     except TrainingError as error:
         (folder / f"error_{env.rank}").write_text(str(error))
 
