@@ -3,6 +3,7 @@
     python tools/benchmark.py step                      # an optimizer step, with its parts
     python tools/benchmark.py batch_norm --json bn.json
     python tools/benchmark.py scaling --check 2 4       # n ranks simulated, and real ones beside it
+    python tools/benchmark.py scale                     # what a step costs each rank at 8 to 1,024 ranks
     python tools/benchmark.py evaluate                  # images/s of evaluation; crf: of the dense CRF
     python tools/benchmark.py loader --data data/voc/train.json
     python tools/benchmark.py all --out DIR --minutes 8   # all of these, one report
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import batch_norm, crf, evaluate, everything, loader, scaling, step
+from benchmarks import batch_norm, crf, evaluate, everything, loader, scale, scaling, step
 from benchmarks.harness import machine, show, write_json
 
 from dist_deeplab.distributed.process_group import DistEnv
@@ -29,6 +30,7 @@ COMMANDS = {
     "loader": loader,
     "batch_norm": batch_norm,
     "scaling": scaling,
+    "scale": scale,
     "evaluate": evaluate,
     "crf": crf,
     "all": everything,

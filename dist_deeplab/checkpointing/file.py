@@ -50,8 +50,8 @@ def verify(path: Path) -> None:
     expected = sidecar_digests(path)
     if not expected:
         raise UserError(
-            f"the checkpoint {path} has no readable sidecar {path.with_suffix('.json').name}; if it is not one "
-            f"of ours, make one of it by {command_name('convert-weights')} IN OUT.pt --to checkpoint"
+            f"the checkpoint {path} has no readable sidecar {path.with_suffix('.json').name}; if it is not "
+            f"a checkpoint of ours, make one of it by {command_name('convert-weights')} IN OUT.pt --to checkpoint"
         )
     if sha256(path) not in expected:
         raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is not the one in its sidecar")

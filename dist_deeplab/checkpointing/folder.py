@@ -81,7 +81,7 @@ class CheckpointFolder:
             if problem:
                 raise TrainingError(
                     f"the checkpoint of step {step} could not be written ({problem}); make room in {self.path}, then "
-                    "the same command continues from the one before"
+                    "the same command resumes from the one before"
                 )
 
     def lost_best(self) -> bool:

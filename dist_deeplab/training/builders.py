@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[TrainingSession]:
-    """The session of a run: connection of the ranks, lock of the folder, watchdog and signals."""
+    """What lasts as long as training: the ranks' connection, the folder's lock, watchdog and signals."""
     set_determinism(config.deterministic)  # before any GPU is used
     if config.optim.implementation == "apex":
         require_apex("optim.implementation=apex", "optimizers", INSTEAD_OF_SGD)
@@ -266,7 +266,7 @@ def build_precision(config: RunConfig, env: DistEnv, net: DeepLabV2, optimizer: 
 
 
 def build_loss_window(config: RunConfig, env: DistEnv) -> LossWindow:
-    """The window of losses between two log lines, with the monitor of steps that were not finite."""
+    """The losses between two log lines; it also saves the samples of steps that were not finite."""
     dump = NonFiniteDump(config.run_dir / "nonfinite", {"config": config_to_dict(config)}, env.rank)
     return LossWindow(NonFiniteMonitor(config.precision.max_nonfinite_steps, dump))
 

@@ -22,7 +22,7 @@ from dist_deeplab.training.optim import build_optimizer, set_lr, update_unless
 from dist_deeplab.training.precision import Precision
 
 NUM_CLASSES, IGNORE_LABEL, CROP = 21, 255, 65
-_EXACT, _TF32, _FP16, _BF16 = 2e-5, 5e-3, 1e-2, 5e-2  # a few units of the mantissa, over one or two layers
+_EXACT, _TF32, _FP16, _BF16 = 2e-5, 5e-3, 4e-3, 2e-2  # a few units of the mantissa, over one or two layers
 
 _LOSS_SCALE = 0.25  # keeps gradients inside float16's range
 

@@ -109,7 +109,7 @@ def free_memory_bytes() -> int:
 
 
 def _gpu_trial(config: RunConfig, variant: Variant, device: torch.device) -> Callable[[int], bool]:
-    """A test whether a step with micro-batches of some size fits on the GPU; random numbers are untouched."""
+    """A function that tries whether a step with micro-batches of a size fits on the GPU; it draws no random numbers."""
 
     def fits(size: int) -> bool:
         crop = config.data.crop_size

@@ -142,7 +142,7 @@ def gib(num_bytes: float) -> str:
 
 
 def images_that_fit(memory: float, fixed: float, image: float) -> int:
-    """Number of images of a micro-batch that fit into `memory` bytes, of which `fixed` are needed anyway."""
+    """Size of the largest micro-batch that fits into `memory` bytes, of which `fixed` are needed without an image."""
     return max(0, math.floor((memory - fixed) / image))
 
 

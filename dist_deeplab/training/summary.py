@@ -1,4 +1,4 @@
-"""What a run says about itself: at its start and during training."""
+"""What a run says about itself: at its start, and during training."""
 
 import logging
 import math
@@ -146,7 +146,7 @@ def _description(changed: Mapping[str, Any]) -> str:
 
 
 def _dataset(context: str, manifest: Manifest) -> dict[str, Any]:
-    """Description of a set of samples for MLflow; the digest is of its keys, however it is sharded."""
+    """A set of samples as MLflow shows it; the digest is of its keys, however it is sharded."""
     return {
         "name": f"{manifest.path.parent.name}/{manifest.split}",
         "context": context,

@@ -170,7 +170,7 @@ def test_sigterm_saves_and_the_next_start_continues(run_ranks: Run, sample_shard
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=120)[0].decode()
     assert process.returncode == 75, output
-    assert "goes on from there" in output
+    assert "continues from there" in output
     assert len(list((tmp_path / "run/checkpoints").glob("step_*.pt"))) == 1
     resumed = run_ranks(1, "-m", "dist_deeplab.train", *arguments)
     assert resumed.returncode == 0, resumed.stderr
@@ -184,7 +184,7 @@ def test_sigterm_to_torchrun_saves_too(run_ranks: Run, sample_shards: Path, tmp_
         wait_for_step(tmp_path / "run", 3)
         agent.send_signal(signal.SIGTERM)
         output = agent.communicate(timeout=120)[0].decode()
-    assert "goes on from there" in output
+    assert "continues from there" in output
     assert len(list((tmp_path / "run/checkpoints").glob("step_*.pt"))) == 1
     resumed = run_ranks(2, "-m", "dist_deeplab.train", *arguments)
     assert resumed.returncode == 0, resumed.stderr

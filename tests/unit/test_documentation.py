@@ -52,7 +52,7 @@ PLAIN_WORDS = [
     (r"\bking's moves\b", "Chebyshev distance"),
     (r"\bcall(s|ed)? the roll\b", "barrier"),
     (r"\bdeaf to\b", "ignores"),
-    (r"(?<!there )\b(is|are) no (?!longer\b|more\b)[a-z]", "is not a"),
+    (r"(?<![Tt]here )\b(is|are) no (?!longer\b|more\b)[a-z]", "is not a"),
     (r"\bpictures?\b", "image, figure"),
     (r'"""Return what ', "name the thing"),
 ]
@@ -192,6 +192,13 @@ def test_named_keys_are_in_the_configuration(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_use_plain_words(page: str) -> None:
     assert list(unplain_words(PAGES[page])) == []
+
+
+def test_code_and_scripts_use_plain_words() -> None:
+    files = [path for folder in ("dist_deeplab", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
+    files += [path for folder in ("launch", "slurm", "configs") for path in sorted((ROOT / folder).iterdir())]
+    found = {str(path.relative_to(ROOT)): list(unplain_words(path.read_text(encoding="utf-8"))) for path in files}
+    assert {path: words for path, words in found.items() if words} == {}
 
 
 def test_readme_is_short() -> None:

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     if arguments.images % arguments.accumulation:
-        raise UserError(f"--images {arguments.images} is no multiple of --accumulation {arguments.accumulation}")
+        raise UserError(f"--images {arguments.images} is not a multiple of --accumulation {arguments.accumulation}")
     env = DistEnv.from_environ()
     ours = expand(arguments.ours, on_gpu=torch.cuda.is_available(), ranks=env.world_size)
     with process_group(env):

@@ -102,7 +102,7 @@ class Manifest(ManifestFile):
 
     @cached_property
     def key_hashes(self) -> np.ndarray:
-        """Sorted 64-bit hashes of the sample keys, uint64; of a set above 2**20 samples only so many, the smallest.
+        """Sorted 64-bit hashes of the sample keys, uint64; of a set above 2**20 samples the smallest 2**20.
 
         Two sets that are cut so still show what share they have in common. Made in some 100 MiB at most.
         """

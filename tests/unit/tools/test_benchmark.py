@@ -117,7 +117,7 @@ def test_a_variant_that_does_not_exist_is_refused(text: str) -> None:
 
 def test_a_share_that_does_not_divide_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["step", "--images", "3", "--accumulation", "2"]) == 2
-    assert "--images 3 is no multiple of --accumulation 2" in capsys.readouterr().err
+    assert "--images 3 is not a multiple of --accumulation 2" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
@@ -194,7 +194,17 @@ def test_all_benchmarks_become_one_report_and_those_without_time_are_named(tmp_p
     done = run_benchmark("all", "--out", tmp_path / "report", "--minutes", 0.1)
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "report" / "report.md").read_text()
-    for name in ("batch_norm", "step", "scaling", "evaluate", "loader", "crf"):
+    for name in ("batch_norm", "step", "scaling", "scale", "evaluate", "loader", "crf"):
         assert f"## {name}\n" in report
     assert "not finished in" in report or "no time was left" in report
     assert run_benchmark("all", "--out", tmp_path, "--minutes", 0).returncode == 2
+
+
+def test_scale_counts_what_travels_and_it_stays_flat_beyond_a_node(tmp_path: Path) -> None:
+    file = tmp_path / "scale.json"
+    done = run_benchmark("scale", "--crop", 33, "--rounds", 1, "--ranks", 8, 64, 1024, "--json", file)
+    assert done.returncode == 0, done.stderr
+    node, some, many = json.loads(file.read_text())["rows"]
+    assert node["collectives"] == some["collectives"] == many["collectives"] > 0
+    assert many["received_kb"] == pytest.approx(some["received_kb"], rel=0.02)
+    assert some["received_kb"] < node["received_kb"]
