@@ -24,7 +24,7 @@ PAGES = {
         *sorted((ROOT / "tests").glob("**/*.md")),
     ]
 }
-SHARDS_SUBCOMMANDS = ("index", "verify", "info")
+SHARDS_SUBCOMMANDS = ("index", "verify", "info", "masks")
 MAX_README_LINES = 200
 MAX_IMAGE_BYTES = 150_000
 
@@ -32,7 +32,7 @@ FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"(?<![\w./-])(?:python -m|-m) (dist_deeplab(?:\.\w+)*)|(?<![\w./-])dist-deeplab ([a-z][\w-]*)")
 SCRIPT = re.compile(r"(?<![\w/.-])(?:\./)?((?:tools|launch|slurm|tests|configs|docs|\.ci)/[\w./-]*\w)")
-MODULE = re.compile(r"(?<![\w/])dist_deeplab(?![./](?:oci|sif|sqsh)\b)(?:[./]\w+)+")
+MODULE = re.compile(r"(?<![\w/])dist_deeplab(?:[./]\w+)+")
 KEY = re.compile(r"(?<![\w./-])([a-z_]+)\.([a-z_0-9]+)(?==)")
 QUOTED_KEY = re.compile(r"`([a-z_]+)\.([a-z_0-9]+)`")
 
