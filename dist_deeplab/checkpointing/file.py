@@ -20,7 +20,7 @@ FORMAT = "dist_deeplab.checkpoint/1"
 
 
 def load_content(path: Path) -> dict[str, Any]:
-    """Return the content of a verified checkpoint, tensors on the CPU; no code in the file is run.
+    """The content of a verified checkpoint, tensors on the CPU; no code in the file is run.
 
     Raises:
         UserError: missing, damaged, or not a checkpoint of ours.
@@ -44,7 +44,7 @@ def verify(path: Path) -> None:
         UserError: file or sidecar missing, or digest wrong.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder, no checkpoint; give a file, e.g. RUN/checkpoints/best.pt")
+        raise UserError(f"{path} is a folder, not a checkpoint; give a file, e.g. RUN/checkpoints/best.pt")
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}; those of a run are RUN/checkpoints/*.pt")
     expected = sidecar_digests(path)

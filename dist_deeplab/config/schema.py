@@ -37,9 +37,9 @@ class RunConfig(Section):
     output_dir: Annotated[str, NOTHING] = "runs"
     """Folder of all runs."""
     resume: Annotated[str, NOTHING] = "auto"
-    """auto: go on from the run's newest checkpoint; never: refuse a used folder; PATH: start a new folder from it."""
+    """auto: continue from the newest checkpoint; never: refuse a used folder; PATH: start a new folder from it."""
     resume_anyway: Annotated[bool, NOTHING] = False
-    """Go on although the recipe or the training samples are not the checkpoint's; what differs is logged."""
+    """Continue although the recipe or the training samples are not the checkpoint's; what differs is logged."""
     deterministic: Annotated[bool, EXECUTION] = False
     """Repeat a run bit by bit on the same hardware and number of ranks: slower algorithms on a GPU."""
     data: DataConfig = DataConfig()

@@ -51,7 +51,7 @@ def dense_crf(
     bi_xy_std: float,
     bi_rgb_std: float,
 ) -> np.ndarray:
-    """Return refined probabilities, float32 [C, H, W].
+    """Refined probabilities, float32 [C, H, W].
 
     Unary energy -log(prob); pairwise Potts energies with weight pos_w for a Gaussian of the distance (standard
     deviation pos_xy_std pixels) and bi_w for one of distance and colour (bi_xy_std pixels, bi_rgb_std of 0..255);
@@ -135,7 +135,7 @@ class CrfPool:
 
 
 def open_crf(enabled: bool, config: CrfConfig, *, ranks_on_host: int) -> AbstractContextManager[CrfPool | None]:
-    """Return the processes of `eval.crf`, by default as many as this rank's share of the cores, or None inside.
+    """The processes of `eval.crf`, by default as many as this rank's share of the cores, or None inside.
 
     Raises:
         UserError: enabled, but pydensecrf is not installed.

@@ -61,7 +61,7 @@ def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[Trai
 
 
 def build_checkpoints(config: RunConfig, env: DistEnv) -> CheckpointFolder:
-    """Return the run's checkpoints."""
+    """The run's checkpoints."""
     keep = config.checkpoint
     return CheckpointFolder(
         config.run_dir / "checkpoints",
@@ -147,7 +147,7 @@ def _build_blocks(config: RunConfig, train_set: Manifest) -> BlockShuffle:
 
 
 def split_batch(config: RunConfig, env: DistEnv) -> BatchSplit:
-    """Return how a step's images are shared out; with `batch.micro_size: auto` for now a rank's whole share at once.
+    """The split of a step over ranks and micro-batches; with `batch.micro_size: auto` for now a rank's share at once.
 
     Raises:
         UserError: there are fewer images than ranks.
@@ -259,7 +259,7 @@ def images_per_s_at_peak(run: Run, net: DeepLabV2) -> float | None:
 
 
 def build_precision(config: RunConfig, env: DistEnv, net: DeepLabV2, optimizer: Optimizer) -> Precision:
-    """Return the arithmetic of forward, backward and update."""
+    """The arithmetic of forward, backward and update."""
     if config.precision.backend == "apex":
         return ApexPrecision(env.device, net, optimizer)
     return Precision(config.precision.dtype, env.device)

@@ -91,7 +91,7 @@ def explained_out_of_memory(config: RunConfig, split: BatchSplit) -> Iterator[No
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error means that memory of GPU or CPU is used up."""
+    """Whether an error means that memory of GPU or CPU is used up."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

@@ -36,11 +36,11 @@ class DeviceFlag:
             self._copied.record()
 
     def has_arrived(self) -> bool:
-        """Return whether `is_bad` may be asked; waits for nothing."""
+        """Whether `is_bad` may be asked; waits for nothing."""
         return self._copied is None or self._copied.query()
 
     def is_bad(self) -> bool:
-        """Return the flag."""
+        """The flag."""
         return bool(self._host)
 
 
@@ -98,7 +98,7 @@ class NonFiniteDump:
         return path
 
     def forget(self) -> None:
-        """Let go of all steps: their verdicts have been read."""
+        """Release all steps: their flags have been read."""
         self._held.clear()
 
 
@@ -181,7 +181,7 @@ def _text(losses: dict[str, float]) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """Return plain values with NaN and infinities as strings, which JSON has no numbers for."""
+    """Plain values with NaN and infinities as strings, which JSON has no numbers for."""
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

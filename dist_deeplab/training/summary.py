@@ -134,7 +134,7 @@ def run_info(run: Run) -> dict[str, Any]:
 
 
 def _description(changed: Mapping[str, Any]) -> str:
-    """Return Markdown that MLflow shows above a run: what is not as in the published recipe.
+    """Markdown that MLflow shows above a run: what is not as in the published recipe.
 
     One paragraph: the page shows five lines of it until it is asked for more.
     """
@@ -162,5 +162,5 @@ def _dataset(context: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def device_name(env: DistEnv) -> str:
-    """Return e.g. NVIDIA H100 80GB HBM3, or CPU."""
+    """Name of the device: NVIDIA H100 80GB HBM3, or CPU."""
     return torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else "CPU"

@@ -129,7 +129,7 @@ def test_evaluate_gives_the_scores_of_the_training_run(run_ranks: Run, undisturb
 
 
 @pytest.mark.parametrize(("victim", "ranks"), [("rank", 2), ("all", 3)])
-def test_a_killed_run_goes_on_to_the_same_weights_and_curve(
+def test_a_killed_run_continues_to_the_same_weights_and_curve(
     run_ranks: Run, undisturbed: Path, sample_shards: Path, tmp_path: Path, victim: str, ranks: int
 ) -> None:
     """SIGKILL after step 6, whose checkpoint is step 4: final weights and curve are bit-identical at two ranks.
@@ -162,7 +162,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_curve(
     assert ("4 images a step = 3 ranks x up to 2 images x 1 " in log) == (ranks == 3)
 
 
-def test_sigterm_saves_and_the_next_start_goes_on(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_next_start_continues(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
     arguments = [*run_arguments(sample_shards, tmp_path, "run"), "tracking.uri=none", "checkpoint.every=1000"]
     command = [sys.executable, "-m", "dist_deeplab.train", *arguments]
     with subprocess.Popen(command, env=command_environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:

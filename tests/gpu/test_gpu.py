@@ -23,7 +23,7 @@ from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.training import memory
-from dist_deeplab.training.device_copy import Uploader
+from dist_deeplab.training.device_copy import DeviceCopier
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import StepResult, TrainStep
@@ -276,7 +276,7 @@ def test_sync_batch_norm_never_waits_for_the_device(device: str) -> None:
 
 
 def test_uploads_read_what_was_given_though_they_run_beside_the_compute(device: str) -> None:
-    upload = Uploader(torch.device(device))
+    upload = DeviceCopier(torch.device(device))
     sources = [torch.full((512, 512), float(number)) for number in range(50)]
     sources = [source.pin_memory() if device == "cuda" else source for source in sources]
     busy = torch.randn(2048 if device == "cuda" else 64, 2048 if device == "cuda" else 64, device=device)
@@ -290,7 +290,7 @@ def test_uploads_read_what_was_given_though_they_run_beside_the_compute(device: 
 
 
 def test_what_is_not_in_pinned_memory_arrives_too_though_it_is_freed_at_once(device: str) -> None:
-    upload = Uploader(torch.device(device))
+    upload = DeviceCopier(torch.device(device))
     copies = [upload(torch.full((300, 41, 41), number))[0] for number in range(50)]
     assert [int(copy.float().mean()) for copy in copies] == list(range(50))
 

@@ -112,7 +112,7 @@ class Ours:
             optimizer = unfused(optimizer, foreach="foreach" in options)
         self.step = TrainStep(self.model, optimizer, self.precision, CAFFE, IGNORE_LABEL)
         if "noupload" in options:
-            self.step.upload = lambda *tensors: [t.to(env.device, non_blocking=True) for t in tensors]  # type: ignore[assignment]
+            self.step.copy_to_device = lambda *tensors: [t.to(env.device, non_blocking=True) for t in tensors]  # type: ignore[assignment]
         self.batches = batches
         if env.world_size > 1:  # as training does; static_graph relies on it
             micro_size, *_, crop_size = batches[0].label.shape

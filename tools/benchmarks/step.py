@@ -197,14 +197,14 @@ def measure_parts(ours: Ours, synchronize: Callable[[], None], repeats: int = 3)
 def _spans(ours: Ours, synchronize: Callable[[], None], repeats: int) -> dict[str, float]:
     spans = Spans(synchronize)
     backward, update, forward = ours.precision.backward, ours.precision.step, ours.model.forward
-    upload = ours.step.upload
+    upload = ours.step.copy_to_device
     ours.precision.backward = spans.around("backward", backward)  # type: ignore[method-assign, assignment]
     ours.precision.step = spans.around("update", update)  # type: ignore[method-assign, assignment]
     ours.model.forward = spans.around("forward", forward)
-    ours.step.upload = spans.around("data", upload)  # type: ignore[assignment]
+    ours.step.copy_to_device = spans.around("data", upload)  # type: ignore[assignment]
     whole = interleave({"step": ours}, rounds=repeats, warmup=0, synchronize=synchronize)["step"]
     ours.precision.backward, ours.precision.step, ours.model.forward = backward, update, forward  # type: ignore[method-assign]
-    ours.step.upload = upload
+    ours.step.copy_to_device = upload
     parts = {name: sum(times) / repeats for name, times in spans.milliseconds.items()}
     return {**parts, "rest": 1e3 * sum(whole.seconds) / repeats - sum(parts.values())}
 

@@ -46,7 +46,7 @@ def test_without_a_signal_no_stop_is_requested(stop: StopRequest) -> None:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_signal_raises_the_flag_and_the_process_goes_on(number: signal.Signals, stop: StopRequest) -> None:
+def test_a_signal_raises_the_flag_and_the_process_continues(number: signal.Signals, stop: StopRequest) -> None:
     os.kill(os.getpid(), number)
     assert stop
     assert stop.signal_number == number

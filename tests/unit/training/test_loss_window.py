@@ -69,7 +69,7 @@ def test_one_output_has_one_loss() -> None:
     assert not any(key.startswith("train/loss_") for key in values)
 
 
-def test_a_window_starts_anew_after_its_mean_was_taken() -> None:
+def test_a_window_starts_again_after_its_mean_was_taken() -> None:
     window = LossWindow(NonFiniteMonitor())
     for step, value in enumerate([1.0, 3.0, 8.0], start=1):
         window.add(step - 1, _result(value), [])
@@ -79,7 +79,7 @@ def test_a_window_starts_anew_after_its_mean_was_taken() -> None:
     assert window.pop_mean()["train/loss"] == 8.0
 
 
-def test_a_window_that_was_saved_and_taken_back_goes_on_as_if_nothing_had_happened() -> None:
+def test_a_window_that_was_saved_and_restored_continues_as_if_nothing_had_happened() -> None:
     window = LossWindow(NonFiniteMonitor(4))
     resumed = LossWindow(NonFiniteMonitor(4))
     for step, kind in enumerate([OK, OVERFLOW, NAN, NAN]):

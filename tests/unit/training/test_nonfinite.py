@@ -166,7 +166,7 @@ def test_good_steps_save_nothing_and_are_let_go(
     assert not (tmp_path / "nonfinite").exists()
 
 
-def test_a_disk_that_refuses_the_evidence_does_not_stop_the_run(
+def test_a_disk_that_refuses_the_dump_does_not_stop_the_run(
     make_net: MakeNet, make_batch: MakeBatch, make_step: MakeStep, tmp_path: Path, caplog: Any
 ) -> None:
     (tmp_path / "file").write_text("")
