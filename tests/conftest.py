@@ -54,7 +54,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group the slow tests; on the workers of pytest-xdist put them first, so that no worker waits for them at the end."""
+    """Group the slow tests; on the workers of pytest-xdist put them first, so that none is left over at the end."""
 
     def place(item: pytest.Item) -> int:
         return next((number for number, (where, _) in enumerate(SLOW) if item.nodeid.startswith(where)), len(SLOW))
