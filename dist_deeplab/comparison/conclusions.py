@@ -102,12 +102,13 @@ def _cost_line(comparison: Comparison, best: Setting) -> list[str]:
 def _reason_line(comparison: Comparison, best: Setting) -> list[str]:
     """Say whether the winner also fitted the training data best: fitting and generalising are different reasons.
 
-    Not where the settings' losses are sums of different parts, of one output or of several, nor where the noise of the
+    Not where the settings' losses are different sums (of one output or several, of pixels that weigh alike or not), nor where the noise of the
     losses leaves it open.
     """
     read: Callable[[RunRecord], float | None] = lambda run: run.last("train/loss")  # noqa: E731
     losses = {setting.label: setting.values(read) for setting in comparison.scored}
-    parts = {run.settings.get("multi_scale.scales") for run in comparison.runs}
+    keys = "multi_scale.scales", "multi_scale.full_grid", "loss.average", "loss.class_weights"
+    parts = {tuple(run.settings.get(key) for key in keys) for run in comparison.runs}
     if len(parts) > 1 or not all(losses.values()):
         return []
     noise, own = pooled_noise(list(losses.values())), losses[best.label]

@@ -18,6 +18,7 @@ from dist_deeplab.model.batch_norm import EPS, MOMENTUM, SyncBatchNorm, norm_fac
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.training.device_copy import Uploader
+from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import StepResult, TrainStep
@@ -59,7 +60,7 @@ def _step(dtype: str, *, norm: str = "sync", clip_norm: float = 0.0) -> TrainSte
     net = DeepLabV2("resnet_tiny", NUM_CLASSES, norm=norm_factory(norm))
     model = prepare_model(MultiScale(net, (1.0, 0.75, 0.5)), ALONE).train()
     optimizer = build_optimizer(net, OptimConfig(lr=1e-3))
-    return TrainStep(model, optimizer, Precision(dtype, ALONE.device), CAFFE, IGNORE, clip_norm)
+    return TrainStep(model, optimizer, Precision(dtype, ALONE.device), CAFFE, CrossEntropy(IGNORE), clip_norm)
 
 
 def _total(result: StepResult) -> float:
