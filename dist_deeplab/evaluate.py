@@ -137,7 +137,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def report_folder(arguments: argparse.Namespace, settings: configuration.RunConfig) -> Path:
-    """Return --out, or its default beside the checkpoints."""
+    """`--out`, or its default beside the checkpoints."""
     checkpoint: Path = arguments.checkpoint
     name = f"{checkpoint.stem}_{Path(shown_url(arguments.data)).stem}{inference_name(settings.eval)}"
     return arguments.out or checkpoint.parent.parent / "eval" / name
@@ -165,7 +165,7 @@ def check_classes(checkpoint: Checkpoint, manifest: Manifest) -> None:
 
 
 def extremes(evaluation: Evaluation, count: int) -> tuple[list[int], list[int]]:
-    """Return the indices of the `count` images with the best scores, best first, and of those with the worst."""
+    """The indices of the `count` images with the best scores, best first, and of those with the worst."""
     scored = [index for index, image in enumerate(evaluation.images) if not math.isnan(image.miou)]
     ranked = sorted(scored, key=lambda index: evaluation.images[index].miou)
     return ranked[::-1][:count], ranked[:count]

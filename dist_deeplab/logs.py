@@ -30,7 +30,7 @@ def _add(root: logging.Logger, handler: logging.Handler, form: str, date: str | 
 
 
 def format_duration(seconds: float) -> str:
-    """Return e.g. 0:42, 12:07 or 3:05:00."""
+    """A duration as 0:42, 12:07 or 3:05:00."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

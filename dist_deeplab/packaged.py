@@ -14,6 +14,13 @@ def packaged_folder(name: str) -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / name
 
 
+def mlflow_ui(uri: str) -> str:
+    """The command that shows the runs of a store that is a file: the launcher of the clone, or MLflow's own."""
+    if packaged_folder("launch") == PACKAGE / "launch":
+        return f"mlflow server --backend-store-uri {uri}"
+    return "./launch/mlflow_ui.sh"
+
+
 def recipe_names() -> list[str]:
     """Names that `--config` takes beside paths: voc_resnet101 for configs/voc_resnet101.yaml."""
     return sorted(file.stem for file in packaged_folder("configs").glob("*.yaml"))

@@ -35,6 +35,7 @@ from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import STOPPED_EARLY, UserError
 from dist_deeplab.files import prepare_folder
 from dist_deeplab.logs import format_count, setup_logging
+from dist_deeplab.packaged import mlflow_ui
 from dist_deeplab.tracking import run_files
 from dist_deeplab.tracking.journal import JOURNAL
 from dist_deeplab.tracking.mlflow.pages import server_of, sweep_pages
@@ -288,7 +289,7 @@ def where_to_look(sweep: Sweep, folders: Sequence[Path]) -> str:
         return f"in MLflow: nothing yet (tracking.uri=none, or no store: {command_name('sync-mlflow')} sends it later)"
     ids, own = [state["run_id"] for state in copies], UploadState(sweep.folder, uri)["run_id"]
     pages = sweep_pages(server_of(uri), copies[0]["experiment_id"], own, ids)
-    head = "in MLflow:" if uri.startswith("http") else "in MLflow: ./launch/mlflow_ui.sh, then"
+    head = "in MLflow:" if uri.startswith("http") else f"in MLflow: {mlflow_ui(uri)}, then"
     return "\n".join([head, *(f"    {name}: {address}" for name, address in pages.items())])
 
 

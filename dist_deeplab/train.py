@@ -5,8 +5,8 @@
         data.train=data/voc/train.json data.val=data/voc/val.json batch.global_size=16
 
 Without --config the defaults apply: the published recipe. `section.key=value` overrides any key; --print-config shows
-all of them, --dry-run tells speed and memory beforehand. Everything goes to <output_dir>/<name>/; starting again with
-the same arguments goes on from the newest checkpoint.
+all of them, --dry-run measures speed and memory. Everything goes to <output_dir>/<name>/; starting again with
+the same arguments resumes from the newest checkpoint.
 Exit codes: 0 done, 1 error, 2 wrong arguments or configuration, 75 stopped early but saved.
 """
 

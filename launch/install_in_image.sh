@@ -11,7 +11,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 answer_help "$@"
 
-INTERPRETER=${PYTHON:-python}
+INTERPRETER=$(command -v "${PYTHON:-python}" || command -v python3) || fail 1 "there is no Python: set PYTHON."
 torch=$(suitable_torch)
 [[ -n $torch ]] || fail 1 "$INTERPRETER has no torch >= 2.10 that can be imported: choose an image that has one."
 say "keeping torch $torch"
@@ -24,4 +24,6 @@ printf 'torch==%s\n' "$torch" >"$kept"
 PIP_CONSTRAINT="${PIP_CONSTRAINT:+$PIP_CONSTRAINT }$kept" "$INTERPRETER" -m pip install --no-cache-dir "$REPO${1:+[$1]}" ||
     fail 1 "pip could not install into the image: see its message above."
 rm -f "$kept"
+# The launchers call it `python`, which some systems lack.
+[[ -e ${INTERPRETER%/*}/python ]] || ln -s "$INTERPRETER" "${INTERPRETER%/*}/python"
 "$INTERPRETER" -c 'import cv2, dist_deeplab, torch, webdataset; print("ready: torch", torch.__version__)'

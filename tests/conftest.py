@@ -37,7 +37,7 @@ def _fresh_logging() -> Iterator[None]:
 
 
 def command_environ() -> dict[str, str]:
-    """Return this process's environment for a command started by a test: one thread, no rank, default MLflow store."""
+    """This process's environment for a command started by a test: one thread, no rank, default MLflow store."""
     environ = {
         k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MLFLOW_TRACKING_URI")
     }
@@ -46,7 +46,7 @@ def command_environ() -> dict[str, str]:
 
 
 def torchrun_command(num_processes: int, *target: str) -> list[str]:
-    """Return the command line of a torchrun with so many local processes."""
+    """The command line of a torchrun with so many local processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     return [*launcher, *target]
 
@@ -65,13 +65,13 @@ def make_sample_shards(root: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with train.json (16 drawn images) and val.json (7)."""
+    """A folder with train.json (16 drawn images) and val.json (7)."""
     return make_sample_shards(tmp_path_factory.mktemp("sample_voc"))
 
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Run:
-    """Return a function that runs `python target...` on so many ranks and returns the finished process."""
+    """A function that runs `python target...` on so many ranks and returns the finished process."""
 
     def run(num_processes: int, *target: str | Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
         command = torchrun_command(num_processes, *map(str, target))

@@ -14,7 +14,7 @@ from dist_deeplab.model.weights import SCRATCH
 
 
 def discerning_network(num_classes: int, images: torch.Tensor | None = None) -> DeepLabV2:
-    """Return a network in evaluation mode that tells classes apart: random weights, statistics of random images.
+    """A network in evaluation mode that tells classes apart: random weights, statistics of random images.
 
     With the statistics that batch norm starts with, every pixel would be of the same class. `images`: normalised,
     float [B, 3, H, W]; noise unless given.

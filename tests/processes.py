@@ -13,7 +13,7 @@ def ranks_of(agent: int) -> Iterator[tuple[int, int]]:
 
 
 def children_of(parent: int) -> list[int]:
-    """Return the direct children of a process, none of one that is gone."""
+    """The direct children of a process, none of one that is gone."""
     try:
         return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
     except OSError:
@@ -21,7 +21,7 @@ def children_of(parent: int) -> list[int]:
 
 
 def environ_of(pid: int) -> dict[str, str]:
-    """Return the environment that a process was started with, nothing of one that is gone or another user's."""
+    """The environment that a process was started with, nothing of one that is gone or another user's."""
     try:
         pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:

@@ -3,8 +3,10 @@
     python tools/benchmark.py step                      # an optimizer step, with its parts
     python tools/benchmark.py batch_norm --json bn.json
     python tools/benchmark.py scaling --check 2 4       # n ranks simulated, and real ones beside it
+    python tools/benchmark.py scale                     # what a step costs each rank at 8 to 1,024 ranks
     python tools/benchmark.py evaluate                  # images/s of evaluation; crf: of the dense CRF
     python tools/benchmark.py loader --data data/voc/train.json
+    python tools/benchmark.py all --out DIR --minutes 8   # all of these, one report
     python tools/benchmark.py COMMAND --help
 
 Competitors take turns; figures are medians with their spread. --json also writes them, with device, versions and
@@ -16,11 +18,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import batch_norm, crf, evaluate, loader, scaling, step
+from benchmarks import batch_norm, crf, evaluate, everything, loader, scale, scaling, step
 from benchmarks.harness import machine, show, write_json
 
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import run_tool
 from dist_deeplab.files import prepare_file
 
 COMMANDS = {
@@ -28,26 +30,27 @@ COMMANDS = {
     "loader": loader,
     "batch_norm": batch_norm,
     "scaling": scaling,
+    "scale": scale,
     "evaluate": evaluate,
     "crf": crf,
+    "all": everything,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        if arguments.json:
-            prepare_file(arguments.json, remedy="choose another --json")
-        report = COMMANDS[arguments.command].run(arguments)
-        env = DistEnv.from_environ()  # of several ranks (batch_norm) one speaks
-        where = machine()
-        env.on_main(show, report, where)
-        if arguments.json:
-            env.on_main(write_json, report, where, arguments.json)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return run_tool(lambda: measure(arguments))
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Run a benchmark and print its report; of several ranks (batch_norm) one prints."""
+    if arguments.json:
+        prepare_file(arguments.json, remedy="choose another --json")
+    report = COMMANDS[arguments.command].run(arguments)
+    env, where = DistEnv.from_environ(), machine()
+    env.on_main(show, report, where)
+    if arguments.json:
+        env.on_main(write_json, report, where, arguments.json)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -20,7 +20,7 @@ FORMAT = "dist_deeplab.checkpoint/1"
 
 
 def load_content(path: Path) -> dict[str, Any]:
-    """Return the content of a verified checkpoint, tensors on the CPU; no code in the file is run.
+    """The content of a verified checkpoint, tensors on the CPU; no code in the file is run.
 
     Raises:
         UserError: missing, damaged, or not a checkpoint of ours.
@@ -44,14 +44,14 @@ def verify(path: Path) -> None:
         UserError: file or sidecar missing, or digest wrong.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder, no checkpoint; give a file, e.g. RUN/checkpoints/best.pt")
+        raise UserError(f"{path} is a folder, not a checkpoint; give a file, e.g. RUN/checkpoints/best.pt")
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}; those of a run are RUN/checkpoints/*.pt")
     expected = sidecar_digests(path)
     if not expected:
         raise UserError(
-            f"the checkpoint {path} has no readable sidecar {path.with_suffix('.json').name}; if it is no checkpoint "
-            f"of ours, make one of it by {command_name('convert-weights')} IN OUT.pt --to checkpoint"
+            f"the checkpoint {path} has no readable sidecar {path.with_suffix('.json').name}; if it is not "
+            f"a checkpoint of ours, make one of it by {command_name('convert-weights')} IN OUT.pt --to checkpoint"
         )
     if sha256(path) not in expected:
         raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is not the one in its sidecar")

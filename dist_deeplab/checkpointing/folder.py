@@ -53,8 +53,8 @@ class CheckpointFolder:
     def save(self, content: dict[str, Any], *, step: int, is_best: bool, wait: bool = False) -> None:
         """Copy `content` (tensors and plain values), then write it as the checkpoint of `step` in the background.
 
-        Training stands still for the copy, and for what is left of the save before. A disk that is full or broken is
-        an error in the log and the metric `checkpoint/failed`, and the run goes on; nothing that was there is lost.
+        Training waits for the copy, and for what is left of the save before. A disk that is full or broken is
+        an error in the log and the metric `checkpoint/failed`, and the run continues; nothing that was there is lost.
 
         Args:
             content: what to save.
@@ -81,11 +81,11 @@ class CheckpointFolder:
             if problem:
                 raise TrainingError(
                     f"the checkpoint of step {step} could not be written ({problem}); make room in {self.path}, then "
-                    "the same command goes on from the one before"
+                    "the same command resumes from the one before"
                 )
 
     def lost_best(self) -> bool:
-        """Return, once, whether the best checkpoint could not be written, so that `best.pt` is an older one or none.
+        """Whether the best checkpoint could not be written, so that `best.pt` is an older one or none.
 
         Every rank must call it. It waits for the save in flight only where that is the best one.
         """
@@ -98,7 +98,7 @@ class CheckpointFolder:
         return broadcast_from_main(self._best_failed)
 
     def pop_values(self) -> dict[str, float]:
-        """Return metric points of the saves since the last call; on ranks that don't write there are none."""
+        """Metric points of the saves since the last call; on ranks that don't write there are none."""
         return dict(self._values.popleft() for _ in range(len(self._values)))
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ class CheckpointFolder:
         """Rename checkpoints of later steps: they were passed over, and must neither be found nor count as kept."""
         for path in self._all():
             if path.stem > f"step_{step:08d}":
-                log.warning("%s was passed over when the run went on from before it; renamed to *.passed_over", path)
+                log.warning("%s was passed over when the run continued from before it; renamed to *.passed_over", path)
                 for file in (path, path.with_suffix(".json")):
                     if file.exists():
                         os.replace(file, file.with_name(f"{file.name}.passed_over"))
@@ -168,7 +168,7 @@ class CheckpointFolder:
     # --- finding --------------------------------------------------------------------------------------------------
 
     def newest(self) -> Path | None:
-        """Return the newest checkpoint that verifies, or None; damaged ones are reported and passed over.
+        """The newest checkpoint that verifies, or None; damaged ones are reported and passed over.
 
         The writer looks and tells the others: every rank must call it. Half-written files of a killed run go away.
         """
@@ -187,7 +187,7 @@ class CheckpointFolder:
         return None
 
     def has_any(self) -> bool:
-        """Return whether there is any checkpoint, damaged or not."""
+        """Whether there is any checkpoint, damaged or not."""
         return bool(self._all())
 
     def _all(self) -> list[Path]:

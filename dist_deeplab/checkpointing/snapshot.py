@@ -14,7 +14,7 @@ class Snapshot:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def take(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Return a copy of `content`; it is good until the next call.
+        """A copy of `content`; it is good until the next call.
 
         Raises:
             ValueError: a tensor holds NaN or infinity, or there is something that a safe load would refuse; where.

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from dist_deeplab.command_line import command_name
+from dist_deeplab.packaged import mlflow_ui
 
 SAMPLE = Path("data/sample_voc")
 RUN = Path("runs/quickstart")
@@ -42,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = children.run([sys.executable, "-m", "dist_deeplab", *part])
         if code or children.stopped:
             return code
-    clone = Path("launch/mlflow_ui.sh")
-    server = f"mlflow server --backend-store-uri sqlite:///{RUN.parent}/mlflow.db"
-    pages = f"./{clone}" if clone.exists() else server
+    pages = mlflow_ui(f"sqlite:///{RUN.parent}/mlflow.db")
     print(ENDING.format(run=RUN, pages=f"{pages}, then open http://127.0.0.1:5000"))
     return 0
 

@@ -33,7 +33,7 @@ from dist_deeplab.workers import num_cores
 VERSION = 1
 """Of the drawings: raise it with every change that changes a file's bytes."""
 GREY_EVERY = 12
-"""One JPEG in so many has a single channel."""
+"""One JPEG in this many has a single channel."""
 
 
 class Scene(NamedTuple):

@@ -146,7 +146,7 @@ def score_files(
     void_is_meant: labels may be void but for one class; else they are taken for masks of 0 and 255, and refused.
 
     Raises:
-        UserError: a file that holds no class indices, another size, or an index that is no class; it is named.
+        UserError: a file without class indices, of another size, or with an index that is not a class; it is named.
     """
     num_classes, ignore_label = len(labels.class_names), labels.ignore_label
     values = np.zeros(256, dtype=np.int64)

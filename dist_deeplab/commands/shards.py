@@ -17,6 +17,11 @@ From a list file with one `image label` pair of paths a line (DrSleep's format):
 Masks hold class indices (greyscale or palette). If they hold other grey levels or colours, --label-map names a file of
 `LEVEL name` or `R G B name` lines. All masks are counted first; --dry-run stops there.
 
+Annotations (COCO or Roboflow JSON, labelme JSON, CVAT XML) become masks to look at, a list of pairs and class names:
+
+    dist-deeplab shards masks annotations.json --images photos --out masks
+    dist-deeplab shards --list masks/list.txt --class-names masks/names.txt --split train --out data/mine
+
 Shards made elsewhere; is a set sound; what is in it (with a contact sheet to look at):
 
     dist-deeplab shards index data/other/*.tar --split train --class-names names.txt
@@ -31,13 +36,14 @@ Exit codes: 0 done, 2 wrong arguments or data.
 import sys
 from collections.abc import Sequence
 
-from dist_deeplab.commands.packing import look, pack
+from dist_deeplab.commands.packing import look, masks, pack
 from dist_deeplab.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = look if argv and argv[0] in look.COMMANDS else pack
+    first = argv[0] if argv else ""
+    command = look if first in look.COMMANDS else masks if first in masks.COMMANDS else pack
     arguments = command.parse_arguments(argv, manual=__doc__ or "")
     try:
         command.run(arguments)

@@ -99,7 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def parse_grid(texts: Sequence[str]) -> list[Point]:
-    """Return the points of `crf.bi_w=3,4 crf.bi_xy_std=50:70:10`: every combination; a range holds its end.
+    """The points of `crf.bi_w=3,4 crf.bi_xy_std=50:70:10`: every combination; a range holds its end.
 
     Raises:
         UserError: no such key, no numbers, or a value that is out of range.
@@ -124,14 +124,14 @@ def parse_grid(texts: Sequence[str]) -> list[Point]:
 
 
 def base_point(settings: RunConfig) -> Point:
-    """Return the parameters that the grid changes some of."""
+    """The parameters that the grid changes some of."""
     return settings.crf.model_dump(exclude={"num_workers"})
 
 
 def search(
     checkpoint: Checkpoint, settings: RunConfig, manifest: Manifest, points: Sequence[Point], *, num_images: int
 ) -> tuple[list[float], float]:
-    """Return the mIoU of each point, and the one without a CRF."""
+    """The mIoU of each point, and the one without a CRF."""
     device = DistEnv().device
     predictor = Predictor.from_checkpoint(checkpoint, settings, device)
     dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)

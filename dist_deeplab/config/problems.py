@@ -26,7 +26,7 @@ _WORDS = {
 
 
 def sentence(error: ValidationError) -> str:
-    """Return all that is wrong, each as `section.key = value: what it must be`."""
+    """All that is wrong, each as `section.key = value: what it must be`."""
     said: dict[str, list[str]] = {}
     for problem in error.errors():
         place = _place(problem["loc"])
@@ -46,7 +46,7 @@ def _words(kind: str, message: str, context: Mapping[str, Any]) -> str:
 
 
 def _place(location: Sequence[Any]) -> str:
-    """Return `section.key`, with the number of a value in a list; what pydantic calls one of several types is left."""
+    """`section.key`, with the number of a value in a list; what pydantic calls one of several types is left."""
     return ".".join(str(part) for n, part in enumerate(location) if n < 2 or isinstance(part, int))
 
 

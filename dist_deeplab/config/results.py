@@ -30,7 +30,7 @@ class EvalConfig(Section):
     fusion: Annotated[Literal["max", "mean"], SCORE] = "max"
     """How logits of several scales become one: max is the paper's."""
     flip: Annotated[bool, SCORE] = False
-    """Average with the prediction on the mirrored image."""
+    """Average with the prediction on the horizontally flipped image."""
     align_corners: Annotated[bool, SCORE] = True
     """true: logits sit on pixels, as in training; false: half-pixel resizing, unpadded images (kazuto1011's way)."""
     window: Annotated[int, Field(ge=33), SCORE] = 2049

@@ -34,13 +34,13 @@ class RunConfig(Section):
     max_steps: Annotated[Positive, RECIPE] = 20000
     """Optimizer steps."""
     max_hours: Annotated[Annotated[float, Field(gt=0)] | None, EXECUTION] = None
-    """Save and stop (exit code 75) after so many hours since the launch: before a known limit. Empty: no limit."""
+    """Save and stop (exit code 75) this many hours after the launch: before a known limit. Empty: no limit."""
     output_dir: Annotated[str, NOTHING] = "runs"
     """Folder of all runs."""
     resume: Annotated[str, NOTHING] = "auto"
-    """auto: go on from the run's newest checkpoint; never: refuse a used folder; PATH: start a new folder from it."""
+    """auto: continue from the newest checkpoint; never: refuse a used folder; PATH: start a new folder from it."""
     resume_anyway: Annotated[bool, NOTHING] = False
-    """Go on although the recipe or the training samples are not the checkpoint's; what differs is logged."""
+    """Continue although the recipe or the training samples are not the checkpoint's; what differs is logged."""
     deterministic: Annotated[bool, EXECUTION] = False
     """Repeat a run bit by bit on the same hardware and number of ranks: slower algorithms on a GPU."""
     data: DataConfig = DataConfig()

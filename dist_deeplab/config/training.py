@@ -214,9 +214,9 @@ class DistributedConfig(Section):
     startup_timeout_s: Annotated[float, Field(ge=1), EXECUTION] = 600.0
     """How long to wait at the start until all processes have met; then the missing ones are named."""
     hang_timeout_s: Annotated[float, Field(ge=1), EXECUTION] = 1800.0
-    """A run without progress for so long ends: the stuck rank is named and all stacks are in logs/."""
+    """A run without progress for this long ends: the stuck rank is named and all stacks are in logs/."""
 
 
 def grid_size(value: int) -> int:
-    """Return the size 8k+1 (at least 33) nearest to `value`: corner-aligned sizes of an output stride of 8."""
+    """The size 8k+1 (at least 33) nearest to `value`: corner-aligned sizes of an output stride of 8."""
     return max(33, round((value - 1) / 8) * 8 + 1)

@@ -99,7 +99,7 @@ class FullShuffle:
         return None
 
     def open_shards(self, split: "BatchSplit", rank: int) -> int:
-        """See `SampleOrder`: any shard may be next, so as many as are no burden."""
+        """See `SampleOrder`: any shard may be next, so as many as cost little."""
         return _OPEN_SHARDS
 
     def sample_at(self, position: int) -> int:

@@ -81,7 +81,7 @@ def watchdog_store(store: dist.Store) -> dist.Store:
 
 
 def wait_for_all(env: DistEnv, arrived: dist.Store, heartbeats: dist.Store, progress: Progress) -> None:
-    """Return once all ranks have called this with the same `arrived`, an empty part of the shared store.
+    """Wait until all ranks have called this with the same `arrived`, an empty part of the shared store.
 
     Marks progress whenever the first rank that is missing has published a new heartbeat.
     """

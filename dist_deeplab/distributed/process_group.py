@@ -45,7 +45,7 @@ class DistEnv:
         """Read torchrun's variables, else those of a Slurm step with several tasks, else be the only process.
 
         Raises:
-            UserError: some of torchrun's variables are set and others are not, or are no numbers.
+            UserError: some of torchrun's variables are set and others are not, or are not numbers.
         """
         present = [name for name in _TORCHRUN[:3] if name in environ]
         if present:

@@ -119,7 +119,8 @@ def _connect(rank: int, timeout_s: float) -> dist.Store:
         if serve:
             raise UserError(f"rank 0 can't open {_address()} ({first_line(error)}); set another MASTER_PORT") from None
         raise UserError(
-            f"rank {rank} on {socket.gethostname()} reached nobody at {_address()} in {timeout_s:.0f} s; {_SOCKET_HINT}"
+            f"rank {rank} on {socket.gethostname()} reached no process at {_address()} in {timeout_s:.0f} s; "
+            f"{_SOCKET_HINT}"
         ) from None
 
 

@@ -45,12 +45,12 @@ def check_replicas(model: nn.Module, *, buffers: bool = True, when: str = "at th
         raise TrainingError(
             f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))} of {len(all_ranks)} "
             f"{'holds' if len(ranks) == 1 else 'hold'} other values than the rest in {named}{more} {when}; do all have "
-            "the same code, files and hardware? the run goes on from its last checkpoint when started again"
+            "the same code, files and hardware? the same command resumes from the last checkpoint"
         )
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a checksum of a tensor's bits, int64 [] on its device; the memory format does not count.
+    """A checksum of a tensor's bits, int64 [] on its device; the memory format does not count.
 
     Each element's bits, times an odd number that grows with its position, are added up modulo 2^64: exact whatever the
     order, and any change of one element changes it.

@@ -32,7 +32,7 @@ class Session:
     _num_waits: int = 0
 
     def wait_for_all(self) -> None:
-        """Return once every rank has made this call, however far apart they are; every rank must make it.
+        """Wait until every rank has made this call, however far apart they are; every rank must make it.
 
         For ends of long unequal work: a collective would time out. A rank that waits makes progress as long as the
         first rank that is missing publishes heartbeats; that one's own watchdog notices where it hangs.

@@ -27,7 +27,7 @@ class StopRequest:
         return self
 
     def set_deadline(self, seconds: float) -> None:
-        """Ask to stop in so many seconds."""
+        """Ask to stop after this many seconds."""
         self._deadline = time.monotonic() + seconds
 
     def hear(self, reason: str) -> None:

@@ -23,7 +23,7 @@ from dist_deeplab.downloads.urls import DownloadError, check_url, name_in, shown
 
 _CHUNK = 2**20
 _MAX_FAILURES = 5  # in a row, without a gain in between
-_LEAST_GAIN = 2**16  # bytes that the next attempt can build on: a server that sends less is no use
+_LEAST_GAIN = 2**16  # bytes that the next attempt can build on: a server that sends less is useless
 _FIRST_PAUSE_S = 1.0  # doubled with each failure in a row
 _SPARE_BYTES = 2**24  # left free on the disk, for whoever else writes there
 
@@ -238,7 +238,7 @@ class _Download:
         return DownloadError(f"{shown(self.url)} has {found} bytes, not {wanted}; ask its owner or try another source")
 
     def _require_room(self, num_bytes: int) -> None:
-        """Check that so many bytes can come and some remain free for others.
+        """Check that `num_bytes` can be written and some remain free for others.
 
         Raises:
             DiskFullError: they can't.

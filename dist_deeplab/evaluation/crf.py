@@ -51,14 +51,14 @@ def dense_crf(
     bi_xy_std: float,
     bi_rgb_std: float,
 ) -> np.ndarray:
-    """Return refined probabilities, float32 [C, H, W].
+    """Refined probabilities, float32 [C, H, W].
 
     Unary energy -log(prob); pairwise Potts energies with weight pos_w for a Gaussian of the distance (standard
     deviation pos_xy_std pixels) and bi_w for one of distance and colour (bi_xy_std pixels, bi_rgb_std of 0..255);
     `iterations` of mean field (DeepLab-v2, section 3.3). A kernel of weight 0 is left out.
 
     Args:
-        image: the original picture, uint8 [H, W, 3] RGB, nothing subtracted.
+        image: the original image, uint8 [H, W, 3] RGB, nothing subtracted.
         prob: softmax of the network's logits at the image's size, float32 [C, H, W].
     """
     from pydensecrf import densecrf, utils
@@ -76,7 +76,7 @@ def dense_crf(
 
 
 class CrfPool:
-    """Processes that refine images while the caller goes on; a context manager.
+    """Processes that refine images while the caller continues; a context manager.
 
     parameters: those of `dense_crf`. num_processes: how many; a core each.
     """
@@ -135,7 +135,7 @@ class CrfPool:
 
 
 def open_crf(enabled: bool, config: CrfConfig, *, ranks_on_host: int) -> AbstractContextManager[CrfPool | None]:
-    """Return the processes of `eval.crf`, by default as many as this rank's share of the cores, or None inside.
+    """The processes of `eval.crf`, by default as many as this rank's share of the cores, or None inside.
 
     Raises:
         UserError: enabled, but pydensecrf is not installed.

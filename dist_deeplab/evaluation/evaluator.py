@@ -51,7 +51,7 @@ class Evaluation:
 
 
 class EvaluationStopped(Exception):
-    """A rank was asked to stop; there is no result."""
+    """A rank was asked to stop, so nothing was scored."""
 
 
 def evaluate(
@@ -64,7 +64,7 @@ def evaluate(
     num_panels: int = 0,
     crf: CrfPool | None = None,
 ) -> Evaluation:
-    """Return the evaluation of a network on all images of a shard set; every rank must call it.
+    """The evaluation of a network on all images of a shard set; every rank must call it.
 
     Images of one size form batches, the same ones at any world size, and the ranks take turns at these: so the
     confusion matrix does not depend on the number of ranks, bit for bit.
@@ -113,7 +113,7 @@ def evaluate(
 
 
 def _in_the_sets_order(own: list[ImageScore], indices: list[int], manifest: Manifest) -> tuple[ImageScore, ...]:
-    """Return the scores of all ranks, sorted by the images' indices in the set; `indices` are those of `own`.
+    """The scores of all ranks, sorted by the images' indices in the set; `indices` are those of `own`.
 
     Raises:
         TrainingError: an image of the set is missing or was scored twice.
@@ -137,7 +137,7 @@ def spread_over(num_samples: int, count: int) -> list[int]:
 def draw_panels(
     predictor: Predictor, manifest: Manifest, env: DistEnv, indices: Sequence[int], *, crf: CrfPool | None = None
 ) -> list[Panel]:
-    """Return panels of some of the set's images, in the order of `indices`; every rank must call it and gets all."""
+    """Panels of some of the set's images, in the order of `indices`; every rank must call it and gets all."""
     dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label)
     own = list(indices)[env.rank :: env.world_size]
     panels = []
@@ -172,7 +172,7 @@ def _unpack(content: bytes) -> Iterator[tuple[int, Panel]]:
 
 
 def content_of(batch: Batch, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return image uint8 [H, W, 3] and label uint8 [H, W] of one sample of a batch, without its padding."""
+    """Image uint8 [H, W, 3] and label uint8 [H, W] of one sample of a batch, without its padding."""
     height, width = batch.content[number].tolist()
     image = batch.image[number, :, :height, :width].permute(1, 2, 0)
     return np.ascontiguousarray(image.numpy()), np.ascontiguousarray(batch.label[number, :height, :width].numpy())
@@ -217,7 +217,7 @@ def _classes(predictor: Predictor, batch: Batch, device: torch.device) -> torch.
 def _split_for_crf(
     predictor: Predictor, batches: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
-    """Yield each image of the batches as a batch of one, with its picture and probabilities, without padding."""
+    """Yield each image of the batches as a batch of one, with its image and probabilities, without padding."""
     for batch in batches:
         whole: np.ndarray | None = None
         if not predictor.windows.needed_for(batch.content.max(dim=0).values.tolist()):

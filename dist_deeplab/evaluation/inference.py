@@ -59,7 +59,7 @@ def inference_settings(checkpoint: Checkpoint, overrides: Sequence[str]) -> RunC
 
 
 def inference_name(config: EvalConfig) -> str:
-    """Return a name for the way a network is asked, e.g. `_s0.5-0.75-1_flip_crf`; empty for one scale as trained."""
+    """A name for the way a network is asked, e.g. `_s0.5-0.75-1_flip_crf`; empty for one scale as trained."""
     several = config.scales != (1.0,)
     parts = [
         "s" + "-".join(f"{scale:g}" for scale in config.scales) if several else "",
@@ -73,12 +73,12 @@ def inference_name(config: EvalConfig) -> str:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network and the way it is asked: several scales, mirrored or not.
+    """A network and the way it is asked: several scales, flipped horizontally or not.
 
     Corner-aligned (the default), images come padded to 8k+1 and are scaled to the nearest 8k+1, so that logits sit on
     pixels at every scale. The outputs are brought to the finest grid among them, fused there (max is DeepLab-v2's;
-    both are of logits, not of probabilities) and resized once to the image. Mirroring does all this again with the
-    image reversed, and averages.
+    both are of logits, not of probabilities) and resized once to the image. Flipping does all this again with the
+    flipped image, and averages.
 
     `align_corners=False` is kazuto1011's way: images as they are, sizes floor(n s) (at least 1), half-pixel centres
     throughout.
@@ -123,11 +123,11 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, image: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits [B, C, H, W], the padding's included (half-pixel: of the content alone).
+        """Logits, float32 [B, C, H, W], the padding's included (half-pixel: of the content alone).
 
         Args:
             image: uint8 RGB [B, 3, H, W] on the network's device; corner-aligned: H and W of 8k+1.
-            content: int64 [B, 2], CPU: height and width of the part at the top left that is no padding.
+            content: int64 [B, 2], CPU: height and width of the part at the top left that is not padding.
 
         Raises:
             ValueError: half-pixel, and images of several sizes.
@@ -144,7 +144,7 @@ class Predictor:
         return self._resize(logits, x.shape[2:])
 
     def _fused(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits [B, C, h, w] on the grid of the largest scale."""
+        """Logits [B, C, h, w] on the grid of the largest scale."""
         fused = self._at_scale(x, max(self.scales))
         for scale in sorted(self.scales, reverse=True)[1:]:
             other = self._resize(self._at_scale(x, scale), fused.shape[2:])
@@ -172,5 +172,5 @@ class Predictor:
 
 
 def nearest_grid_size(length: int, scale: float) -> int:
-    """Return the 8k+1, k >= 1, nearest to the corner-aligned (n-1)s+1: how long an axis of `length` is at a scale."""
+    """The 8k+1, k >= 1, nearest to the corner-aligned (n-1)s+1: how long an axis of `length` is at a scale."""
     return 8 * max(1, round((length - 1) * scale / 8)) + 1

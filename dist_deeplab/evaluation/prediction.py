@@ -35,7 +35,7 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """How images go through a network: so many of one size at once, read by so many threads, and what is returned."""
+    """How images go through a network: how many of one size at once, read by how many threads, what is returned."""
 
     device: torch.device
     batch_size: int = 1

@@ -30,7 +30,7 @@ WEIGHTS = "network.pt"
 SERVED = DecodeOptions(
     formats=("JPEG", "PNG", "WEBP"), max_pixels=50_000_000, if_too_large="send it in parts, or use dist-deeplab predict"
 )
-"""What strangers may send: 50 megapixels decode in some 0.6 GB."""
+"""What strangers may send: 50 megapixels decode in at most 1.1 GB."""
 
 
 class SegmentationModel:

@@ -78,7 +78,7 @@ class Journal:
         self._failing = False
 
     def append_or_fail(self, *records: Mapping[str, Any]) -> None:
-        """Write all of the records or none: for a process that ends soon, whose memory is no place to wait.
+        """Write all of the records or none: for a process that ends soon, which cannot keep them in memory.
 
         Raises:
             OSError: e.g. a full disk.

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, first_line
 
 INSTEAD_OF_SGD = "optim.implementation=torch, which is fused too"
 INSTEAD_OF_AMP = "precision.backend=torch, which is torch.amp with the same precision.dtype"
 _REMOVED = "it was removed on 2025-05-08 (commit cb65b8ed); a commit before that one has it"
 _BUILD = (
-    "build it from https://github.com/NVIDIA/apex by `pip install --no-build-isolation --config-settings "
-    '"--build-option=--cpp_ext --cuda_ext" .`'
+    "build it from https://github.com/NVIDIA/apex by `APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install "
+    "--no-build-isolation .` (NVIDIA's NGC images of PyTorch have it)"
 )
 
 
@@ -37,12 +37,12 @@ class ApexInstall:
     has_extensions: bool
 
     def has(self, part: str) -> bool:
-        """Return whether it has a subpackage, e.g. `amp`."""
+        """Whether it has a subpackage, e.g. `amp`."""
         return importlib.machinery.PathFinder.find_spec(part, [str(self.folder)]) is not None
 
 
 def find_apex() -> ApexInstall | None:
-    """Return what is installed as `apex`, or None; nothing of it is run."""
+    """What is installed as `apex`, or None; nothing of it is run."""
     spec = importlib.util.find_spec("apex")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -74,12 +74,19 @@ def require_apex(key: str, part: str, instead: str) -> None:
         why = f"; {_REMOVED}" if part == "amp" else ""
         raise UserError(f"{key} needs apex.{part}, which the apex in {found.folder} does not have{why}; set {instead}")
     if not found.has_extensions:
-        raise UserError(f"{key}: the apex in {found.folder} was built without --cuda_ext; {_BUILD}, or set {instead}")
+        raise UserError(f"{key}: the apex in {found.folder} has no CUDA extensions; {_BUILD}, or set {instead}")
     if not torch.cuda.is_available():
         raise UserError(f"{key} needs a GPU, and torch sees none; set {instead}")
+    try:
+        importlib.import_module("amp_C")  # after torch, whose libraries it is linked to
+    except Exception as error:  # built for another torch: an ImportError about a symbol, mostly
+        raise UserError(
+            f"{key}: apex's extension amp_C does not work with torch {torch.__version__} ({first_line(error)}); build "
+            f"it again: {_BUILD}, or set {instead}"
+        ) from None
 
 
 def apex_sgd(groups: list[dict[str, Any]], *, lr: float, momentum: float) -> Optimizer:
-    """Return apex's FusedSGD: the update of torch's, with one wait for the GPU per step to know whether to skip."""
+    """apex's FusedSGD: the update of torch's, with one wait for the GPU per step to know whether to skip."""
     require_apex("optim.implementation=apex", "optimizers", INSTEAD_OF_SGD)
     return importlib.import_module("apex.optimizers").FusedSGD(groups, lr=lr, momentum=momentum)

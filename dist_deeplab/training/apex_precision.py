@@ -53,7 +53,7 @@ class ApexPrecision(Precision):
         return torch.tensor(float(scaler.loss_scale()), device="cpu").to(self.device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return amp's state."""
+        """Amp's state."""
         return dict(self.amp.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def assemble(
 ) -> Assembled:
     """The run at the step of its newest checkpoint, else at step 0 with the weights of `model.init`.
 
-    Every rank calls it. The checkpoint's tensors (0.35 GB for ResNet-101) are let go when it returns.
+    Every rank calls it. The checkpoint's tensors (0.35 GB for ResNet-101) are released when it returns.
 
     Raises:
         UserError: weights or settings that do not fit each other, or this machine.

@@ -25,7 +25,7 @@ class BadSamples:
 
     @classmethod
     def open(cls, run_dir: Path, limit: int, env: DistEnv, *, start: int) -> "BadSamples":
-        """Return those that were met before step `start`; every rank must call it. Later ones will be met again."""
+        """The samples that were met before step `start`; every rank must call it. Later ones will be met again."""
         path = run_dir / FILE
         lines: list[str] = []
         env.on_main(lambda: lines.extend(_keep_before(path, start)))
@@ -54,7 +54,7 @@ class BadSamples:
             )
 
     def values(self) -> dict[str, float]:
-        """Return the metric, where bad samples are allowed at all."""
+        """The metric, where bad samples are allowed at all."""
         return {"data/bad_samples": float(len(self.known))} if self.limit else {}
 
     def _list(self, step: int, found: Sequence[BadSample]) -> None:
@@ -65,7 +65,7 @@ class BadSamples:
 
 
 def _keep_before(path: Path, start: int) -> list[str]:
-    """Return the file's lines of the steps up to `start`, and drop those that a killed attempt wrote."""
+    """The file's lines of the steps up to `start`, and drop those that a killed attempt wrote."""
     if not path.is_file():
         return []
     kept = []

@@ -35,7 +35,7 @@ from dist_deeplab.training.apex_precision import ApexPrecision
 from dist_deeplab.training.loss import CrossEntropy, balanced_weights
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.memory import explained_out_of_memory
-from dist_deeplab.training.nonfinite import NonFiniteDump
+from dist_deeplab.training.nonfinite import NonFiniteDump, NonFiniteMonitor
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.run import Run
 from dist_deeplab.training.state import TrainState
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[TrainingSession]:
-    """Return what holds while the run goes on: the ranks' connection, the folder's lock, watchdog and signals."""
+    """What lasts as long as training: the ranks' connection, the folder's lock, watchdog and signals."""
     set_determinism(config.deterministic)  # before any GPU is used
     if config.optim.implementation == "apex":
         require_apex("optim.implementation=apex", "optimizers", INSTEAD_OF_SGD)
@@ -63,7 +63,7 @@ def open_session(config: RunConfig, env: DistEnv) -> AbstractContextManager[Trai
 
 
 def build_checkpoints(config: RunConfig, env: DistEnv) -> CheckpointFolder:
-    """Return the run's checkpoints."""
+    """The run's checkpoints."""
     keep = config.checkpoint
     return CheckpointFolder(
         config.run_dir / "checkpoints",
@@ -161,7 +161,7 @@ def _build_blocks(config: RunConfig, train_set: Manifest) -> BlockShuffle:
 
 
 def split_batch(config: RunConfig, env: DistEnv) -> BatchSplit:
-    """Return how a step's images are shared out; with `batch.micro_size: auto` for now a rank's whole share at once.
+    """The split of a step over ranks and micro-batches; with `batch.micro_size: auto` for now a rank's share at once.
 
     Raises:
         UserError: there are fewer images than ranks.
@@ -288,16 +288,16 @@ def images_per_s_at_peak(run: Run, net: DeepLabV2) -> float | None:
 
 
 def build_precision(config: RunConfig, env: DistEnv, net: DeepLabV2, optimizer: Optimizer) -> Precision:
-    """Return the arithmetic of forward, backward and update."""
+    """The arithmetic of forward, backward and update."""
     if config.precision.backend == "apex":
         return ApexPrecision(env.device, net, optimizer)
     return Precision(config.precision.dtype, env.device)
 
 
 def build_loss_window(config: RunConfig, env: DistEnv) -> LossWindow:
-    """Return what keeps losses until a log line, and saves the samples of steps that were not finite."""
+    """The losses between two log lines; it also saves the samples of steps that were not finite."""
     dump = NonFiniteDump(config.run_dir / "nonfinite", {"config": config_to_dict(config)}, env.rank)
-    return LossWindow(max_nonfinite_steps=config.precision.max_nonfinite_steps, dump=dump)
+    return LossWindow(NonFiniteMonitor(config.precision.max_nonfinite_steps, dump))
 
 
 def build_loss(config: RunConfig) -> CrossEntropy:

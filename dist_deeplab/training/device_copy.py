@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 
-class Uploader:
+class DeviceCopier:
     """Copies CPU tensors to a device; on a GPU, on a stream of its own.
 
     The host is ahead of the GPU, so a step's copies are asked for while the GPU still computes the step before. On the
@@ -18,7 +18,7 @@ class Uploader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Return the tensors on the device, for use on its current stream."""
+        """The tensors on the device, for use on its current stream."""
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             copies = [self._pinned(tensor).to(self.device, non_blocking=True) for tensor in tensors]
         if self._stream:
@@ -29,5 +29,5 @@ class Uploader:
         return copies
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor in memory that a copy can leave on its own: for other memory the host would wait."""
+        """The tensor in memory that a copy can leave on its own: for other memory the host would wait."""
         return tensor if self._stream is None or tensor.is_pinned() else tensor.pin_memory()

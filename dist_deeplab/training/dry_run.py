@@ -72,7 +72,7 @@ def _report(config: RunConfig, short: RunConfig, env: DistEnv) -> None:
 
 
 def forecast(config: RunConfig, step_s: Sequence[float], data_s: Sequence[float]) -> str:
-    """Return a sentence on the whole run, from seconds a step and seconds of it spent waiting for data."""
+    """A sentence on the whole run, from seconds a step and seconds of it spent waiting for data."""
     seconds = statistics.median(step_s)
     return (
         f"dry run: {config.batch.global_size / seconds:.3g} images/s, {seconds:.3g} s a step, "
@@ -84,7 +84,7 @@ def forecast(config: RunConfig, step_s: Sequence[float], data_s: Sequence[float]
 def memory_report(
     config: RunConfig, estimate: MemoryEstimate, peak: float, *, micro_size: int, device: torch.device
 ) -> str:
-    """Return sentences on the peak memory in bytes: measured, of each image, and how many images would fit.
+    """Sentences on the peak memory in bytes: measured, of each image, and how many images would fit.
 
     On a GPU all of it is the step's, so an image's is measured. On a CPU it is that of the whole process, Python and
     libraries included, so an image's is counted.

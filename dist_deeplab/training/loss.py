@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 
 def sample_label(label: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Return the label at the pixels that a grid of logits sits on: int64 [B, h, w] of integer [B, H, W].
+    """The label at the pixels that a grid of logits sits on: int64 [B, h, w] of integer [B, H, W].
 
     Corners are aligned: logit (i, j) lies on pixel (i (H-1)/(h-1), j (W-1)/(w-1)), rounded half up; for H of 8k+1 at
     full scale that is exactly label[::8, ::8]. Resizing routines drift by up to 7 pixels here.
@@ -30,7 +30,7 @@ def _grid(length: int, points: int) -> torch.Tensor:
 
 
 def num_valid(label: torch.Tensor, ignore_label: int) -> int:
-    """Return how many pixels of a CPU label tensor are not void."""
+    """Number of pixels of a CPU label tensor that are not void."""
     return int((label != ignore_label).sum())
 
 

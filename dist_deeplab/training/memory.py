@@ -91,7 +91,7 @@ def explained_out_of_memory(config: RunConfig, split: BatchSplit) -> Iterator[No
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error means that memory of GPU or CPU is used up."""
+    """Whether an error means that memory of GPU or CPU is used up."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -109,7 +109,7 @@ def free_memory_bytes() -> int:
 
 
 def _gpu_trial(config: RunConfig, variant: Variant, device: torch.device) -> Callable[[int], bool]:
-    """Return what tells whether a step with micro-batches of a size fits on the GPU; random numbers are untouched."""
+    """A function that tries whether a step with micro-batches of a size fits on the GPU; it draws no random numbers."""
 
     def fits(size: int) -> bool:
         crop = config.data.crop_size

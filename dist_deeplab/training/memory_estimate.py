@@ -37,7 +37,7 @@ class MemoryEstimate:
         return sum(self.images.values())
 
     def describe(self, micro_size: int, crop_size: int) -> str:
-        """Return a sentence on a micro-batch of `micro_size` images."""
+        """A sentence on a micro-batch of `micro_size` images."""
         scales = ", ".join(f"{name} {gib(count)}" for name, count in self.images.items())
         parts = f" ({scales})" if len(self.images) > 1 else ""
         count = "1 image" if micro_size == 1 else f"{micro_size} images"
@@ -50,7 +50,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(config: RunConfig, variant: Variant) -> MemoryEstimate:
-    """Return the estimate of a run's step; nothing is computed, and no random numbers are drawn."""
+    """The estimate of a run's step; nothing is computed, and no random numbers are drawn."""
     with torch.device("meta"):
         net = temporary_network(config, variant)
     parameters, trained = _bytes(net.parameters()), _bytes(p for p in net.parameters() if p.requires_grad)
@@ -72,7 +72,7 @@ def estimate_memory(config: RunConfig, variant: Variant) -> MemoryEstimate:
 
 
 def temporary_network(config: RunConfig, variant: Variant) -> DeepLabV2:
-    """Return a network of the run's size whose batch norm talks to nobody."""
+    """A network of the run's size whose batch norm talks to nobody."""
     frozen = config.model.batch_norm_used == "frozen"
     net = DeepLabV2(
         config.model.backbone,
@@ -87,7 +87,7 @@ def temporary_network(config: RunConfig, variant: Variant) -> DeepLabV2:
 
 
 def _autocast_bytes(net: DeepLabV2) -> int:
-    """Return the bytes of the backbone's weights in lower precision, kept until backward is through with them.
+    """The bytes of the backbone's weights in lower precision, kept until backward is through with them.
 
     Not where batch norm is part of them (`convolve_and_normalize`): `_kept_for_backward` sees those.
     """
@@ -97,14 +97,14 @@ def _autocast_bytes(net: DeepLabV2) -> int:
 
 
 def _kept_for_backward(net: DeepLabV2, length: int) -> tuple[int, int]:
-    """Return the bytes that autograd keeps of a pass, other than weights: for any number of images, and for each."""
+    """The bytes that autograd keeps of a pass, other than weights: for any number of images, and for each."""
     like = next(net.parameters())
     one, two = (_saved_bytes(net, like.new_empty(count, 3, length, length)) for count in (1, 2))
     return one - (two - one), two - one
 
 
 def _saved_bytes(net: DeepLabV2, image: torch.Tensor) -> int:
-    """Return the bytes that autograd keeps after a forward pass, each storage once, without the weights.
+    """The bytes that autograd keeps after a forward pass, each storage once, without the weights.
 
     With recomputation these are the inputs of the bottlenecks, and all of the largest one, which lives in its turn.
     """
@@ -121,7 +121,7 @@ def _saved_bytes(net: DeepLabV2, image: torch.Tensor) -> int:
 
 
 def _kept_by(module: nn.Module, x: torch.Tensor) -> int:
-    """Return the bytes of the storages, other than the module's own, that autograd keeps of `module(x)`."""
+    """The bytes of the storages, other than the module's own, that autograd keeps of `module(x)`."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def gib(num_bytes: float) -> str:
 
 
 def images_that_fit(memory: float, fixed: float, image: float) -> int:
-    """Return how many images' micro-batch fits into so many bytes, where `fixed` bytes are needed for none."""
+    """Size of the largest micro-batch that fits into `memory` bytes, of which `fixed` are needed without an image."""
     return max(0, math.floor((memory - fixed) / image))
 
 

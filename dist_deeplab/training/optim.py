@@ -20,7 +20,7 @@ _DECAYED = {"backbone", "head_weight"}
 
 
 def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
-    """Return SGD over the groups of a DeepLabV2's trainable parameters; each group keeps its `name` and `lr_mult`.
+    """SGD over the groups of a DeepLabV2's trainable parameters; each group keeps its `name` and `lr_mult`.
 
     backbone: x1, decay. batch_norm: x1, none. head_weight: x10, decay. head_bias: x20, none. Frozen parameters are in
     no group; empty groups are left out. torch's SGD adds the decay to the gradient before the momentum, as Caffe.
@@ -47,7 +47,7 @@ def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
 
 
 def group_parameters(net: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return {group: trainable parameters} of a DeepLabV2, each parameter in exactly one group.
+    """{group: trainable parameters} of a DeepLabV2, each parameter in exactly one group.
 
     Raises:
         ValueError: a parameter that belongs to no group (a layer of a new kind) or to two (shared by two layers).
@@ -88,7 +88,7 @@ def _group_of(name: str, owner: nn.Module) -> str | None:
 
 @torch.no_grad()
 def load_optimizer(optimizer: Optimizer, state: dict[str, object]) -> None:
-    """Take back an optimizer's `state_dict`, each momentum in the memory format of its parameter.
+    """Restore an optimizer's `state_dict`, each momentum in the memory format of its parameter.
 
     torch's fused SGD walks through raw memory: with other strides it would pair up wrong elements without a word.
     Settings stay as they are here: torch would put back those that were saved, whatever the configuration says by now.
@@ -103,7 +103,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, object]) -> None:
 
 
 def poly_lr(step: torch.Tensor | int, config: OptimConfig, *, max_steps: int) -> torch.Tensor:
-    """Return the base rate of a step (0 .. max_steps-1): lr (1 - step/max_steps)^power, paper section 4.1.1.
+    """The base rate of a step (0 .. max_steps-1): lr (1 - step/max_steps)^power, paper section 4.1.1.
 
     During the first `warmup_steps` it is multiplied by (step+1)/warmup_steps. float64 [], on the device of `step`.
     """
@@ -153,7 +153,7 @@ def _start_momentum(optimizer: Optimizer) -> None:
 
 
 def describe_groups(optimizer: Optimizer) -> list[str]:
-    """Return a line for each group: name, tensors, parameters, rate and decay."""
+    """A line for each group: name, tensors, parameters, rate and decay."""
     return [
         f"{g['name']:<12} {len(g['params']):>4} tensors {sum(p.numel() for p in g['params']):>11,} parameters  "
         f"lr x{g['lr_mult']:<4g} weight decay {g['weight_decay']:g}"

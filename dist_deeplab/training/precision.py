@@ -78,21 +78,21 @@ class Precision:
         return skipped, norm
 
     def loss_scale(self) -> torch.Tensor:
-        """Return what losses are multiplied by before backward, float32 [] on the device; 1 but for fp16."""
+        """Factor of the losses before backward, float32 [] on the device; 1 but for fp16."""
         return self.scaler.scale(torch.ones((), device=self.device))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scaler's state, empty but for fp16."""
+        """The scaler's state, empty but for fp16."""
         return dict(self.scaler.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned; another precision's state is left alone."""
+        """Restore what `state_dict` gave; another precision's state is left alone."""
         if state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state)
 
 
 def propagate_nan(loss: torch.Tensor) -> torch.Tensor:
-    """Return the loss, made so that its gradient is NaN where it is not finite itself.
+    """The loss, made so that its gradient is NaN where it is not finite itself.
 
     The sum over the ranks then tells all of them about it, without a message of its own.
     """

@@ -75,7 +75,7 @@ def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Mani
 
 
 def restore(state: TrainState, saved: Checkpoint, config: RunConfig, val_set: Manifest | None) -> None:
-    """Set `state` to a checkpoint's. A best score of other images, or by other means, is dropped: it is no measure.
+    """Set `state` to a checkpoint's. A best score of other images, or by other means, is dropped: it does not compare.
 
     Raises:
         UserError: it is of a network or optimizer of another shape (possible with resume_anyway only).

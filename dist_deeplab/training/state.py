@@ -1,4 +1,4 @@
-"""`TrainState`: all that a run needs to go on, and nothing else.
+"""`TrainState`: all that a run needs to continue, and nothing else.
 
 Held: weights and batch-norm statistics, momentum, gradient scaler, losses since the last log line, step, number of
 skipped updates, best score, whether an evaluation was cut short. Not held, because it follows from the configuration
@@ -63,7 +63,7 @@ class TrainState:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values for a checkpoint."""
+        """Tensors and plain values for a checkpoint."""
         return {
             "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -78,7 +78,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned.
+        """Restore what `state_dict` gave.
 
         Raises:
             RuntimeError: a tensor is missing or has another shape.

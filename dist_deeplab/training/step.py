@@ -13,7 +13,7 @@ from dist_deeplab.distributed.parallel import gradient_sync, unwrap
 from dist_deeplab.distributed.process_group import all_reduce_sum, get_world_size
 from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.preprocessing import Preprocessing
-from dist_deeplab.training.device_copy import Uploader
+from dist_deeplab.training.device_copy import DeviceCopier
 from dist_deeplab.training.loss import CrossEntropy, cross_entropy_sum, sample_label
 from dist_deeplab.training.precision import Precision
 
@@ -56,7 +56,7 @@ class TrainStep:
     clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        self.upload = Uploader(self.precision.device)
+        self.copy_to_device = DeviceCopier(self.precision.device)
 
     def __call__(self, micro_batches: list[Batch], *, stop: bool = False) -> StepResult:
         """Make one update from this rank's micro-batches (CPU tensors); every rank must call it.
@@ -137,7 +137,7 @@ class TrainStep:
         scales: dict[str, float],
     ) -> dict[str, torch.Tensor]:
         """Each output's loss times its scale, float32 [] on the device."""
-        image, content, *rest = self.upload(batch.image, batch.content, *label.values(), *weight.values())
+        image, content, *rest = self.copy_to_device(batch.image, batch.content, *label.values(), *weight.values())
         targets = dict(zip(label, rest[: len(label)], strict=True))
         weights = dict(zip(weight, rest[len(label) :], strict=True))
         with self.precision.autocast():

@@ -1,4 +1,4 @@
-"""What a run says about itself: at its start, and while it goes on."""
+"""What a run says about itself: at its start, and during training."""
 
 import logging
 import math
@@ -29,21 +29,20 @@ def describe(run: Run, state: TrainState) -> None:
     """Log what is about to happen."""
     config, env, split = run.config, run.env, run.split
     train_set, val_set, variant = run.train_set, run.val_set, run.variant
+    own = bool(config.model.init) and variant.family == SCRATCH.family  # a checkpoint that began with random weights
     log.info("run %s on %d x %s (%s)", config.run_dir, env.world_size, device_name(env), env.launcher)
     log.info(
         "network %s, %s batch norm, %s, %s",
         config.model.backbone,
         config.model.batch_norm_used,
         config.precision.dtype,
-        variant.family,
+        f"the weights of {config.model.init}" if own else variant.family,
     )
     if config.model.train_only == "head":
         log.info("model.train_only=head: only the last layers learn; the backbone and its statistics are frozen")
     if config.deterministic:
         log.info("deterministic: the same hardware and number of ranks repeat this run bit by bit, at lower speed")
-    if config.model.init and not state.step:
-        log.info("model.init: the weights of %s", config.model.init)
-    elif variant.family == SCRATCH.family and not state.step:
+    if variant.family == SCRATCH.family and not config.model.init and not state.step:
         log.info("no model.init: all weights are random; the published scores start from ImageNet or COCO weights")
     if variant.note:
         log.warning("NOTE on these weights: %s", variant.note)
@@ -138,7 +137,7 @@ def run_info(run: Run) -> dict[str, Any]:
 
 
 def _description(changed: Mapping[str, Any]) -> str:
-    """Return Markdown that MLflow shows above a run: what is not as in the published recipe.
+    """Markdown that MLflow shows above a run: what is not as in the published recipe.
 
     One paragraph: the page shows five lines of it until it is asked for more.
     """
@@ -149,7 +148,7 @@ def _description(changed: Mapping[str, Any]) -> str:
 
 
 def _dataset(context: str, manifest: Manifest) -> dict[str, Any]:
-    """Return what MLflow shows of a set of samples; the digest is of its keys, however it is sharded."""
+    """A set of samples as MLflow shows it; the digest is of its keys, however it is sharded."""
     return {
         "name": f"{manifest.path.parent.name}/{manifest.split}",
         "context": context,
@@ -166,5 +165,5 @@ def _dataset(context: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def device_name(env: DistEnv) -> str:
-    """Return e.g. NVIDIA H100 80GB HBM3, or CPU."""
+    """Name of the device: NVIDIA H100 80GB HBM3, or CPU."""
     return torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else "CPU"

@@ -1,4 +1,4 @@
-"""Kill a training run at random, again and again, and compare what comes of it with a run that was left alone.
+"""Kill a training run at random, again and again, and compare what comes of it with a run that was undisturbed.
 
     python tests/distributed/killer.py --rounds 50 [--ranks 4] [--seed 0] [--out DIR] [--hangs] [--mlflow] [--remote]
 
@@ -70,7 +70,7 @@ class Fault:
 def draw_faults(
     rng: random.Random, *, ranks: int, hangs: bool = False, children: bool = False, downloads: bool = False
 ) -> list[Fault]:
-    """Return one to three faults in the order of their steps; with `downloads` one more before them."""
+    """One to three faults in the order of their steps; with `downloads` one more before them."""
     faults = []
     for step in sorted(rng.sample(range(MAX_STEPS), rng.randint(1, 3))):
         moment = rng.choice(["step", "save", "evaluation"])
@@ -91,12 +91,12 @@ def draw_faults(
 
 
 def with_mlflow(out: Path) -> list[str]:
-    """Return the arguments of runs in `out` that are tracked in a store there."""
+    """The arguments of runs in `out` that are tracked in a store there."""
     return [f"tracking.uri=sqlite:///{out}/mlflow.db"]
 
 
 def from_server(server: FileServer, out: Path, name: str) -> list[str]:
-    """Return the arguments of the run `name` whose shards come from `server`, slowly, to a cache of its own."""
+    """The arguments of the run `name` whose shards come from `server`, slowly, to a cache of its own."""
     server.bytes_per_s = SERVER_BYTES_PER_S
     data = [f"data.{split}={server.url}/{split}.json" for split in ("train", "val")]
     return [*data, f"data.cache_dir={out}/{name}_cache"]
@@ -152,7 +152,7 @@ def play_round(shards: Path, out: Path, name: str, faults: list[Fault], *, ranks
 
 
 def is_time(fault: Fault, run_dir: Path) -> bool:
-    """Return whether the fault's step has come, and its moment with it (or gone by: then any moment is right)."""
+    """Whether the fault's step has come, and its moment with it (or gone by: then any moment is right)."""
     step = last_step(run_dir)
     if step < fault.step:
         return False
@@ -166,7 +166,7 @@ def is_time(fault: Fault, run_dir: Path) -> bool:
 
 
 def last_step(run_dir: Path) -> int:
-    """Return the last step in the journal, -1 before there is one."""
+    """The last step in the journal, -1 before there is one."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, (run_dir / "metrics.jsonl").stat().st_size - 4096))
@@ -208,7 +208,7 @@ def end_all(folder: Path) -> None:
 
 
 def one_child(parent: int) -> list[int]:
-    """Return a child of a process, chosen at random and told; none if it has none for seconds."""
+    """A child of a process, chosen at random and told; none if it has none for seconds."""
     for _ in range(50):
         with contextlib.suppress(OSError):  # it ended just now
             if children := children_of(parent):
@@ -223,7 +223,7 @@ def one_child(parent: int) -> list[int]:
 def one_round(
     arguments: argparse.Namespace, shards: Path, out: Path, server: FileServer, *, seed: int, reference: Path
 ) -> None:
-    """Play the round of a seed and tell of it.
+    """Play the round of a seed and print it.
 
     Raises:
         AssertionError: it did not end as the undisturbed run did.
@@ -265,7 +265,7 @@ def main() -> int:
 
 
 def play(arguments: argparse.Namespace, out: Path) -> int:
-    """Play all rounds in `out`, tell what came of them, and return the exit code."""
+    """Play all rounds in `out`, print the results, and return the exit code."""
     shards = make_sample_shards(out / "data")
     reference = undisturbed(shards, out, ranks=arguments.ranks)
     print(f"undisturbed: weights {weights_sha256(reference)[:16]}, in {out}", flush=True)

@@ -1,4 +1,4 @@
-"""What a run that was disturbed must have in common with one that was left alone: everything."""
+"""What a run that was disturbed must have in common with one that was undisturbed: everything."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ UPLOAD_TIMEOUT_S = 120  # to send what is left once a run is done
 
 
 def weights_sha256(run_dir: Path) -> str:
-    """Return the SHA-256 of the last checkpoint's weights and momentum."""
+    """The SHA-256 of the last checkpoint's weights and momentum."""
     last = max((run_dir / "checkpoints").glob("step_*.pt"))
     content = torch.load(last, weights_only=True)
     tensors = [*content["model"].values()]
@@ -24,7 +24,7 @@ def weights_sha256(run_dir: Path) -> str:
 
 
 def curves(run_dir: Path) -> dict[str, dict[int, float]]:
-    """Return {key: {step: value}}, after checking that no point is there twice."""
+    """{key: {step: value}}, after checking that no point is there twice."""
     found: dict[str, dict[int, float]] = {key: {} for key in CURVES}
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -61,7 +61,7 @@ def compare_in_mlflow(run_dir: Path, reference: Path) -> None:
 
 
 def wait_for_uploaders(run_dir: Path) -> None:
-    """Wait until nobody sends the run's journal any more."""
+    """Wait until no process sends the run's journal any more."""
     try:
         with FileLock(run_dir / "mlflow.lock", timeout=UPLOAD_TIMEOUT_S):
             return

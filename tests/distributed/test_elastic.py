@@ -1,4 +1,4 @@
-"""Two torchrun agents stand for two machines of unlike size: one is lost, the other goes on alone; it comes back."""
+"""Two torchrun agents stand for two machines of unlike size: one is lost, the other continues alone; it comes back."""
 
 import json
 import os
@@ -36,13 +36,13 @@ def wait_for_port(port: int) -> None:
         with socket.socket() as probe:
             if probe.connect_ex(("localhost", port)) == 0:
                 return
-        assert time.monotonic() < deadline, f"nobody listens at port {port}"
+        assert time.monotonic() < deadline, f"nothing listens at port {port}"
         time.sleep(0.2)
 
 
 @pytest.fixture
 def start_agent(sample_shards: Path, tmp_path: Path) -> Iterator[StartAgent]:
-    """Return a function that starts the torchrun of a machine with so many ranks; all of them meet at one port."""
+    """A function that starts the torchrun of a machine with a number of ranks; all rendezvous at one port."""
     port = free_port()
     endpoint = f"localhost:{port}"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2"]

@@ -18,7 +18,7 @@ Trained = Callable[[int, str], dict[str, Any]]
 
 
 def relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Return |got - expected| / |expected| over all tensors as one vector."""
+    """|got - expected| / |expected| over all tensors as one vector."""
     assert got.keys() == expected.keys()
     difference = sum((got[k].double() - expected[k].double()).square().sum() for k in got)
     return float((difference / sum(expected[k].double().square().sum() for k in got)).sqrt())
@@ -67,10 +67,10 @@ SPLITS = {
 
 @pytest.fixture(scope="module")
 def trained(run_ranks: Run, sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Return what gives the outcome of one of SPLITS; all those of a number of ranks share their processes."""
+    """Function that gives the result of one of SPLITS; all those of a number of ranks share their processes."""
     folders: dict[int, Path] = {}
 
-    def outcome(ranks: int, split: str) -> dict[str, Any]:
+    def result_of(ranks: int, split: str) -> dict[str, Any]:
         if ranks not in folders:
             folders[ranks] = tmp_path_factory.mktemp(f"ranks_{ranks}")
             target = WORKERS / "gradients.py", sample_shards / "train.json", folders[ranks]
@@ -78,11 +78,11 @@ def trained(run_ranks: Run, sample_shards: Path, tmp_path_factory: pytest.TempPa
             assert result.returncode == 0, result.stderr
         return torch.load(folders[ranks] / f"{split}.pt", weights_only=True)
 
-    return outcome
+    return result_of
 
 
 def test_every_split_of_a_batch_has_the_same_samples_gradient_and_weights(trained: Trained) -> None:
-    """8 images on so many ranks, so many at once at most; batch norm frozen.
+    """8 images on several numbers of ranks and micro-batch sizes; batch norm frozen.
 
     On three ranks the parts are 2 2 1 1 1 1 or, one by one, nine for eight images: one of them is empty.
     """

@@ -1,4 +1,4 @@
-"""The main job as users run it: torchrun, kill, go on, evaluate; and what wrong input says."""
+"""The main job as users run it: torchrun, kill, resume, evaluate; and what wrong input says."""
 
 import json
 import os
@@ -41,7 +41,7 @@ SMALL = [
 
 
 def run_arguments(shards: Path, output_dir: Path, name: str) -> list[str]:
-    """Return the arguments of a small run."""
+    """The arguments of a small run."""
     data = [f"data.train={shards}/train.json", f"data.val={shards}/val.json"]
     return [*data, f"output_dir={output_dir}", f"name={name}", *SMALL]
 
@@ -51,7 +51,7 @@ def read_journal(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def curve(run_dir: Path, key: str) -> dict[int, float]:
-    """Return {step: value}, after checking that no step is there twice."""
+    """{step: value}, after checking that no step is there twice."""
     points = [(r["step"], r["value"]) for r in read_journal(run_dir) if r.get("key") == key]
     assert len(dict(points)) == len(points), f"{key} has a step twice: {points}"
     return dict(points)
@@ -62,14 +62,14 @@ def weights_at(step: int, run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Return how far apart two sets of weights and statistics are, all tensors as one vector."""
+    """How far apart two sets of weights and statistics are, all tensors as one vector."""
     assert a.keys() == b.keys()
     return float(sum((a[name].double() - b[name].double()).square().sum() for name in a) ** 0.5)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run on two ranks that nothing happened to, with MLflow in SQLite."""
+    """The folder of a run on two ranks that nothing happened to, with MLflow in SQLite."""
     out = tmp_path_factory.mktemp("runs")
     command = torchrun_command(2, "-m", "dist_deeplab.train", *run_arguments(sample_shards, out, "run"))
     done = subprocess.run(command, env=command_environ(), capture_output=True, text=True, timeout=240)
@@ -80,8 +80,8 @@ def undisturbed(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_a_run_leaves_what_its_folder_promises(undisturbed: Path) -> None:
     names = {str(path.relative_to(undisturbed)) for path in undisturbed.rglob("*") if path.is_file()}
     checkpoints = {f"checkpoints/{stem}.{end}" for stem in ("step_00000012", "best") for end in ("pt", "json")}
-    pictures = {f"eval/step_00000012/{name}" for name in ("metrics.json", "confusion.png", "iou.png", "panels.png")}
-    assert checkpoints | pictures | {"config.yaml", "run.json", "metrics.jsonl"} <= names
+    images = {f"eval/step_00000012/{name}" for name in ("metrics.json", "confusion.png", "iou.png", "panels.png")}
+    assert checkpoints | images | {"config.yaml", "run.json", "metrics.jsonl"} <= names
     assert {"logs/rank_0.log", "logs/rank_1.log"} <= names
     assert sorted(curve(undisturbed, "train/loss")) == [3, 6, 9, 12]
     assert sorted(curve(undisturbed, "val/mIoU")) == [8, 12]
@@ -129,12 +129,12 @@ def test_evaluate_gives_the_scores_of_the_training_run(run_ranks: Run, undisturb
 
 
 @pytest.mark.parametrize(("victim", "ranks"), [("rank", 2), ("all", 3)])
-def test_a_killed_run_goes_on_to_the_same_weights_and_curve(
+def test_a_killed_run_continues_to_the_same_weights_and_curve(
     run_ranks: Run, undisturbed: Path, sample_shards: Path, tmp_path: Path, victim: str, ranks: int
 ) -> None:
     """SIGKILL after step 6, whose checkpoint is step 4: final weights and curve are bit-identical at two ranks.
 
-    Three, that take 2, 1 and 1 images, go on with the same samples: only rounding differs.
+    Three, that take 2, 1 and 1 images, continue with the same samples: only rounding differs.
     """
     arguments = [*run_arguments(sample_shards, tmp_path, "run"), "tracking.uri=none"]
     command = torchrun_command(2, "-m", "dist_deeplab.train", *arguments)
@@ -162,7 +162,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_curve(
     assert ("4 images a step = 3 ranks x up to 2 images x 1 " in log) == (ranks == 3)
 
 
-def test_sigterm_saves_and_the_next_start_goes_on(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_next_start_continues(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
     arguments = [*run_arguments(sample_shards, tmp_path, "run"), "tracking.uri=none", "checkpoint.every=1000"]
     command = [sys.executable, "-m", "dist_deeplab.train", *arguments]
     with subprocess.Popen(command, env=command_environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
@@ -170,7 +170,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(run_ranks: Run, sample_shards:
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=120)[0].decode()
     assert process.returncode == 75, output
-    assert "goes on from there" in output
+    assert "continues from there" in output
     assert len(list((tmp_path / "run/checkpoints").glob("step_*.pt"))) == 1
     resumed = run_ranks(1, "-m", "dist_deeplab.train", *arguments)
     assert resumed.returncode == 0, resumed.stderr
@@ -184,7 +184,7 @@ def test_sigterm_to_torchrun_saves_too(run_ranks: Run, sample_shards: Path, tmp_
         wait_for_step(tmp_path / "run", 3)
         agent.send_signal(signal.SIGTERM)
         output = agent.communicate(timeout=120)[0].decode()
-    assert "goes on from there" in output
+    assert "continues from there" in output
     assert len(list((tmp_path / "run/checkpoints").glob("step_*.pt"))) == 1
     resumed = run_ranks(2, "-m", "dist_deeplab.train", *arguments)
     assert resumed.returncode == 0, resumed.stderr
@@ -298,7 +298,7 @@ def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:
             if any(json.loads(line).get("step", 0) >= step for line in complete):
                 return
         time.sleep(0.02)
-    raise AssertionError(f"{run_dir} did not come to step {step}")
+    raise AssertionError(f"{run_dir} did not reach step {step}")
 
 
 # --- wrong input: one sentence, exit code 2, nothing written ----------------------------------------------------------
@@ -342,7 +342,7 @@ def test_a_half_set_environment_is_named(capsys: Any, monkeypatch: Any, missing:
     assert f"not {missing}" in capsys.readouterr().err
 
 
-def test_wrong_input_on_several_ranks_is_said_once_and_nobody_hangs(run_ranks: Run, sample_shards: Path) -> None:
+def test_wrong_input_on_several_ranks_is_printed_once_and_no_rank_hangs(run_ranks: Run, sample_shards: Path) -> None:
     arguments = [f"data.train={sample_shards}/train.json", "batch.global_size=2"]
     result = run_ranks(3, "-m", "dist_deeplab.train", *arguments, timeout_s=60)
     assert result.returncode != 0

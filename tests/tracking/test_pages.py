@@ -116,9 +116,16 @@ def test_the_sweep_s_page_says_who_won(browser: Browser, server: Server, sweep: 
     page = re.search(r"the sweep: (http\S+)", sweep.output)
     assert page is not None
     assert page[1].partition("?")[0] == address(server, sweep.folder)
-    text = browser.open(page[1], "poly-sweep", "winner: ", "cost: ", "why: ")
+    text = browser.open(page[1], "poly-sweep", "winner: ", "cost of ", "why: ")
     browser.screenshot(SCREENSHOTS / "sweep.png")
     assert winner in text
+    table = re.search(r"its runs, best first: (http\S+)", sweep.output)
+    assert table is not None
+    text = browser.open(
+        table[1], "2 matching runs", "optim.power", "val/best_mIoU", "cost/total_s", "cost/device_hours"
+    )
+    time.sleep(1)
+    browser.screenshot(SCREENSHOTS / "sweep_table.png")
     curves = re.search(r"curves, best first: (http\S+)", sweep.output)
     assert curves is not None
     text = browser.open(curves[1], "2 matching runs", "lr/backbone", "poly-power_0.5", "poly-power_2.0")

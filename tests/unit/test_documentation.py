@@ -24,7 +24,7 @@ PAGES = {
         *sorted((ROOT / "tests").glob("**/*.md")),
     ]
 }
-SHARDS_SUBCOMMANDS = ("index", "verify", "info")
+SHARDS_SUBCOMMANDS = ("index", "verify", "info", "masks")
 MAX_README_LINES = 200
 MAX_IMAGE_BYTES = 150_000
 
@@ -32,7 +32,7 @@ FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"(?<![\w./-])(?:python -m|-m) (dist_deeplab(?:\.\w+)*)|(?<![\w./-])dist-deeplab ([a-z][\w-]*)")
 SCRIPT = re.compile(r"(?<![\w/.-])(?:\./)?((?:tools|launch|slurm|tests|configs|docs|\.ci)/[\w./-]*\w)")
-MODULE = re.compile(r"\bdist_deeplab(?:[./]\w+)+")
+MODULE = re.compile(r"(?<![\w/])dist_deeplab(?:[./]\w+)+")
 KEY = re.compile(r"(?<![\w./-])([a-z_]+)\.([a-z_0-9]+)(?==)")
 QUOTED_KEY = re.compile(r"`([a-z_]+)\.([a-z_0-9]+)`")
 
@@ -52,7 +52,7 @@ PLAIN_WORDS = [
     (r"\bking's moves\b", "Chebyshev distance"),
     (r"\bcall(s|ed)? the roll\b", "barrier"),
     (r"\bdeaf to\b", "ignores"),
-    (r"(?<!there )\b(is|are) no (?!longer\b|more\b)[a-z]", "is not a"),
+    (r"(?<![Tt]here )\b(is|are) no (?!longer\b|more\b)[a-z]", "is not a"),
     (r"\bpictures?\b", "image, figure"),
     (r'"""Return what ', "name the thing"),
 ]
@@ -192,6 +192,13 @@ def test_named_keys_are_in_the_configuration(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_use_plain_words(page: str) -> None:
     assert list(unplain_words(PAGES[page])) == []
+
+
+def test_code_and_scripts_use_plain_words() -> None:
+    files = [path for folder in ("dist_deeplab", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
+    files += [path for folder in ("launch", "slurm", "configs") for path in sorted((ROOT / folder).iterdir())]
+    found = {str(path.relative_to(ROOT)): list(unplain_words(path.read_text(encoding="utf-8"))) for path in files}
+    assert {path: words for path, words in found.items() if words} == {}
 
 
 def test_readme_is_short() -> None:

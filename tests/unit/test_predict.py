@@ -83,7 +83,7 @@ def test_masks_are_the_networks_classes_with_vocs_palette(
     assert not list((tmp_path / "out").rglob(".*"))
 
 
-def test_large_pictures_go_in_windows(run: Callable[..., int], net: DeepLabV2, images: Path, tmp_path: Path) -> None:
+def test_large_images_go_in_windows(run: Callable[..., int], net: DeepLabV2, images: Path, tmp_path: Path) -> None:
     assert run("--window", "65", "--overlap", "40") == 0
     whole = _expected(net, images / "d.png").argmax(0)
     blended = np.asarray(Image.open(tmp_path / "out" / "d.png"))
@@ -136,7 +136,7 @@ def test_a_submission_is_the_tree_and_the_tar_that_pascal_takes(
         assert Image.open(member).mode == "P"
 
 
-def test_a_list_names_pictures_with_spaces_and_may_have_a_second_column(tmp_path: Path) -> None:
+def test_a_list_names_images_with_spaces_and_may_have_a_second_column(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("\ufeffmy photo\nd 1\n", encoding="utf-8")
     sources = [Source(tmp_path, name) for name in ("d", "my", "my photo", "x")]
     assert [source.name for source in command.listed(sources, tmp_path / "list.txt")] == ["d", "my photo"]
@@ -160,7 +160,7 @@ def test_wrong_arguments_are_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_several_scales_and_mirroring_apply_here_too(run: Callable[..., int], tmp_path: Path) -> None:
+def test_several_scales_and_flipping_apply_here_too(run: Callable[..., int], tmp_path: Path) -> None:
     assert run() == 0
     plain = np.asarray(Image.open(tmp_path / "out" / "d.png"))
     assert run("--overwrite", "eval.scales=[0.5,1.0]", "eval.flip=true") == 0

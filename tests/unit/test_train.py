@@ -85,9 +85,7 @@ def first(runs: Runs) -> Path:
         ("model.batch_norm=frozen", lambda name: ".bn" in name or ".downsample.1." in name),
     ],
 )
-def test_what_shall_stand_still_does_so_in_a_real_run(
-    runs: Runs, first: Path, argument: str, stands_still: Any
-) -> None:
+def test_what_is_to_be_frozen_is_in_a_real_run(runs: Runs, first: Path, argument: str, stands_still: Any) -> None:
     assert runs("second", "max_steps=2", f"model.init={first}", argument) == 0
     before, after = runs.saved("first", 2)["model"], runs.saved("second", 2)["model"]
     assert {name for name in before if torch.equal(before[name], after[name])} == set(filter(stands_still, before))
@@ -95,7 +93,7 @@ def test_what_shall_stand_still_does_so_in_a_real_run(
     assert "network resnet_tiny, frozen batch norm" in (runs.folder / "second" / "logs" / "rank_0.log").read_text()
 
 
-def test_system_metrics_are_recorded_where_wanted_and_not_of_a_rehearsal(
+def test_system_metrics_are_recorded_where_wanted_and_not_of_a_dry_run(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[Path] = []
@@ -107,7 +105,7 @@ def test_system_metrics_are_recorded_where_wanted_and_not_of_a_rehearsal(
     assert started == [runs.folder / "watched"]
 
 
-def test_a_run_that_goes_on_anyway_has_the_new_settings(runs: Runs, first: Path) -> None:
+def test_a_run_that_is_continued_anyway_has_the_new_settings(runs: Runs, first: Path) -> None:
     new = ["optim.momentum=0.5", "optim.weight_decay=0.01", "resume_anyway=true", "model.init=other.pth"]
     assert runs("first", "max_steps=4", *new) == 0
     assert "model.init is not read by a run that resumes" in (runs.folder / "first/logs/rank_0.log").read_text()
@@ -127,7 +125,7 @@ def test_other_scales_may_come_in_the_midst_of_a_log_line(runs: Runs, scales: tu
         assert runs.journal("run", "train/loss")[3] == pytest.approx(sum(part[3] for part in parts))
 
 
-def test_an_evaluation_that_is_cut_short_again_is_still_owed(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_is_cut_short_again_is_still_pending(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop_during(predictor: Predictor, manifest: Manifest, session: Session, **options: Any) -> Evaluation:
         session.stop.hear("SIGTERM")
         return evaluate(predictor, manifest, session, **options)
@@ -206,7 +204,7 @@ def test_a_precision_that_was_chosen_is_kept_on_another_machine_and_used_for_sco
     assert used[-1] == "fp32"
 
 
-def test_a_dry_run_starts_from_the_weights_that_a_run_would_go_on_from(runs: Runs, first: Path) -> None:
+def test_a_dry_run_starts_from_the_weights_that_a_run_would_continue_from(runs: Runs, first: Path) -> None:
     assert runs("second", "max_steps=2", f"resume={first}", "--dry-run") == 0
     assert not (runs.folder / "second").exists()
 

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
 
 def measure(arguments: argparse.Namespace, env: DistEnv) -> Report:
-    """Return the table; every rank calls it."""
+    """The table; every rank calls it."""
     device = env.device
     shapes = layer_shapes(arguments.backbone, arguments.images, arguments.crop)
     dtype = DTYPES[arguments.dtype]
@@ -76,7 +76,7 @@ def measure(arguments: argparse.Namespace, env: DistEnv) -> Report:
 
 
 def layer_shapes(backbone: str, images: int, crop: int) -> list[tuple[int, int, int, int]]:
-    """Return the input shape of every batch norm layer, in order."""
+    """The input shape of every batch norm layer, in order."""
     shapes: list[tuple[int, int, int, int]] = []
     with torch.device("meta"):
         net = DeepLabV2(backbone, 2, norm=batch_norm.norm_factory("local")).eval()
@@ -104,7 +104,7 @@ class PortableSync(sync_batch_norm.SyncBatchNorm):
     """Ours on a GPU the way a CPU and a compiled graph take, without torch's kernels for it."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the normalised input."""
+        """The normalised input."""
         with mock.patch.object(sync_batch_norm, "has_kernels", return_value=False):
             return super().forward(input)
 
@@ -113,7 +113,7 @@ class TorchSync(nn.SyncBatchNorm):
     """torch's, on its synchronised path at world size 1 too."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the normalised input."""
+        """The normalised input."""
         group = dist.group.WORLD
         return TorchSyncNormalize.apply(
             input,

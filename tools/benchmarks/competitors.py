@@ -61,7 +61,7 @@ def variants(text: str) -> str | Variant:
 
 
 def expand(wanted: list[str | Variant], *, on_gpu: bool, ranks: int) -> list[Variant]:
-    """Return the variants, `each` and `alone` replaced by what they stand for here, each variant once.
+    """The variants, `each` and `alone` replaced by what they stand for here, each variant once.
 
     each: ours, with one choice taken back or one option put on at a time: what each gives together with all others.
     alone: plain, with all choices taken back, and plain with one of them at a time: what each gives by itself.
@@ -113,7 +113,7 @@ class Ours:
             optimizer = unfused(optimizer, foreach="foreach" in options)
         self.step = TrainStep(self.model, optimizer, self.precision, CAFFE, CrossEntropy(IGNORE_LABEL))
         if "noupload" in options:
-            self.step.upload = lambda *tensors: [t.to(env.device, non_blocking=True) for t in tensors]  # type: ignore[assignment]
+            self.step.copy_to_device = lambda *tensors: [t.to(env.device, non_blocking=True) for t in tensors]  # type: ignore[assignment]
         self.batches = batches
         if env.world_size > 1:  # as training does; static_graph relies on it
             micro_size, *_, crop_size = batches[0].label.shape

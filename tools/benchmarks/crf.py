@@ -51,9 +51,9 @@ def run(arguments: argparse.Namespace) -> Report:
 
 
 def draw(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a picture, uint8 [H, W, 3], and smooth probabilities, float32 [C, H, W].
+    """A image, uint8 [H, W, 3], and smooth probabilities, float32 [C, H, W].
 
-    The picture is about as smooth as a photograph; one of noise takes four times as long.
+    The image is about as smooth as a photograph; one of noise takes four times as long.
     """
     rng = np.random.default_rng(seed)
     image = cv2.resize(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8), (width, height))

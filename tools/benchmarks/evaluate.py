@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
 
 def draw(folder: Path, arguments: argparse.Namespace) -> Manifest:
-    """Return shards of images of VOC's sizes."""
+    """Shards of images of VOC's sizes."""
     rng = np.random.default_rng(0)
     samples = []
     for number in range(arguments.images):
@@ -107,7 +107,7 @@ def draw(folder: Path, arguments: argparse.Namespace) -> Manifest:
 
 @torch.inference_mode()
 def plain_loop(net: DeepLabV2, manifest: Manifest, device: torch.device, num_workers: int) -> np.ndarray:
-    """Return the confusion matrix as others compute it."""
+    """The confusion matrix as others compute it."""
     dataset = EvalDataset(manifest, num_classes=21, ignore_label=manifest.ignore_label)
     one_each = [[index] for index in range(manifest.num_samples)]
     confusion = np.zeros((21, 21), dtype=np.int64)

@@ -88,17 +88,17 @@ def interleave(
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """Return what waits for the work on `device` to be done."""
+    """Function that waits until the work on `device` is done."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def best_device() -> torch.device:
-    """Return the GPU where there is one, else the CPU."""
+    """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> dict[str, str | int | None]:
-    """Return what a figure means nothing without: device, processor, versions, revision and command."""
+    """Where a figure was measured: device, processor, versions, revision and command."""
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else "CPU",
@@ -123,7 +123,7 @@ def show(report: Report, where: Mapping[str, object]) -> None:
     for i, column in enumerate(columns):
         table.add_column(column.replace("_", " "), justify="right" if i else "left", no_wrap=not i)
     for row in report.rows:
-        table.add_row(*(_cell(row[column]) for column in columns))
+        table.add_row(*(cell(row[column]) for column in columns))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     for note in report.notes:
@@ -147,7 +147,8 @@ def ratio_column(rows: Sequence[Row], *, of: str, to: str, name: str) -> None:
         row[name] = float(value) / base if isinstance(value, int | float) else None
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """A table's entry: four digits of a float, - for nothing."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

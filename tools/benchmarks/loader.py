@@ -1,10 +1,12 @@
 """Loading of training samples, ours against the ways of others, on the same images and one core.
 
-folder_pillow: a Dataset over files, Pillow decoding, scaling of the whole picture, crop, mirror, float32 minus the mean
+folder_pillow: a Dataset over files, Pillow decoding, scaling of the whole image, crop, mirror, float32 minus the mean
 on the CPU (torchvision's references). folder_opencv: the same with OpenCV (kazuto1011's way). webdataset: a plain
 pipeline over the shards, shuffled, then as folder_pillow. webdataset_ours: that pipeline with our decoding and
 augmentation. ours: indexed access as training uses it, checksums and checks included; it ends in uint8, the device
 normalises. decode: JPEG and label from memory to arrays and nothing else, the limit.
+
+--order full blocks: instead, what an epoch in each order asks of the storage (see reads.py).
 """
 
 import argparse
@@ -23,6 +25,7 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from benchmarks import reads
 from benchmarks.harness import Report, Row, interleave, ratio_column
 from dist_deeplab.data.batch import collate, to_batch
 from dist_deeplab.data.decode import decode_label, decode_packed
@@ -39,7 +42,11 @@ _SHUFFLE = 200  # samples in webdataset's buffer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, metavar="MANIFEST", help="shards to load, e.g. data/voc/train.json")
+    parser.add_argument("--data", metavar="MANIFEST", help="shards to load, e.g. data/voc/train.json")
+    parser.add_argument(
+        "--order", nargs="+", choices=("full", "blocks"), help="count opens, reads, bytes and downloads instead"
+    )
+    reads.add_arguments(parser)
     parser.add_argument("--crop", type=int, default=321, help="pixels; default: %(default)s")
     parser.add_argument("--images", type=int, default=200, help="images a round; default: %(default)s")
     parser.add_argument("--batch", type=int, default=10, help="images of a batch; default: %(default)s")
@@ -47,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    """Return the report of all competitors."""
+    """The report of all competitors, or of the orders of --order."""
+    if arguments.order:
+        return reads.run(arguments)
+    if not arguments.data:
+        raise UserError("give the shards to load by --data, or --order full blocks for a drawn set")
     manifest = load_manifest(arguments.data)
     if arguments.images < arguments.batch:
         raise UserError("--images must be at least --batch")
@@ -85,7 +96,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
 
 def competitors(manifest: Manifest, files: list[tuple[str, str]], crop: int) -> dict[str, Callable[[], object]]:
-    """Return {name: what makes its data set}."""
+    """{name: what makes its data set}."""
     augmentation = Augmentation(crop, SCALES, True, manifest.ignore_label)
     shards = [manifest.shard_name(number) for number in range(len(manifest.shards))]
 
@@ -130,12 +141,12 @@ class Pipeline(IterableDataset):
 
 
 def pillow_sample(image: str, label: str, crop: int) -> object:
-    """Return a sample as torchvision's references make it."""
+    """A sample as torchvision's references make it."""
     return usual_transform(Image.open(image), Image.open(label), crop)
 
 
 def usual_transform(image: Image.Image, label: Image.Image, crop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale the whole picture, pad, crop, mirror; float32 minus the mean."""
+    """Scale the whole image, pad, crop, mirror; float32 minus the mean."""
     scale = random.uniform(*SCALES)
     size = round(image.width * scale), round(image.height * scale)
     pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
@@ -144,7 +155,7 @@ def usual_transform(image: Image.Image, label: Image.Image, crop: int) -> tuple[
 
 
 def opencv_sample(image: str, label: str, crop: int) -> object:
-    """Return a sample as kazuto1011's loader makes it."""
+    """A sample as kazuto1011's loader makes it."""
     decoded = cv2.imread(image, cv2.IMREAD_COLOR)
     assert decoded is not None, image
     pixels: np.ndarray = decoded.astype(np.float32)
@@ -174,12 +185,12 @@ def finish(pixels: np.ndarray, classes: np.ndarray, crop: int) -> tuple[torch.Te
 
 
 def batched(dataset: object) -> Callable[[list], object]:
-    """Return how samples of a data set become a batch."""
+    """How samples of a data set become a batch."""
     return lambda samples: collate(samples) if hasattr(samples[0], "image") else default_collate(samples)
 
 
 def endless(dataset: object, size: int) -> Iterator[object]:
-    """Yield batches in this process, in shuffled order, for ever."""
+    """Yield batches in this process, in shuffled order, endlessly."""
     join = batched(dataset)
     if isinstance(dataset, IterableDataset):
         samples: Iterator[object] = iter(dataset)
@@ -190,7 +201,7 @@ def endless(dataset: object, size: int) -> Iterator[object]:
 
 
 def worker_costs(dataset: object, size: int) -> tuple[float, float | None]:
-    """Return seconds to the first batch of a DataLoader with one worker, and MiB that this worker has to itself."""
+    """Seconds to the first batch of a DataLoader with one worker, and MiB that this worker has to itself."""
     options = {} if isinstance(dataset, IterableDataset) else {"sampler": range(4 * size)}
     started = time.perf_counter()
     batches = iter(

@@ -18,13 +18,13 @@ class Network:
     bandwidth: float
 
     def all_reduce_s(self, num_bytes: int, ranks: int) -> float:
-        """Return the seconds of a sum over `ranks`: the better of a ring and a tree (Thakur et al. 2005)."""
+        """The seconds of a sum over `ranks`: the better of a ring and a tree (Thakur et al. 2005)."""
         ring = 2 * (ranks - 1) * self.latency_s + 2 * (ranks - 1) / ranks * num_bytes / self.bandwidth
         tree = 2 * math.ceil(math.log2(ranks)) * (self.latency_s + num_bytes / self.bandwidth) if ranks > 1 else 0.0
         return min(ring, tree)
 
     def all_gather_s(self, num_bytes: int, ranks: int) -> float:
-        """Return the seconds until every rank has `num_bytes` of each other."""
+        """The seconds until every rank has `num_bytes` of each other."""
         return math.ceil(math.log2(ranks)) * self.latency_s + (ranks - 1) * num_bytes / self.bandwidth
 
 
@@ -56,9 +56,9 @@ class Step:
 
 
 def simulate(events: Sequence[Event], rest_s: float, network: Network, ranks: int) -> Step:
-    """Return a step of `ranks` ranks, each with the work of one.
+    """A step of `ranks` ranks, each with the work of one.
 
-    Gradients are reduced bucket by bucket while backward goes on; collectives run one at a time in the order in which
+    Gradients are reduced bucket by bucket while backward continues; collectives run one at a time in the order in which
     they were asked for (one NCCL communicator or gloo context), so a batch norm may wait for a bucket.
 
     Args:

@@ -27,7 +27,7 @@ class PlainASPP(ASPP):
     """The four dilated convolutions one after the other."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits [B, num_classes, H, W]."""
+        """Logits [B, num_classes, H, W]."""
         first, second, third, fourth = (branch(x) for branch in self.branches)
         return first + second + third + fourth
 
@@ -36,12 +36,12 @@ class PlainFrozenBatchNorm(nn.BatchNorm2d):
     """A pass of its own over the activations; not a FrozenBatchNorm, which goes into the convolution."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return float [B, C, H, W]."""
+        """Float [B, C, H, W]."""
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
 def plain_network(net: DeepLabV2, backbone: str) -> DeepLabV2:
-    """Return a network that computes the same with torch's layers alone, with weights of its own."""
+    """A network that computes the same with torch's layers alone, with weights of its own."""
     frozen = any(isinstance(module, FrozenBatchNorm) for module in net.modules())
     branch = net.head.branches[0]
     assert isinstance(branch, nn.Conv2d)
@@ -72,7 +72,7 @@ def with_peers_defaults() -> contextlib.AbstractContextManager[None]:
 
 
 def plain_ddp(model: nn.Module, env: DistEnv) -> nn.Module:
-    """Return the model as peers wrap it, where there are other ranks."""
+    """The model as peers wrap it, where there are other ranks."""
     return DistributedDataParallel(model) if env.world_size > 1 else model
 
 
@@ -101,7 +101,7 @@ class PeersLoop:
             return total
 
     def loss(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """Return the mean cross-entropy of images on the device and labels on the CPU."""
+        """The mean cross-entropy of images on the device and labels on the CPU."""
         raise NotImplementedError
 
 
@@ -128,7 +128,7 @@ class AmpChannelsLast(PeersLoop):
 
 
 def unfused(optimizer: Optimizer, *, foreach: bool | None) -> Optimizer:
-    """Return the same SGD in torch's other implementations; None: the one torch would choose."""
+    """The same SGD in torch's other implementations; None: the one torch would choose."""
     keys = ("params", "lr", "weight_decay", "momentum")
     return SGD([{key: group[key] for key in keys} | _named(group) for group in optimizer.param_groups], foreach=foreach)
 

@@ -40,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bandwidth-gbit", type=float, default=200.0, help="of a rank's link, Gbit/s; default: %(default)s"
     )
     parser.add_argument(
-        "--check", type=int, nargs="+", default=[], metavar="RANKS", help="also run so many real gloo ranks, e.g. 2 4"
+        "--check",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="RANKS",
+        help="also run on real gloo ranks, e.g. 2 4",
     )
 
 
@@ -76,7 +81,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
 
 def simulated_row(ranks: int, sync: Step, frozen: Step, *, alone_s: float) -> Row:
-    """Return the table's row of a simulated number of ranks; `alone_s`: a step's seconds on one, to compare with."""
+    """The table's row of a simulated number of ranks; `alone_s`: a step's seconds on one, to compare with."""
     return {
         "what": f"{ranks} simulated",
         "compute_ms": 1e3 * sync.compute_s,
@@ -89,7 +94,7 @@ def simulated_row(ranks: int, sync: Step, frozen: Step, *, alone_s: float) -> Ro
 
 
 def check(arguments: argparse.Namespace, ranks: int) -> Row:
-    """Return the row of a real run on `ranks` gloo ranks, beside what the simulation says of it.
+    """The row of a real run on `ranks` gloo ranks, beside what the simulation says of it.
 
     Raises:
         UserError: the ranks failed.

@@ -32,7 +32,7 @@ SMALL, LARGE = 2**8, 2**22  # float32 numbers: the latency of batch norm's colle
 
 
 def median_s(work: Callable[[], object]) -> float:
-    """Return the median seconds of `work`, started by all ranks together."""
+    """The median seconds of `work`, started by all ranks together."""
     seconds = []
     for turn in range(ROUNDS + 2):
         dist.barrier()

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     if arguments.images % arguments.accumulation:
-        raise UserError(f"--images {arguments.images} is no multiple of --accumulation {arguments.accumulation}")
+        raise UserError(f"--images {arguments.images} is not a multiple of --accumulation {arguments.accumulation}")
     env = DistEnv.from_environ()
     ours = expand(arguments.ours, on_gpu=torch.cuda.is_available(), ranks=env.world_size)
     with process_group(env):
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
 
 def measure(arguments: argparse.Namespace, env: DistEnv, ours: list[Variant]) -> Report:
-    """Return the table; every rank calls it."""
+    """The table; every rank calls it."""
     device = env.device
     torch.manual_seed(0)
     net = DeepLabV2(arguments.backbone, NUM_CLASSES, norm=norm_factory(arguments.batch_norm))
@@ -116,7 +116,7 @@ def measure(arguments: argparse.Namespace, env: DistEnv, ours: list[Variant]) ->
         *(f"+{option}: {OPTIONS[option]}" for option in OPTIONS if any(option in one.options for one in ours)),
     ]
     if env.world_size > 1:
-        notes.append(f"{env.world_size} ranks with such a share each; batch norm talks to nobody (see batch_norm)")
+        notes.append(f"{env.world_size} ranks with such a share each; batch norm is per rank (see batch_norm)")
     return Report(f"optimizer step of {arguments.backbone}, {shape}", rows, notes)
 
 
@@ -130,7 +130,7 @@ def row(
     peak: float,
     env: DistEnv,
 ) -> Row:
-    """Return the table's row of a competitor; images/s are of all ranks."""
+    """The table's row of a competitor; images/s are of all ranks."""
     rate = env.world_size * arguments.images / timing.median
     has_parts = isinstance(competitor, Ours) and not competitor.compiled  # a compiled graph is one piece
     parts = measure_parts(competitor, synchronizer(env.device)) if isinstance(competitor, Ours) and has_parts else {}
@@ -146,7 +146,7 @@ def row(
 
 
 def draw_batches(micro_size: int, accumulation: int, crop: int) -> list[Batch]:
-    """Return micro-batches of random pixels, as the loader gives them; a tenth of the labels is void."""
+    """Micro-batches of random pixels, as the loader gives them; a tenth of the labels is void."""
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(accumulation):
@@ -167,7 +167,7 @@ class Spans:
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
 
     def around(self, name: str, function: Callable[..., object]) -> Callable[..., object]:
-        """Return `function`, timed under `name`."""
+        """`function`, timed under `name`."""
 
         def timed(*args: object, **kwargs: object) -> object:
             box: list[object] = []
@@ -181,7 +181,7 @@ class Spans:
 
 
 def measure_parts(ours: Ours, synchronize: Callable[[], None], repeats: int = 3) -> dict[str, float]:
-    """Return mean milliseconds a step of data (its upload), forward, backward, collectives, update and the rest.
+    """Mean milliseconds a step of data (its upload), forward, backward, collectives, update and the rest.
 
     collectives: what backward takes longer than without the sum of gradients over the ranks, so what does not overlap.
     """
@@ -197,20 +197,20 @@ def measure_parts(ours: Ours, synchronize: Callable[[], None], repeats: int = 3)
 def _spans(ours: Ours, synchronize: Callable[[], None], repeats: int) -> dict[str, float]:
     spans = Spans(synchronize)
     backward, update, forward = ours.precision.backward, ours.precision.step, ours.model.forward
-    upload = ours.step.upload
+    upload = ours.step.copy_to_device
     ours.precision.backward = spans.around("backward", backward)  # type: ignore[method-assign, assignment]
     ours.precision.step = spans.around("update", update)  # type: ignore[method-assign, assignment]
     ours.model.forward = spans.around("forward", forward)
-    ours.step.upload = spans.around("data", upload)  # type: ignore[assignment]
+    ours.step.copy_to_device = spans.around("data", upload)  # type: ignore[assignment]
     whole = interleave({"step": ours}, rounds=repeats, warmup=0, synchronize=synchronize)["step"]
     ours.precision.backward, ours.precision.step, ours.model.forward = backward, update, forward  # type: ignore[method-assign]
-    ours.step.upload = upload
+    ours.step.copy_to_device = upload
     parts = {name: sum(times) / repeats for name, times in spans.milliseconds.items()}
     return {**parts, "rest": 1e3 * sum(whole.seconds) / repeats - sum(parts.values())}
 
 
 def working_memory_gib(competitor: Callable[[], object], device: torch.device) -> float | None:
-    """Return what a step takes beyond what is there before it (weights, momentum): activations and gradients."""
+    """Memory that a step takes beyond weights and momentum: activations and gradients."""
     if device.type != "cuda":
         return None  # a process's peak cannot be told apart by competitor
     before = torch.cuda.memory_allocated(device)
@@ -220,7 +220,7 @@ def working_memory_gib(competitor: Callable[[], object], device: torch.device) -
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the measured FLOP/s of a large square matrix product: the practical peak."""
+    """The measured FLOP/s of a large square matrix product: the practical peak."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = interleave({"matmul": lambda: a @ b}, rounds=10, warmup=2, synchronize=synchronizer(device))["matmul"]

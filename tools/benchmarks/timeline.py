@@ -38,7 +38,7 @@ class Clock:
         self.marks.append((kind, num_bytes, moment))
 
     def events(self) -> list[Event]:
-        """Return every mark but the first as an event."""
+        """Every mark but the first as an event."""
         if self.on_gpu:
             torch.cuda.synchronize()
         found = []
@@ -49,12 +49,12 @@ class Clock:
 
 
 def median_events(runs: list[list[Event]]) -> list[Event]:
-    """Return the events of one rank, each with the median compute before it."""
+    """The events of one rank, each with the median compute before it."""
     return [replace(one[0], compute_s=statistics.median(event.compute_s for event in one)) for one in zip(*runs)]
 
 
 def slowest_events(runs_of_ranks: list[list[list[Event]]]) -> list[Event]:
-    """Return the events of ranks that wait for each other at each: the slowest's compute, as a mean over the runs."""
+    """The events of ranks that wait for each other at each: the slowest's compute, as a mean over the runs."""
     together = zip(*(zip(*runs) for runs in runs_of_ranks))  # event by event: (rank, run)
     return [
         replace(ranks[0][0], compute_s=statistics.mean(max(e.compute_s for e in one) for one in zip(*ranks)))
@@ -67,16 +67,16 @@ class NoOthers:
 
     @staticmethod
     def get_world_size() -> int:
-        """Return 1."""
+        """1: this rank alone."""
         return 1
 
     @staticmethod
     def all_reduce(tensor: torch.Tensor, group: object) -> None:
-        """Leave the tensor as it is: nobody adds to it."""
+        """Leave the tensor as it is: no rank adds to it."""
 
 
 @contextlib.contextmanager
-def synchronised_with_nobody() -> Iterator[None]:
+def synchronised_alone() -> Iterator[None]:
     """Let SyncBatchNorm do the arithmetic of several ranks, which is more than BatchNorm2d's, without messages."""
     with (
         mock.patch.object(sync_batch_norm, "is_alone", return_value=False),
@@ -91,12 +91,12 @@ def synchronised_with_nobody() -> Iterator[None]:
 def measure_runs(
     backbone: str, batch: Batch, num_classes: int, *, synchronised: bool, repeats: int = 5
 ) -> list[list[Event]]:
-    """Return, for each of `repeats` runs, the events of a micro-batch's forward and backward, without communication.
+    """For each of `repeats` runs, the events of a micro-batch's forward and backward, without communication.
 
     Where batch norm would communicate is marked; `synchronised`: it does the arithmetic that goes with that too. The
     last event is `nothing`.
     """
-    with synchronised_with_nobody() if synchronised else contextlib.nullcontext():
+    with synchronised_alone() if synchronised else contextlib.nullcontext():
         return _measure_runs(backbone, batch, num_classes, norm="sync" if synchronised else "local", repeats=repeats)
 
 

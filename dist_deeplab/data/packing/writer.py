@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
+from dist_deeplab.command_line import command_name
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.ordered_map import ordered_map
 from dist_deeplab.data.packing.samples import AS_THEY_ARE, Packed, PackedFile, Reading, pack_sample
@@ -57,12 +58,12 @@ class PackingCounts:
         notes = []
         if turned:
             notes.append(
-                f"{_images(turned)} turned upright by their EXIF orientation: masks are drawn on what people see "
+                f"{_images(turned)} turned upright (EXIF orientation): masks are drawn on what people see "
                 "(--exif ignore if yours were drawn on the stored pixels)"
             )
         if self.num_against_options:
-            way = "not turned by their EXIF orientation" if reading.options.upright else "turned upright"
-            notes.append(f"{_images(self.num_against_options)} {way}, because their masks fit only so")
+            way = "not turned" if reading.options.upright else "turned"
+            notes.append(f"{_images(self.num_against_options)} {way} upright, because masks fit only that way")
         if reading.tiles is not None:
             side, overlap = reading.tiles.side, reading.tiles.overlap
             notes.append(
@@ -118,7 +119,7 @@ def write_shards(
     if not overwrite and not killed_while_moving and (tars := _tars_of(final)):
         raise ShardError(
             f"{tars[0]} is there already, without a manifest {final.name}; nothing was written: move it, index it by "
-            "`tools/make_shards.py index`, or add --overwrite to replace it"
+            f"`{command_name('shards')} index`, or add --overwrite to replace it"
         )
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(scratch, ignore_errors=True)

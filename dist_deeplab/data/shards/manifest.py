@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.cache import ShardCache
@@ -27,18 +27,10 @@ MAX_KEY_HASHES = 2**20  # 8 MiB in a checkpoint
 _MAX_CLASSES = 255  # 8 bits less the void label
 
 
-def _plain_name(name: str) -> str:
-    if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise ValueError("is not a plain name")
-    return name
-
-
-def _index_name(name: str) -> str:
-    if not name.endswith(".npy"):  # else it could take the place of the manifest's own copy in a cache
-        raise ValueError("is not the name of an index, .npy")
-    return _plain_name(name)
-
-
+_PlainName = Annotated[
+    str, Field(pattern=r"^([^./\x00][^/\x00]*|\.[^./\x00][^/\x00]*)$")
+]  # not "", ".", "..", nor a path
+_IndexName = Annotated[str, Field(pattern=r"^[^/\x00]+\.npy$")]  # nothing that could be the manifest's copy in a cache
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _STRICT = ConfigDict(strict=True, extra="forbid")
@@ -50,7 +42,7 @@ class Shard:
 
     __pydantic_config__ = _STRICT
 
-    name: Annotated[str, AfterValidator(_plain_name)]
+    name: _PlainName
     num_samples: _Count
     size_bytes: _Count
     sha256: _Digest
@@ -67,14 +59,14 @@ class ManifestFile:
     __pydantic_config__ = _STRICT
 
     format: Literal["dist_deeplab.shards/1", "dist_deeplab.shards/2"] = FORMAT
-    split: Annotated[str, AfterValidator(_plain_name)]
+    split: _PlainName
     num_samples: _Count
     num_classes: Annotated[int, Field(ge=1, le=_MAX_CLASSES)]
     ignore_label: Annotated[int, Field(ge=0, le=255)]
     class_names: tuple[str, ...]
     class_pixels: tuple[_Count, ...]
     keys_sha256: _Digest
-    index: Annotated[str, AfterValidator(_index_name)]
+    index: _IndexName
     index_sha256: _Digest
     shards: tuple[Shard, ...]
     notes: tuple[str, ...] = ()
@@ -110,13 +102,20 @@ class Manifest(ManifestFile):
 
     @cached_property
     def key_hashes(self) -> np.ndarray:
-        """Sorted 64-bit hashes of the sample keys, uint64; of a set above 2**20 samples only so many, the smallest.
+        """Sorted 64-bit hashes of the sample keys, uint64; of a set above 2**20 samples the smallest 2**20.
 
-        Two sets that are cut so still show what share they have in common. Made in constant memory: 8 MiB at most.
+        Two sets that are cut so still show what share they have in common. Made in some 100 MiB at most.
         """
-        smallest = np.zeros(0, dtype=np.uint64)
+        smallest, found, count = np.zeros(0, dtype=np.uint64), [], 0
         for rows in self.open_index().chunks():
-            smallest = np.sort(np.concatenate([smallest, rows["key_hash"]]))[:MAX_KEY_HASHES].copy()
+            hashes = rows["key_hash"]
+            if len(smallest) == MAX_KEY_HASHES:
+                hashes = hashes[hashes < smallest[-1]]
+            found.append(hashes)
+            count += len(hashes)
+            if count >= MAX_KEY_HASHES:
+                smallest, found, count = np.sort(np.concatenate([smallest, *found]))[:MAX_KEY_HASHES].copy(), [], 0
+        smallest = np.sort(np.concatenate([smallest, *found]))[:MAX_KEY_HASHES].copy()
         return smallest
 
     def open_index(self) -> IndexFile:

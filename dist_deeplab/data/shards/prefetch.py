@@ -87,7 +87,7 @@ class _Progress:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def wait_for(self, step: int) -> None:
-        """Return once the training has come to `step`."""
+        """Wait until the training has come to `step`."""
         with self._changed:
             self._changed.wait_for(lambda: self._step >= step)
 

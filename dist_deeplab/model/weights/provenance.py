@@ -1,4 +1,4 @@
-"""Public files that were trained on VOC 2012 val: their scores on val are no scores."""
+"""Public files that were trained on VOC 2012 val: their scores on val do not count."""
 
 import re
 from dataclasses import replace
@@ -29,6 +29,6 @@ def marked(weights: Weights, reason: str) -> Weights:
     """The weights with the note that they were trained on VOC val."""
     if weights.variant.note:
         return weights
-    note = f"trained on VOC 2012 val too ({reason}), so a score on val is no validation score"
+    note = f"trained on VOC 2012 val too ({reason}), so a score on val is not a validation score"
     variant: Variant = replace(weights.variant, note=note)
     return replace(weights, variant=variant)

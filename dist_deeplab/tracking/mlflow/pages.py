@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from urllib.parse import quote
 
+from dist_deeplab.packaged import mlflow_ui
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.mlflow.state import UploadState
 
@@ -33,6 +34,27 @@ def run_page(server: str, experiment_id: str, run_id: str) -> str:
     return f"{server}/#/experiments/{experiment_id}/runs/{run_id}?{_MENU}"
 
 
+def view_of_sweep(sweep_id: str, keys: Sequence[str]) -> tuple[str, str]:
+    """Name and value of the experiment's tag that keeps a view of a sweep's runs: best first, few columns.
+
+    The view is what MLflow's "Share view" makes (seen in 3.17): an address alone cannot choose columns.
+
+    Args:
+        keys: what the sweep varies, e.g. `optim.lr`.
+    """
+    metrics = ("val/best_mIoU", "cost/total_s", "cost/device_hours")
+    view = {
+        **{"searchFilter": f"tags.mlflow.parentRunId = '{sweep_id}'", "orderByKey": "metrics.`val/best_mIoU`"},
+        **{"orderByAsc": False, "startTime": "ALL", "lifecycleFilter": "Active", "modelVersionFilter": "All Runs"},
+        "selectedColumns": [*(f"params.`{key}`" for key in keys), *(f"metrics.`{key}`" for key in metrics)],
+        **{"datasetsFilter": [], "runsPinned": [], "runsHidden": [], "runsExpanded": {}, "columnOrder": []},
+        **{"runsHiddenMode": "FIRST_10_RUNS", "runsVisibilityMap": {}, "runListHidden": False, "columnWidths": {}},
+        **{"isAccordionReordered": False, "groupBy": None, "groupsExpanded": {}, "autoRefreshEnabled": False},
+        **{"useGroupedValuesInCharts": True, "hideEmptyCharts": True, "globalLineChartConfig": {}},
+    }
+    return f"mlflow.sharedViewState.{sweep_id}", json.dumps(view)
+
+
 def sweep_pages(server: str, experiment_id: str, sweep_id: str, run_ids: Sequence[str]) -> dict[str, str]:
     """{what it shows: address}; runs come best first where a page can order them."""
     ids, experiments = (quote(json.dumps(values)) for values in (list(run_ids), [experiment_id]))
@@ -40,7 +62,7 @@ def sweep_pages(server: str, experiment_id: str, sweep_id: str, run_ids: Sequenc
     table = f"{runs_table(server, experiment_id)}&searchFilter={of_sweep}"
     return {
         "the sweep": run_page(server, experiment_id, sweep_id),
-        "its runs, best first": table,
+        "its runs, best first": f"{server}/#/experiments/{experiment_id}/runs?{_MENU}&viewStateShareKey={sweep_id}",
         "curves, best first": f"{table}&compareRunsMode=CHART",
         "side by side": f"{server}/#/compare-runs?runs={ids}&experiments={experiments}&{_MENU}",
     }
@@ -49,7 +71,7 @@ def sweep_pages(server: str, experiment_id: str, sweep_id: str, run_ids: Sequenc
 def where_to_look(uri: str, state: UploadState) -> str:
     """How to open a run and the table of all runs: an address each, after a command where there is no server."""
     server = server_of(uri)
-    head = "in MLflow:" if uri.startswith("http") else f"in MLflow ({shown_url(uri)}): ./launch/mlflow_ui.sh, then"
+    head = "in MLflow:" if uri.startswith("http") else f"in MLflow ({shown_url(uri)}): {mlflow_ui(uri)}, then"
     page, table = run_page(server, state["experiment_id"], state["run_id"]), runs_table(server, state["experiment_id"])
     return f"{head}\n    this run: {page}\n    all runs, best first: {table}"
 

@@ -21,6 +21,7 @@ from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.mlflow.images import ImageSeries
+from dist_deeplab.tracking.mlflow.pages import view_of_sweep
 from dist_deeplab.tracking.mlflow.state import UploadState
 from dist_deeplab.tracking.mlflow.store import StoreError, open_client, open_experiment
 from dist_deeplab.tracking.run_files import RUN_FILE, RunFile, inside, known_run_file, read_run_file
@@ -106,6 +107,8 @@ class MlflowRun:
             self.client.log_artifact(self.run_id, str(config))
         if not is_first:
             self._set_note("")
+        if self.about.children is not None:
+            self._share_view()
         self.client.update_run(self.run_id, status="RUNNING")
 
     def _tags(self, *, is_first: bool) -> dict[str, Any]:
@@ -123,6 +126,17 @@ class MlflowRun:
         if is_first and about.description:  # later it may be the user's own text
             tags[_DESCRIPTION] = about.description
         return tags
+
+    def _share_view(self) -> None:
+        """Keep a view of a sweep's runs, which the sweep's last lines give the address of."""
+        from mlflow.exceptions import MlflowException
+
+        words = str(self.about.tags.get("sweep", "")).split()
+        keys = [key for key in (word.partition("=")[0] for word in words) if key in self.about.parameters]
+        try:
+            self.client.set_experiment_tag(self.state["experiment_id"], *view_of_sweep(self.run_id, keys))
+        except MlflowException as error:  # e.g. a server on which this user may not change the experiment
+            log.warning("the view of the sweep's runs was not kept: %s", error)
 
     def _send_datasets(self) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag

@@ -36,11 +36,11 @@ def choose_store(run_dir: Path, recorded: str, given: str = "") -> str:
         given: what the user says now, which wins; without its secrets where the environment has them.
     """
     from_environment = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if given:
-        return from_environment if shown_url(from_environment) == given else given
-    recorded = shown_url(recorded)
-    if recorded == "none" or recorded in known_stores():
-        return recorded
+    wanted = given or shown_url(recorded)
+    if wanted and wanted == shown_url(from_environment):
+        return from_environment  # with its secrets
+    if given or wanted == "none" or wanted in known_stores():
+        return wanted
     return from_environment or default_store(run_dir.absolute().parent.resolve())
 
 

@@ -113,7 +113,7 @@ class Uploader:
         self.state.load()
 
     def note_failure(self, error: Exception) -> None:
-        """Count a failure of the store, for the run to see; a full disk here is no reason to stop."""
+        """Count a failure of the store, for the run to see; a full disk here does not stop it."""
         self.run = None
         try:
             self.state.save(failed_sends=self.state["failed_sends"] + 1, error=explain(error))

@@ -26,7 +26,7 @@ from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE, Preprocessing
 from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.loss_window import LossWindow
-from dist_deeplab.training.nonfinite import NonFiniteDump
+from dist_deeplab.training.nonfinite import NonFiniteDump, NonFiniteMonitor
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep
@@ -61,7 +61,7 @@ def main(env: DistEnv, folder: Path) -> None:
         Poisoned(CAFFE.channels, CAFFE.mean, CAFFE.std),
         CrossEntropy(255),
     )
-    window = LossWindow(max_nonfinite_steps=3, dump=NonFiniteDump(folder / "nonfinite", {}, env.rank))
+    window = LossWindow(NonFiniteMonitor(3, NonFiniteDump(folder / "nonfinite", {}, env.rank)))
     kept: dict[str, torch.Tensor] = {}
     for step in range(3):
         bad = step == 1 and env.rank == 1
@@ -84,7 +84,7 @@ def main(env: DistEnv, folder: Path) -> None:
             net.head.branches[2].bias[0] += 1e-7
     try:
         check_replicas(net, buffers=False, when="at step 3")
-        raise AssertionError("nobody saw it")
+        raise AssertionError("no rank noticed it")
     except TrainingError as error:
         (folder / f"error_{env.rank}").write_text(str(error))
 

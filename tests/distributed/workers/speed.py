@@ -17,7 +17,7 @@ from dist_deeplab.training.step import TrainStep
 
 
 def step(env: DistEnv, *, recompute: bool = False, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return all gradients and all buffers after two passes, as vectors."""
+    """All gradients and all buffers after two passes, as vectors."""
     torch.manual_seed(0)
     net = DeepLabV2("resnet_tiny", 5, norm=norm_factory("sync"), recompute=recompute)
     model = prepare_model(MultiScale(net, ()), env, **options).train()
@@ -31,7 +31,7 @@ def step(env: DistEnv, *, recompute: bool = False, **options: bool) -> tuple[tor
 def updated(
     env: DistEnv, *, static_graph: bool, recompute: bool = False, scales: tuple[float, ...] = ()
 ) -> torch.Tensor:
-    """Return all weights and statistics after updates of two, one and two micro-batches, as one vector."""
+    """All weights and statistics after updates of two, one and two micro-batches, as one vector."""
     torch.manual_seed(0)
     net = DeepLabV2("resnet_tiny", 5, norm=norm_factory("sync"), recompute=recompute)
     model = prepare_model(MultiScale(net, scales), env, static_graph=static_graph).train()

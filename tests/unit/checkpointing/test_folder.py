@@ -26,7 +26,7 @@ from dist_deeplab.errors import TrainingError, UserError
 
 
 def content_of(step: int) -> dict[str, Any]:
-    """Return something of the shape of a real checkpoint that differs from step to step."""
+    """Something of the shape of a real checkpoint that differs from step to step."""
     weight = torch.full((3, 2), float(step)) + torch.arange(6.0).view(3, 2)
     return {
         "model": collections.OrderedDict({"conv.weight": weight, "bn.num_batches_tracked": torch.tensor(step)}),
@@ -371,7 +371,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return released
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_cannot_change_it(
+def test_training_continues_while_a_checkpoint_is_written_and_cannot_change_it(
     folder: CheckpointFolder, slow_disk: threading.Event
 ) -> None:
     content = content_of(5)

@@ -177,7 +177,7 @@ def test_arguments_that_do_not_go_together_are_refused_before_anything_is_fetche
     assert not (tmp_path / "new").exists()
 
 
-def test_unpacking_that_was_killed_begins_anew_and_damage_is_a_sentence(archives: Path, tmp_path: Path) -> None:
+def test_unpacking_that_was_killed_begins_again_and_damage_is_a_sentence(archives: Path, tmp_path: Path) -> None:
     folder = tmp_path / "VOC2012"
     (tmp_path / ".VOC2012.unfinished").mkdir()
     (tmp_path / ".VOC2012.unfinished" / "half").write_text("")

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dist_deeplab.commands import shards as tool
-from dist_deeplab.commands.packing import look, pack
+from dist_deeplab.commands.packing import look, masks, pack
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing import writer
 from dist_deeplab.data.shards.manifest import load_manifest
@@ -105,10 +105,10 @@ def test_every_command_in_the_manual_is_accepted() -> None:
     assert tool.__doc__ is not None
     manual = tool.__doc__.replace("\\\n", " ")
     commands = re.findall(r"dist-deeplab shards (.*)", manual)
-    assert len(commands) == 7
+    assert len(commands) == 9
     for command in commands:
         arguments = shlex.split(command)
-        part = look if arguments[0] in look.COMMANDS else pack
+        part = {"masks": masks}.get(arguments[0], look if arguments[0] in look.COMMANDS else pack)
         part.parse_arguments(arguments, manual="")
 
 

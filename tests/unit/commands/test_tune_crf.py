@@ -36,7 +36,7 @@ def test_a_grid_that_cannot_be_is_refused(text: str) -> None:
         tool.parse_grid([text])
 
 
-def test_what_is_no_parameter_of_the_crf_is_no_axis_and_a_set_may_be_a_url() -> None:
+def test_what_is_not_a_parameter_of_the_crf_is_not_an_axis_and_a_set_may_be_a_url() -> None:
     url, axis = "https://example.org/val.json", "crf.bi_w=3,4"
     given = ["x.pt", "--data", url, "--grid", axis, "crf.num_workers=1", "eval.flip=true"]
     arguments = tool.parse_arguments([*given, "--num-images", "2"])

@@ -58,7 +58,7 @@ configs = st.fixed_dictionaries(
 
 
 def message_of(*overrides: str, path: Path | None = None) -> str:
-    """Return the message of the error that these arguments are."""
+    """The message of the error that these arguments are."""
     with pytest.raises(UserError) as caught:
         load_config(path, overrides)
     assert "\n" not in str(caught.value), "a mistake is reported in one line"
@@ -342,7 +342,7 @@ def test_a_section_given_something_else_is_named(value: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("override", ["fast", "=3", "", "optim.lr"])
-def test_an_argument_that_is_no_key_and_value_says_how_to_write_one(override: str) -> None:
+def test_an_argument_that_is_not_a_key_and_value_says_how_to_write_one(override: str) -> None:
     message = message_of(override)
     assert repr(override) in message
     assert "section.key=value" in message

@@ -138,7 +138,7 @@ def test_a_cmyk_jpeg_becomes_rgb(photo: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n"])
-def test_what_is_no_image_is_refused(data: bytes) -> None:
+def test_what_is_not_an_image_is_refused(data: bytes) -> None:
     with pytest.raises(DecodeError, match=f"{len(data)} bytes"):
         decode_image(data)
     with pytest.raises(DecodeError, match=f"{len(data)} bytes"):

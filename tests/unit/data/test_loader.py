@@ -159,7 +159,7 @@ def test_a_batch_has_the_documented_layout(micro_size: int, workers: int, shard_
             assert batch.image.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_workers_are_deaf_to_the_signals_that_stop_a_run(shard_set: Manifest, expected: list[Pixels]) -> None:
+def test_workers_ignore_the_signals_that_stop_a_run(shard_set: Manifest, expected: list[Pixels]) -> None:
     """The rank ends its workers itself, after it has saved."""
     split = BatchSplit.derive(global_size=4, micro_size=1, world_size=1)
     batches = iter(train_loader(shard_set, split, workers=1).batches)

@@ -110,7 +110,7 @@ def test_augmentation_equals_computing_every_pixel(
 
 @settings(max_examples=20)
 @given(draws=all_draws, size=st.sampled_from([9, 33, 321]))
-def test_at_scale_1_a_sample_of_the_crops_size_is_itself_or_its_mirror_image(draws: np.ndarray, size: int) -> None:
+def test_at_scale_1_a_sample_of_the_crops_size_is_itself_or_its_flipped_image(draws: np.ndarray, size: int) -> None:
     image, label = smooth_image(size, size), noise_label(size, size)
     got_image, got_label, content = Augmentation(size, (1.0, 1.0), True, VOID)(image, label, draws)
     if draws[3] < 0.5:
@@ -120,7 +120,7 @@ def test_at_scale_1_a_sample_of_the_crops_size_is_itself_or_its_mirror_image(dra
     assert (got_image == image).all()
 
 
-def test_without_mirror_nothing_is_flipped() -> None:
+def test_without_flip_nothing_is_flipped() -> None:
     image, label = smooth_image(9, 9), noise_label(9, 9)
     for draw in (0.0, 0.49, 0.99):
         got = Augmentation(9, (1.0, 1.0), False, VOID)(image, label, np.array([0.0, 0.0, 0.0, draw]))

@@ -95,7 +95,7 @@ def test_an_address_where_nothing_listens_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    with pytest.raises(UserError, match=r"rank 1 on .* reached nobody at localhost:1 in 1 s; .*GLOO_SOCKET_IFNAME"):
+    with pytest.raises(UserError, match=r"rank 1 on .* reached no process at localhost:1 in 1 s; .*GLOO_SOCKET_IFNAME"):
         rendezvous(1, 2, timeout_s=1)
 
 

@@ -101,7 +101,7 @@ def test_a_marker_without_heartbeat_never_refuses_a_requeued_job(age_s: float, t
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "null"])
-def test_a_damaged_marker_is_no_holder(content: str, tmp_path: Path) -> None:
+def test_a_damaged_marker_is_not_a_holder(content: str, tmp_path: Path) -> None:
     (tmp_path / MARKER).write_text(content)
     with lock_run(DistEnv(), tmp_path):
         pass

@@ -23,7 +23,7 @@ def stop() -> Iterator[StopRequest]:
 
 
 def exit_code_after(*numbers: int, apart_s: float = 0.0) -> int | None:
-    """Return how a process ends that catches these signals, one after the other, and then leaves with 75."""
+    """How a process ends that catches these signals, one after the other, and then leaves with 75."""
 
     def run() -> None:
         clock = [1000.0]
@@ -40,13 +40,13 @@ def exit_code_after(*numbers: int, apart_s: float = 0.0) -> int | None:
     return process.exitcode
 
 
-def test_without_a_signal_nobody_asked_to_stop(stop: StopRequest) -> None:
+def test_without_a_signal_no_stop_is_requested(stop: StopRequest) -> None:
     assert not stop
     assert exit_code_after() == 0
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_signal_raises_the_flag_and_the_process_goes_on(number: signal.Signals, stop: StopRequest) -> None:
+def test_a_signal_raises_the_flag_and_the_process_continues(number: signal.Signals, stop: StopRequest) -> None:
     os.kill(os.getpid(), number)
     assert stop
     assert stop.signal_number == number

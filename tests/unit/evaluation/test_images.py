@@ -75,7 +75,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_files_folders_and_patterns_name_pictures(tree: Path) -> None:
+def test_files_folders_and_patterns_name_images(tree: Path) -> None:
     out = tree / "out"
     everything = [Source(tree / "a.jpg", "a"), Source(tree / "sub/b.PNG", "sub/b")]
     everything.append(Source(tree / "sub/deep/c.jpeg", "sub/deep/c"))
@@ -91,7 +91,7 @@ def test_an_input_that_names_nothing_is_an_error(tree: Path, text: str) -> None:
         find_images([str(tree / text)], outside=tree / "out")
 
 
-def test_two_pictures_of_one_name_are_refused(tree: Path) -> None:
+def test_two_images_of_one_name_are_refused(tree: Path) -> None:
     (tree / "a.png").touch()
     with pytest.raises(UserError, match=r"would both become a\.png"):
         find_images([str(tree)], outside=tree / "out")

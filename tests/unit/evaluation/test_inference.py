@@ -76,7 +76,7 @@ def test_the_mean_over_scales_is_taken_on_the_finest_grid(
     torch.testing.assert_close(Predictor(net, CAFFE, (1.0, 1.5), fusion="mean").logits(image, content), expected)
 
 
-def test_mirroring_averages_two_predictions_and_commutes_with_a_mirrored_image(
+def test_flipping_averages_two_predictions_and_commutes_with_a_flipped_image(
     net: DeepLabV2, image: torch.Tensor, content: torch.Tensor
 ) -> None:
     predictor = Predictor(net, CAFFE, flip=True)
@@ -176,7 +176,7 @@ def test_scales_that_cannot_be_are_refused(scales: list[float]) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 40)])
-def test_half_pixel_scales_of_a_picture_of_a_few_pixels_have_at_least_one(
+def test_half_pixel_scales_of_a_image_of_a_few_pixels_have_at_least_one(
     net: DeepLabV2, image: torch.Tensor, size: tuple[int, int]
 ) -> None:
     predictor = Predictor(net, CAFFE, (0.25, 1.0), align_corners=False)

@@ -22,7 +22,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-def test_a_picture_is_read_as_predict_reads_it_upright_and_on_white() -> None:
+def test_a_image_is_read_as_predict_reads_it_upright_and_on_white() -> None:
     net = discerning_network(21)
     model = SegmentationModel(checkpoint_of(net))
     rows, columns = np.mgrid[0:40, 0:53]
@@ -42,7 +42,7 @@ def test_a_picture_is_read_as_predict_reads_it_upright_and_on_white() -> None:
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-def test_what_is_no_picture_is_said_in_one_sentence() -> None:
+def test_what_is_not_an_image_is_said_in_one_sentence() -> None:
     model = SegmentationModel(checkpoint_of(discerning_network(21)))
     with pytest.raises(UserError, match=r"the image \(5 bytes\) is not an image"):
         model.predict(pandas.DataFrame({"image": [b"hello"]}))

@@ -117,7 +117,7 @@ def test_a_variant_that_does_not_exist_is_refused(text: str) -> None:
 
 def test_a_share_that_does_not_divide_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["step", "--images", "3", "--accumulation", "2"]) == 2
-    assert "--images 3 is no multiple of --accumulation 2" in capsys.readouterr().err
+    assert "--images 3 is not a multiple of --accumulation 2" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
@@ -164,6 +164,20 @@ def test_the_crf_is_measured_directly_and_through_its_pool(tmp_path: Path) -> No
     assert all(row["images_per_s_and_core"] > 0 for row in rows.values())
 
 
+def test_loader_counts_what_each_order_asks_of_the_storage(tmp_path: Path) -> None:
+    file = tmp_path / "reads.json"
+    sizes = ("--shards", 100, "--per-shard", 40, "--batch", 16, "--nodes", 2, "--workers", 1, "--latency-ms", 0)
+    done = run_benchmark("loader", "--order", "full", "blocks", *sizes, "--json", file)
+    assert done.returncode == 0, done.stderr
+    rows = {(row["order"], row["store"]): row for row in json.loads(file.read_text())["rows"]}
+    assert len(rows) == 6
+    assert rows["full", "folder"]["opens_per_sample"] > 0.2, "64 of 100 shards are open"
+    assert rows["blocks", "folder"]["opens_per_sample"] < 1.3 / 40, "each shard about once"
+    for node in range(2):
+        assert rows["full", f"http, node {node}"]["downloads"] == 1
+        assert 0.45 <= rows["blocks", f"http, node {node}"]["downloads"] <= 1.1 / 2
+
+
 def test_loader_measures_ours_beside_all_others_on_the_same_images(shard_set: Manifest, tmp_path: Path) -> None:
     file = tmp_path / "loader.json"
     sizes = ("--crop", 33, "--images", 8, "--batch", 4, "--rounds", 2)
@@ -174,3 +188,23 @@ def test_loader_measures_ours_beside_all_others_on_the_same_images(shard_set: Ma
     assert all(row["samples_per_core_s"] > 0 for row in rows.values())
     assert all(rows[name]["first_batch_s"] > 0 and rows[name]["worker_mib"] > 0 for name in rows if name != "decode")
     assert rows["decode"]["x_decode"] == 1
+
+
+def test_all_benchmarks_become_one_report_and_those_without_time_are_named(tmp_path: Path) -> None:
+    done = run_benchmark("all", "--out", tmp_path / "report", "--minutes", 0.1)
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "report" / "report.md").read_text()
+    for name in ("batch_norm", "step", "scaling", "scale", "evaluate", "loader", "crf"):
+        assert f"## {name}\n" in report
+    assert "not finished in" in report or "no time was left" in report
+    assert run_benchmark("all", "--out", tmp_path, "--minutes", 0).returncode == 2
+
+
+def test_scale_counts_what_travels_and_it_stays_flat_beyond_a_node(tmp_path: Path) -> None:
+    file = tmp_path / "scale.json"
+    done = run_benchmark("scale", "--crop", 33, "--rounds", 1, "--ranks", 8, 64, 1024, "--json", file)
+    assert done.returncode == 0, done.stderr
+    node, some, many = json.loads(file.read_text())["rows"]
+    assert node["collectives"] == some["collectives"] == many["collectives"] > 0
+    assert many["received_kb"] == pytest.approx(some["received_kb"], rel=0.02)
+    assert some["received_kb"] < node["received_kb"]

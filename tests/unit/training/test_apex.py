@@ -17,7 +17,7 @@ from dist_deeplab.errors import UserError
 from dist_deeplab.training import apex as apex_rules
 from dist_deeplab.training.apex import find_apex, require_apex
 from dist_deeplab.training.apex_precision import ApexPrecision
-from dist_deeplab.training.optim import build_optimizer, update_unless
+from dist_deeplab.training.optim import build_optimizer, set_lr, update_unless
 
 NVIDIA = "PyTorch Extensions written by NVIDIA"
 PYRAMID = "Pyramid toolkit to add velruse, Flash Messages, CSRF, ReCaptcha and Sessions"
@@ -25,7 +25,7 @@ Install = Callable[..., Path]
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Put a package named apex on the path that fails when it is imported, and what belongs to it."""
 
     def install(summary: str | None, *parts: str, extensions: bool = True) -> Path:
@@ -40,12 +40,13 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
             info.mkdir()
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: apex\nVersion: 0.1\nSummary: {summary}\n")
         if extensions:
-            (tmp_path / "amp_C.py").write_text("raise AssertionError('nobody may run this')\n")
+            (tmp_path / "amp_C.py").write_text("")
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         return tmp_path
 
-    return install
+    yield install
+    sys.modules.pop("amp_C", None)
 
 
 def _refusal(key: str = "optim.implementation=apex", part: str = "optimizers") -> str:
@@ -99,13 +100,52 @@ def test_without_apex_it_is_told_how_to_build_it(monkeypatch: pytest.MonkeyPatch
 
 def test_apex_without_its_extensions_is_told(install: Install) -> None:
     install(NVIDIA, "optimizers", extensions=False)
-    assert "without --cuda_ext" in _refusal()
+    assert "no CUDA extensions" in _refusal()
+
+
+def test_an_extension_built_for_another_torch_is_one_sentence(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = install(NVIDIA, "optimizers")
+    (folder / "amp_C.py").write_text("raise ImportError('undefined symbol: _ZN3c105ErrorC2E\\nmore lines')\n")
+    assert f"does not work with torch {torch.__version__} (undefined symbol: _ZN3c105ErrorC2E)" in _refusal()
 
 
 def test_apex_without_a_gpu_is_told(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install(NVIDIA, "optimizers")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "needs a GPU" in _refusal()
+
+
+class FusedSGD(torch.optim.SGD):
+    """SGD with the methods of apex's FusedSGD (6424da3b): `zero_grad` takes no argument, rates are floats."""
+
+    def zero_grad(self) -> None:  # type: ignore[override]
+        super().zero_grad()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert all(type(group["lr"]) is float for group in self.param_groups), "apex's kernel takes no tensor"
+        super().step(closure)
+
+
+def test_a_step_drives_apexs_optimizer_by_its_own_signatures(
+    make_net: Any, make_step: Any, make_batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apex_rules, "require_apex", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", SimpleNamespace(FusedSGD=FusedSGD))
+    nets = []
+    for implementation in ("torch", "apex"):
+        net = make_net()
+        update = make_step(net, optim=OptimConfig(lr=0.01, implementation=implementation))
+        assert isinstance(update.optimizer, FusedSGD) == (implementation == "apex")
+        update.warm_up(micro_size=2, crop_size=65)
+        for step in range(3):
+            set_lr(update.optimizer, torch.tensor(0.01 / (1 + step), dtype=torch.float64))
+            update([make_batch([0.1, 0.3], seed=step), make_batch([0.2], seed=9)])
+        nets.append(net)
+    for ours, theirs in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu

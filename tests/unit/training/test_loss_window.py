@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dist_deeplab.data.loader import Batch
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.training.loss_window import LossWindow
+from dist_deeplab.training.nonfinite import NonFiniteMonitor
 from dist_deeplab.training.step import StepResult
 
 FINITE = st.floats(0, 1e6, width=32)
@@ -40,7 +41,7 @@ def test_the_mean_is_independent_of_when_reduce_was_called(
     values: list[tuple[float, float, float]], data: st.DataObject
 ) -> None:
     reduced_at = data.draw(st.sets(st.integers(1, len(values))))
-    window = LossWindow()
+    window = LossWindow(NonFiniteMonitor())
     for step, (first, second, norm) in enumerate(values):
         window.add(step, _result(first, second, names=("fused", "scale_1"), norm=norm), [])
         if step + 1 in reduced_at:
@@ -59,7 +60,7 @@ def test_the_mean_is_independent_of_when_reduce_was_called(
 
 
 def test_one_output_has_one_loss() -> None:
-    window = LossWindow()
+    window = LossWindow(NonFiniteMonitor())
     window.add(0, _result(1.0), [])
     window.add(1, _result(2.0), [])
     window.reduce(2)
@@ -68,8 +69,8 @@ def test_one_output_has_one_loss() -> None:
     assert not any(key.startswith("train/loss_") for key in values)
 
 
-def test_a_window_starts_anew_after_its_mean_was_taken() -> None:
-    window = LossWindow()
+def test_a_window_starts_again_after_its_mean_was_taken() -> None:
+    window = LossWindow(NonFiniteMonitor())
     for step, value in enumerate([1.0, 3.0, 8.0], start=1):
         window.add(step - 1, _result(value), [])
         window.reduce(step)
@@ -78,9 +79,9 @@ def test_a_window_starts_anew_after_its_mean_was_taken() -> None:
     assert window.pop_mean()["train/loss"] == 8.0
 
 
-def test_a_window_that_was_saved_and_taken_back_goes_on_as_if_nothing_had_happened() -> None:
-    window = LossWindow(max_nonfinite_steps=4)
-    resumed = LossWindow(max_nonfinite_steps=4)
+def test_a_window_that_was_saved_and_restored_continues_as_if_nothing_had_happened() -> None:
+    window = LossWindow(NonFiniteMonitor(4))
+    resumed = LossWindow(NonFiniteMonitor(4))
     for step, kind in enumerate([OK, OVERFLOW, NAN, NAN]):
         window.add(step, _step(kind), _batches("a", "b"))
         window.reduce(step + 1)
@@ -101,7 +102,7 @@ def test_a_window_that_was_saved_and_taken_back_goes_on_as_if_nothing_had_happen
 def test_a_loss_that_is_not_finite_names_step_and_samples_and_is_left_out_of_the_mean(
     bad: float, place: int, caplog: Any
 ) -> None:
-    window = LossWindow(max_nonfinite_steps=2)
+    window = LossWindow(NonFiniteMonitor(2))
     names = ("fused", "scale_1")
     window.add(0, _result(1.0, 3.0, names=names), _batches("a", "b"))
     window.reduce(1)
@@ -138,7 +139,7 @@ def test_a_loss_that_is_not_finite_names_step_and_samples_and_is_left_out_of_the
 def test_a_run_stops_after_so_many_bad_steps_in_a_row(
     kinds: list[str], stops_at: int | None, reduce_every: int
 ) -> None:
-    window = LossWindow(max_nonfinite_steps=3)
+    window = LossWindow(NonFiniteMonitor(3))
     error = None
     for step, kind in enumerate(kinds, start=1):
         window.add(step - 1, _step(kind), _batches("a", "b"))
@@ -151,14 +152,14 @@ def test_a_run_stops_after_so_many_bad_steps_in_a_row(
     if stops_at is None:
         assert error is None
         assert window.num_skipped == sum(kind != OK for kind in kinds)
-        assert window.num_nonfinite == sum(kind in (NAN, LONE_INF) for kind in kinds)
+        assert window.monitor.num_nonfinite == sum(kind in (NAN, LONE_INF) for kind in kinds)
     else:
         for text in ("precision.max_nonfinite_steps=3", f"step {stops_at - 1}:", "optim.lr", "optim.clip_norm"):
             assert text in str(error)
 
 
 def test_a_window_without_a_finite_loss_has_none() -> None:
-    window = LossWindow(max_nonfinite_steps=3)
+    window = LossWindow(NonFiniteMonitor(3))
     window.add(0, _step(NAN), _batches("a", "b"))
     window.reduce(1)
     values = window.pop_mean()
@@ -167,7 +168,7 @@ def test_a_window_without_a_finite_loss_has_none() -> None:
 
 
 def test_the_loss_scale_is_a_metric_of_fp16_alone() -> None:
-    window = LossWindow()
+    window = LossWindow(NonFiniteMonitor())
     window.add(0, _result(1.0), [])
     window.reduce(1)
     assert "train/loss_scale" not in window.pop_mean()

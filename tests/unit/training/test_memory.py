@@ -67,7 +67,7 @@ def test_all_ranks_take_the_smallest_of_their_sizes(monkeypatch: Any) -> None:
     assert find_micro_batch_size(config, DistEnv(0, 0, 3), BatchSplit(18, 6, 3), SCRATCH).micro_size == 3
 
 
-def test_a_run_that_goes_on_keeps_its_size_also_on_other_ranks() -> None:
+def test_a_resumed_run_keeps_its_size_also_on_other_ranks() -> None:
     config = _config("batch.micro_size=auto", "batch.global_size=12")
     for world_size, accumulation in ((1, 3), (2, 2), (3, 1), (4, 1)):
         split = BatchSplit.derive(global_size=12, micro_size=None, world_size=world_size)

@@ -110,7 +110,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _measured(config: RunConfig, micro_size: int) -> tuple[int, int]:
-    """Return the bytes there are after a real step, and the most there were in the next one."""
+    """The bytes there are after a real step, and the most there were in the next one."""
     crop, device = config.data.crop_size, torch.device("cpu")
     net = DeepLabV2("resnet_tiny", 5, norm=norm_factory("local"), recompute=config.speed.recompute)
     model = prepare_model(MultiScale(net), DistEnv()).train()

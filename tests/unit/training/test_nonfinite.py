@@ -16,7 +16,7 @@ from dist_deeplab.data.loader import Batch
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE, Preprocessing
 from dist_deeplab.training.loss_window import LossWindow
-from dist_deeplab.training.nonfinite import NonFiniteDump
+from dist_deeplab.training.nonfinite import NonFiniteDump, NonFiniteMonitor
 from dist_deeplab.training.optim import poly_lr, set_lr
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.step import TrainStep
@@ -50,7 +50,7 @@ def _poisoned(batch: Batch, where: int) -> Batch:
 def _start(net: DeepLabV2, make_step: MakeStep, folder: Path, dtype: str = "fp32", value: float = math.nan) -> Any:
     update = make_step(net, dtype=dtype, optim=OPTIM)
     update.preprocessing = Poisoned(CAFFE.channels, CAFFE.mean, CAFFE.std, value)
-    window = LossWindow(max_nonfinite_steps=3, dump=NonFiniteDump(folder, {"config": {"seed": 1}}, rank=0))
+    window = LossWindow(NonFiniteMonitor(3, NonFiniteDump(folder, {"config": {"seed": 1}}, rank=0)))
     return TrainState(net, update.optimizer, update.precision, window), update
 
 
@@ -87,7 +87,7 @@ def test_a_bad_step_leaves_weights_momentum_statistics_and_schedule_as_if_it_had
     plain = _start(make_net(batch_norm), make_step, tmp_path, dtype)
     _train(*plain, steps)
     assert (disturbed[0].step, int(disturbed[0].num_skipped)) == (4, 1)
-    assert disturbed[0].losses.num_nonfinite == 1
+    assert disturbed[0].losses.monitor.num_nonfinite == 1
     expected = _tensors(plain[0])
     for name, value in _tensors(disturbed[0]).items():
         if dtype == "fp16" and value.is_floating_point():  # the scale was halved: denormal numbers differ
@@ -155,7 +155,7 @@ def test_good_steps_save_nothing_and_are_let_go(
     make_net: MakeNet, make_batch: MakeBatch, make_step: MakeStep, tmp_path: Path
 ) -> None:
     state, update = _start(make_net(), make_step, tmp_path / "nonfinite")
-    dump = state.losses.dump
+    dump = state.losses.monitor.dump
     assert dump is not None
     for _ in range(5):
         batches = [make_batch([0.1])]
@@ -166,7 +166,7 @@ def test_good_steps_save_nothing_and_are_let_go(
     assert not (tmp_path / "nonfinite").exists()
 
 
-def test_a_disk_that_refuses_the_evidence_does_not_stop_the_run(
+def test_a_disk_that_refuses_the_dump_does_not_stop_the_run(
     make_net: MakeNet, make_batch: MakeBatch, make_step: MakeStep, tmp_path: Path, caplog: Any
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -174,7 +174,7 @@ def test_a_disk_that_refuses_the_evidence_does_not_stop_the_run(
     with caplog.at_level(logging.WARNING):
         _train(state, update, [[_poisoned(make_batch([0.1]), 0)], [make_batch([0.1])]])
     assert "could not save the samples of step 0" in caplog.text
-    assert state.losses.nonfinite_in_a_row == 0
+    assert state.losses.monitor.in_a_row == 0
 
 
 def test_a_run_that_goes_bad_over_and_over_does_not_fill_the_disk(make_batch: MakeBatch, tmp_path: Path) -> None:
@@ -183,3 +183,11 @@ def test_a_run_that_goes_bad_over_and_over_does_not_fill_the_disk(make_batch: Ma
         dump.hold(step, [make_batch([0.1])], torch.tensor(True))
         dump.save(step, [0], {})
     assert len(list(tmp_path.glob("*_rank_3.pt"))) == 16
+
+
+def test_of_many_bad_steps_only_a_few_hold_their_images(make_batch: Callable[..., Batch], tmp_path: Path) -> None:
+    dump = NonFiniteDump(tmp_path, {}, rank=0)
+    for step in range(20):
+        dump.hold(step, [make_batch([0.1])], torch.tensor(True))
+    written = [step for step in range(20) if dump.save(step, [0], {})]
+    assert written == [0, 1, 2, 3, 19], "the first few, and the last one, whose flag nobody has asked yet"

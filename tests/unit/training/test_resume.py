@@ -9,6 +9,7 @@ from dist_deeplab.config import load_config
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.training.loss_window import LossWindow
+from dist_deeplab.training.nonfinite import NonFiniteMonitor
 from dist_deeplab.training.resume import restore
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.step import TrainStep
@@ -20,7 +21,7 @@ WITH_CRF = ["eval.crf=true", "crf.bi_w=4"]
 def state(make_net: Callable[..., DeepLabV2], make_step: Callable[..., TrainStep]) -> TrainState:
     net = make_net()
     update = make_step(net)
-    return TrainState(net, update.optimizer, update.precision, LossWindow(max_nonfinite_steps=9))
+    return TrainState(net, update.optimizer, update.precision, LossWindow(NonFiniteMonitor(9)))
 
 
 @pytest.mark.parametrize(

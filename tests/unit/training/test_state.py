@@ -10,6 +10,7 @@ import torch
 from dist_deeplab.data.loader import Batch
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.training.loss_window import LossWindow
+from dist_deeplab.training.nonfinite import NonFiniteMonitor
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.step import StepResult, TrainStep
 
@@ -50,7 +51,7 @@ def test_a_saved_and_restored_run_makes_a_bit_identical_next_step(
 ) -> None:
     def start(net: DeepLabV2) -> tuple[TrainState, TrainStep]:
         update = make_step(net, dtype=dtype)
-        return TrainState(net, update.optimizer, update.precision, LossWindow()), update
+        return TrainState(net, update.optimizer, update.precision, LossWindow(NonFiniteMonitor())), update
 
     state, update = start(make_net(batch_norm))
     for step in range(2):
@@ -82,7 +83,7 @@ def test_a_saved_and_restored_run_makes_a_bit_identical_next_step(
 def state(make_net: MakeNet, make_step: MakeStep) -> TrainState:
     net = make_net()
     update = make_step(net)
-    return TrainState(net, update.optimizer, update.precision, LossWindow(max_nonfinite_steps=9))
+    return TrainState(net, update.optimizer, update.precision, LossWindow(NonFiniteMonitor(9)))
 
 
 def test_skipped_updates_are_steps_but_do_not_advance_the_schedule(state: TrainState) -> None:

@@ -183,7 +183,7 @@ def test_three_steps_equal_a_slow_implementation(
             assert torch.equal(ours, start[name]), name
 
 
-def test_frozen_statistics_stand_still_and_trained_ones_move(
+def test_frozen_statistics_stay_frozen_and_trained_ones_move(
     make_net: MakeNet, make_batch: MakeBatch, make_step: MakeStep
 ) -> None:
     for batch_norm in ("frozen", "sync", "local"):
@@ -240,14 +240,16 @@ def test_collate_is_the_inverse_of_cutting(make_batch: MakeBatch) -> None:
     assert again.keys == batch.keys
 
 
-def test_a_rehearsal_leaves_no_trace(make_net: Callable[..., DeepLabV2], make_step: Callable[..., TrainStep]) -> None:
+def test_a_warm_up_pass_leaves_no_trace(
+    make_net: Callable[..., DeepLabV2], make_step: Callable[..., TrainStep]
+) -> None:
     net = make_net("local").train()
     step = make_step(net)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     forwards = []
     net.register_forward_hook(lambda *arguments: forwards.append(True))
     step.warm_up(micro_size=2, crop_size=33)
-    assert forwards, "nothing was rehearsed"
+    assert forwards, "no forward pass was made"
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
     assert step.optimizer.state_dict()["state"] == {}

@@ -23,7 +23,7 @@ ARGUMENTS = ["model.backbone=resnet_tiny", "data.num_classes=5", "model.train_on
 
 
 @pytest.mark.parametrize("batch_norm", ["sync", "local", "frozen"])
-def test_only_the_last_layers_learn_and_the_backbone_stands_still_with_its_statistics(
+def test_only_the_last_layers_learn_and_the_backbone_is_frozen_with_its_statistics(
     trained_state: dict[str, torch.Tensor], make_batch: Any, batch_norm: str
 ) -> None:
     config = load_config(None, [*ARGUMENTS, f"model.batch_norm={batch_norm}"])

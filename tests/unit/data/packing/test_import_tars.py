@@ -131,7 +131,7 @@ def test_tars_that_are_no_set_are_refused(shard_set: Manifest, tmp_path: Path) -
 # --- looking again ----------------------------------------------------------------------------------------------------
 
 
-def test_a_sound_set_has_no_problem_and_is_what_its_pictures_are(shard_set: Manifest) -> None:
+def test_a_sound_set_has_no_problem_and_is_what_its_images_are(shard_set: Manifest) -> None:
     assert problems(shard_set.path) == []
     seen = [found for found in inspect_set(shard_set) if isinstance(found, SampleContent)]
     assert sum(found.class_pixels for found in seen).tolist() == list(shard_set.class_pixels)
@@ -186,7 +186,7 @@ def test_a_flipped_byte_that_decodes_without_complaint_is_an_error_when_read(own
     assert reader.read(3).key == "2007_000003"
 
 
-def test_a_picture_without_any_class_but_background_has_a_caption(tmp_path: Path) -> None:
+def test_a_image_without_any_class_but_background_has_a_caption(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.png")
     tar = write(tmp_path / "a.tar", {"ü" * 90: {"jpg": JPEG, "png": PNG}})
     manifest = index_tars([tar], split="x", labels=LABELS)

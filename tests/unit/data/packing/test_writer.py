@@ -147,7 +147,7 @@ def test_shards_may_be_limited_by_bytes(samples: list[SourceSample], tmp_path: P
 
 
 @pytest.mark.parametrize(("ending", "kept"), [("png", True), ("bmp", False), ("tiff", False)])
-def test_other_pictures_than_jpegs_are_stored_without_loss(
+def test_other_images_than_jpegs_are_stored_without_loss(
     ending: str, kept: bool, samples: list[SourceSample], tmp_path: Path
 ) -> None:
     image = cv2.imread(str(samples[0].image))
@@ -446,7 +446,7 @@ def test_a_list_of_pairs_is_read_as_drsleeps_are(newline: str, slash: str, tmp_p
 
 
 @pytest.mark.parametrize("line", ["only_one.jpg", "a.jpg b.png c.png"])
-def test_a_line_that_is_no_pair_is_named_with_its_number(line: str, tmp_path: Path) -> None:
+def test_a_line_that_is_not_a_pair_is_named_with_its_number(line: str, tmp_path: Path) -> None:
     listing = tmp_path / "list.txt"
     listing.write_text(f"a.jpg a.png\n\n{line}\n")
     with pytest.raises(ShardError, match=r"line 3 of .*list\.txt") as caught:
@@ -512,7 +512,7 @@ def test_a_sample_without_its_label_is_named(tmp_path: Path) -> None:
     ("content", "reason"),
     [(b"", "readable"), (b"no tar at all" * 100, "readable"), (b"\x1f\x8b compressed", "compressed.*gunzip")],
 )
-def test_a_file_that_is_no_tar_is_named(content: bytes, reason: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tar_is_named(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(content)
     with pytest.raises(ShardError, match=rf"0\.tar .*{reason}"):
         build_index([tmp_path / "0.tar"], tmp_path / "index.npy")

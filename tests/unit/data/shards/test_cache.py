@@ -78,7 +78,7 @@ def test_all_processes_of_a_node_share_one_download(server: FileServer, tmp_path
     assert sorted(downloads(server)) == [f"/train-00000{i}.tar" for i in range(3)]
 
 
-def test_a_download_that_gets_its_final_name_while_room_is_counted_is_no_error(
+def test_a_download_that_gets_its_final_name_while_room_is_counted_is_not_an_error(
     server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "cache"

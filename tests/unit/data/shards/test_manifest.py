@@ -145,7 +145,7 @@ def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'"text"', b'{"format": "other/1"}'])
-def test_a_file_that_is_no_manifest_is_named(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_manifest_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_bytes(content)
     with pytest.raises(ShardError, match="manifest") as caught:

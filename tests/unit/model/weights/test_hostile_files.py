@@ -297,7 +297,7 @@ def test_a_pickles_claims_allocate_nothing(tmp_path: Path, limited_memory: None)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"conv1": 3}, {1: {}}, "text", None, {"conv1": {"weights": [1.0]}}])
-def test_an_npy_that_is_no_network_is_refused(tmp_path: Path, content: Any) -> None:
+def test_an_npy_that_is_not_a_network_is_refused(tmp_path: Path, content: Any) -> None:
     (tmp_path / "a.npy").write_bytes(_object_npy(content))
     assert _load_or_refuse(tmp_path / "a.npy") is None
 

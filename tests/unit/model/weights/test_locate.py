@@ -56,7 +56,7 @@ def test_two_files_of_one_name_are_two(served: tuple[str, Path, list[str]]) -> N
 
 
 @pytest.mark.parametrize("fragment", ["sha256=12", "md5=123", "sha256=" + "g" * 64])
-def test_a_fragment_that_is_no_digest_is_refused(fragment: str) -> None:
+def test_a_fragment_that_is_not_a_digest_is_refused(fragment: str) -> None:
     with pytest.raises(UserError, match="must be sha256= and 64 hexadecimal digits"):
         local_path(f"https://example.org/a.pth#{fragment}")
 

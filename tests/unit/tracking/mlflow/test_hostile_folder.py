@@ -256,6 +256,8 @@ def test_the_store_is_the_user_s_word_then_a_known_one_then_the_environment_s_th
     assert choose_store(folder, "http://theirs", "http://mine") == "http://me:secret@mine"
     remember_store("http://known")
     assert choose_store(folder, "http://known") == "http://known"
+    remember_store("http://mine")
+    assert choose_store(folder, "http://mine") == "http://me:secret@mine", "the environment has its password"
 
 
 # --- nothing of the user's is written to ------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from mlflow.entities import Run
 from dist_deeplab.commands import sync_mlflow
 from dist_deeplab.tracking.mlflow import private
 from dist_deeplab.tracking.mlflow import uploader as uploader_module
+from dist_deeplab.tracking.mlflow.pages import tables_of
 from dist_deeplab.tracking.mlflow.private import private_folder
 from dist_deeplab.tracking.mlflow.state import UploadState
 from dist_deeplab.tracking.mlflow.store import store_lock
@@ -254,6 +255,15 @@ def test_a_requeued_run_is_scheduled_and_says_so_until_it_continues(runs: Path) 
     assert run.info.status == "FINISHED"
     assert run.data.tags["mlflow.note.content"] == "the user's own words"
     assert run.data.tags["state"] == "not stopped"
+
+
+def test_the_tables_of_a_sqlite_store_are_listed_without_opening_mlflow(runs: Path) -> None:
+    assert tables_of(f"{runs}/mlflow.db", "http://h") == []
+    assert send(runs / "a")
+    (line,) = tables_of(f"{runs}/mlflow.db", "http://h")
+    assert line.startswith("e (1 runs): http://h/#/experiments/1/runs?") and "best_mIoU" in line
+    assert tables_of(f"{runs}/missing.db", "http://h") == []
+    assert not (runs / "missing.db").exists()
 
 
 # --- users ------------------------------------------------------------------------------------------------------------
