@@ -25,7 +25,7 @@ from dist_deeplab.data import voc
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.lists import read_pair_list, read_voc_list
 from dist_deeplab.data.packing.sources import SourceSample
-from dist_deeplab.data.packing.writer import write_shards
+from dist_deeplab.data.packing.writer import PackingOptions, write_shards
 from dist_deeplab.data.shards.index import build_index
 from dist_deeplab.data.shards.keys import keys_digest
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
@@ -36,7 +36,11 @@ VOC_LABELS = LabelSpace(voc.CLASS_NAMES, voc.IGNORE_LABEL)
 
 def pack(samples: list[SourceSample], out: Path, *, per_shard: int = 3, overwrite: bool = False) -> Manifest:
     return write_shards(
-        samples, out, split="train", labels=VOC_LABELS, samples_per_shard=per_shard, overwrite=overwrite
+        samples,
+        out,
+        split="train",
+        labels=VOC_LABELS,
+        options=PackingOptions(samples_per_shard=per_shard, overwrite=overwrite),
     )
 
 
@@ -129,14 +133,20 @@ def test_more_processes_change_nothing_but_the_time(samples: list[SourceSample],
     many = [SourceSample(f"{s.key}_{n}", s.image, s.label) for n in range(3) for s in samples]
     for workers in (1, 2):
         write_shards(
-            many, tmp_path / str(workers), split="train", labels=VOC_LABELS, samples_per_shard=7, workers=workers
+            many,
+            tmp_path / str(workers),
+            split="train",
+            labels=VOC_LABELS,
+            options=PackingOptions(samples_per_shard=7, workers=workers),
         )
     assert read_tree(tmp_path / "1") == read_tree(tmp_path / "2")
 
 
 def test_shards_may_be_limited_by_bytes(samples: list[SourceSample], tmp_path: Path) -> None:
     limit = 3500
-    manifest = write_shards(samples, tmp_path, split="train", labels=VOC_LABELS, max_shard_bytes=limit)
+    manifest = write_shards(
+        samples, tmp_path, split="train", labels=VOC_LABELS, options=PackingOptions(max_shard_bytes=limit)
+    )
     stored = [ShardReader(manifest).read(i) for i in range(8)]
     sizes = iter([len(sample.image) + len(sample.label) for sample in stored])
     shards = [[next(sizes) for _ in range(shard.num_samples)] for shard in manifest.shards]
@@ -308,7 +318,9 @@ def test_more_classes_than_a_label_can_hold_are_refused(
 ) -> None:
     names = tuple(f"class {number}" for number in range(count))
     with pytest.raises(ShardError, match=str(count)):
-        write_shards(samples, tmp_path, split="train", labels=LabelSpace(names, 255), samples_per_shard=3)
+        write_shards(
+            samples, tmp_path, split="train", labels=LabelSpace(names, 255), options=PackingOptions(samples_per_shard=3)
+        )
 
 
 @given(
@@ -375,8 +387,7 @@ def run_until_killed(voc_root: Path, out: Path, place: str, count: int) -> int |
             out,
             split="train",
             labels=VOC_LABELS,
-            samples_per_shard=3,
-            overwrite=True,
+            options=PackingOptions(samples_per_shard=3, overwrite=True),
             progress=killed_progress,
         )
 
