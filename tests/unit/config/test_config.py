@@ -417,6 +417,7 @@ OTHER_VALUES: dict[str, Any] = {
     "data.ignore_label": 0,
     "data.scale_range": [0.5, 1.0],
     "data.scale_step": 0.25,
+    "data.photometric": True,
     "data.flip": False,
     "data.crop_size": 33,
     "data.num_workers": 1,
