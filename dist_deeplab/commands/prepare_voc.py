@@ -37,7 +37,7 @@ from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.lists import read_voc_list
 from dist_deeplab.data.packing.ordered_map import useful_workers
 from dist_deeplab.data.packing.voc_download import Archive
-from dist_deeplab.data.packing.writer import write_shards
+from dist_deeplab.data.packing.writer import PackingOptions, write_shards
 from dist_deeplab.data.shards.manifest import ShardError, load_manifest
 from dist_deeplab.downloads import Progress
 from dist_deeplab.errors import UserError
@@ -135,7 +135,7 @@ def pack(root: Path, out: Path, split: str, masks: str, *, check_count: bool, wo
         out,
         split=split,
         labels=LabelSpace(voc.CLASS_NAMES, voc.IGNORE_LABEL),
-        workers=useful_workers(workers, len(samples)),
+        options=PackingOptions(workers=useful_workers(workers, len(samples))),
         progress=show_progress(f"packing {split}"),
     )
     print_manifest(manifest)

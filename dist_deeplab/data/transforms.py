@@ -10,17 +10,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dist_deeplab.data import photometric
+
+_GEOMETRIC_DRAWS = 4
+
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training does to every sample. Draws 4 uniforms: scale, vertical and horizontal offset, flip."""
+    """What training does to every sample. Draws 4 uniforms: scale, vertical and horizontal offset, flip.
+
+    scale_step: scales are low, low + step, ... high; 0: any between. photometric: brightness, contrast, saturation and
+    hue too, which draws 9 more.
+    """
 
     crop_size: int
     scale_range: tuple[float, float]
     flip: bool
     ignore_label: int
+    scale_step: float = 0.0
+    photometric: bool = False
 
-    num_draws = 4
+    @property
+    def num_draws(self) -> int:
+        """Uniforms that a sample takes."""
+        return _GEOMETRIC_DRAWS + (photometric.NUM_DRAWS if self.photometric else 0)
 
     def __call__(
         self, image: np.ndarray, label: np.ndarray, draws: np.ndarray
@@ -30,7 +43,7 @@ class Augmentation:
         Args:
             image: uint8 [H, W, 3] RGB.
             label: uint8 [H, W].
-            draws: float64 [4] in [0, 1).
+            draws: float64 [num_draws] in [0, 1).
 
         Returns:
             image uint8 [crop, crop, 3], bilinear; label uint8 [crop, crop], nearest; and the height and width of
@@ -39,16 +52,24 @@ class Augmentation:
         """
         import cv2
 
-        low, high = self.scale_range
-        scale = low + (high - low) * draws[0]
+        scale = self.scale_of(draws[0])
         rows, columns = (self._window(n, scale, draw) for n, draw in zip(label.shape, draws[1:3], strict=True))
         size = (columns.target, rows.target)
         image = cv2.resize(image[rows.source, columns.source], size, interpolation=cv2.INTER_LINEAR)
         label = label[rows.nearest()][:, columns.nearest()]
         if self.flip and draws[3] < 0.5:
             image, label = cv2.flip(image, 1), cv2.flip(label, 1)
+        if self.photometric:
+            image = photometric.distort(image, draws[_GEOMETRIC_DRAWS:])
         side = (self.crop_size, self.crop_size)
         return pad_to(image, side, 0), pad_to(label, side, self.ignore_label), (rows.target, columns.target)
+
+    def scale_of(self, draw: float) -> float:
+        """The random scale of a draw in [0, 1)."""
+        low, high = self.scale_range
+        if not self.scale_step:
+            return low + (high - low) * draw
+        return low + int(draw * (round((high - low) / self.scale_step) + 1)) * self.scale_step
 
     def _window(self, length: int, scale: float, draw: float) -> "_Window":
         """The part of an axis of `length` pixels that a crop shows: all of it, or what fills the crop."""

@@ -39,14 +39,43 @@ class DiskFullError(DownloadError):
     """The folder's file system has no room for the file."""
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What is known of a file before it is fetched; None (not the empty string): unknown.
+
+    sha256: 64 hexadecimal digits. md5: 32 of them, for files whose owners publish no better digest. size: bytes.
+    """
+
+    sha256: str | None = None
+    md5: str | None = None
+    size: int | None = None
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """{kind: digest in lower case} of the digests that are known."""
+        return {kind: text.lower() for kind, text in (("sha256", self.sha256), ("md5", self.md5)) if text is not None}
+
+    def require_possible(self, url: str) -> None:
+        """Check that the digests are digests.
+
+        Raises:
+            DownloadError: one is not.
+        """
+        for kind, text in self.digests.items():
+            if not re.fullmatch(f"[0-9a-f]{{{_DIGESTS[kind][1]}}}", text):
+                raise DownloadError(f"{text!r} is not the {_DIGESTS[kind][0]} of a file, which {shown(url)} must have")
+
+
+ANYTHING = Expected()
+"""Nothing is known of the file: its URL says which one it is."""
+
+
 def fetch(
     url: str,
     folder: str | Path,
     *,
     name: str | None = None,
-    sha256: str | None = None,
-    md5: str | None = None,
-    size: int | None = None,
+    expected: Expected = ANYTHING,
     refresh: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -61,10 +90,8 @@ def fetch(
         url: http, https, s3, gs or hf.
         folder: made if missing; on a disk of this node, or one whose file system knows `flock`.
         name: file name in `folder`; default: the last part of the URL.
-        sha256: hexadecimal digest that the file must have. A file that has it is taken, wherever it came from;
-            without one (None, not the empty string), a file that came from this URL.
-        md5: the same, for files whose owners publish no better digest.
-        size: bytes that the file must have.
+        expected: digests and size that the file must have. A file with the digests is taken, wherever it came from;
+            where none is known, a file that came from this URL.
         refresh: fetch it even if it is there: for small files that change under their name.
         progress: see `Progress`; called after each MiB.
 
@@ -76,11 +103,8 @@ def fetch(
     check_url(url)
     folder = Path(folder).expanduser()
     target = folder / (name or name_in(url))
-    digests = {kind: text.lower() for kind, text in (("sha256", sha256), ("md5", md5)) if text is not None}
-    for kind, text in digests.items():
-        if not re.fullmatch(f"[0-9a-f]{{{_DIGESTS[kind][1]}}}", text):
-            raise DownloadError(f"{text!r} is not the {_DIGESTS[kind][0]} of a file, which {shown(url)} must have")
-    download = _Download(url, target, digests, size, progress)
+    expected.require_possible(url)
+    download = _Download(url, target, expected, progress)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(target, url)
@@ -110,8 +134,7 @@ class _Download:
 
     url: str
     target: Path
-    digests: dict[str, str]
-    size: int | None
+    expected: Expected
     progress: Progress | None
 
     @property
@@ -124,15 +147,17 @@ class _Download:
         if not self.target.is_file():
             return False
         found = self.target.stat()
-        if self.size not in (None, found.st_size):
+        if self.expected.size not in (None, found.st_size):
             return False
         record = read_record(beside(self.target, "json"), Record)
         if record and (record.size, record.mtime_ns) != (found.st_size, found.st_mtime_ns):
             record = None
-        if not self.digests:
+        if not self.expected.digests:
             return record is not None and record.url == self.url
         known = record.digests if record else {}
-        return all((known.get(kind) or files.digest(self.target, kind)) == text for kind, text in self.digests.items())
+        return all(
+            (known.get(kind) or files.digest(self.target, kind)) == text for kind, text in self.expected.digests.items()
+        )
 
     def run(self) -> None:
         """Fetch, verify and name the file.
@@ -161,10 +186,10 @@ class _Download:
     def _examine(self) -> tuple[str, dict[str, str]]:
         """What is wrong with the fetched bytes, empty if nothing, and their digests."""
         size = self.part.stat().st_size
-        digests = {kind: files.digest(self.part, kind) for kind in {"sha256": "", **self.digests}}
-        if self.size not in (None, size):
-            return f"has {size:,} bytes, not {self.size:,}", digests
-        for kind, text in self.digests.items():
+        digests = {kind: files.digest(self.part, kind) for kind in {"sha256": "", **self.expected.digests}}
+        if self.expected.size not in (None, size):
+            return f"has {size:,} bytes, not {self.expected.size:,}", digests
+        for kind, text in self.expected.digests.items():
             if digests[kind] != text:
                 return f"has the {_DIGESTS[kind][0]} {digests[kind]}, not {text}", digests
         return "", digests
@@ -196,7 +221,7 @@ class _Download:
         known = read_record(beside(self.target, "part.json"), Remote)
         if known and known.url == self.url and known.version:
             return self._size_of_part(), known.version
-        return (self._size_of_part() if self.digests else 0), ""
+        return (self._size_of_part() if self.expected.digests else 0), ""
 
     def _size_of_part(self) -> int:
         return self.part.stat().st_size if self.part.exists() else 0
@@ -210,9 +235,9 @@ class _Download:
             OSError: the disk.
         """
         total = stream.remote.size
-        if None not in (self.size, total) and total != self.size:
+        if None not in (self.expected.size, total) and total != self.expected.size:
             raise self._wrong_size(f"{total:,}")
-        limit = self.size if total is None else total
+        limit = self.expected.size if total is None else total
         self._require_room(0 if limit is None else limit - stream.offset)
         write_record(beside(self.target, "part.json"), stream.remote)
         done = stream.offset
@@ -234,7 +259,7 @@ class _Download:
             raise RemoteError(f"the connection ended after {done:,} of {total:,} bytes", permanent=False)
 
     def _wrong_size(self, found: str) -> DownloadError:
-        wanted = "what its server said" if self.size is None else f"{self.size:,}"
+        wanted = "what its server said" if self.expected.size is None else f"{self.expected.size:,}"
         return DownloadError(f"{shown(self.url)} has {found} bytes, not {wanted}; ask its owner or try another source")
 
     def _require_room(self, num_bytes: int) -> None:

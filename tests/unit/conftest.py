@@ -15,7 +15,7 @@ from PIL import Image
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.lists import read_voc_list
-from dist_deeplab.data.packing.writer import write_shards
+from dist_deeplab.data.packing.writer import PackingOptions, write_shards
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 
 # The same examples on every machine, however slow it is: a failure is a change of the code.
@@ -90,7 +90,7 @@ def shard_set(voc_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Manif
         tmp_path_factory.mktemp("shards"),
         split="train",
         labels=LabelSpace(voc.CLASS_NAMES, voc.IGNORE_LABEL),
-        samples_per_shard=3,
+        options=PackingOptions(samples_per_shard=3),
     )
     return load_manifest(manifest.path)
 

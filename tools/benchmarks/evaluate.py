@@ -20,7 +20,7 @@ from PIL import Image
 from benchmarks.harness import Report, Row, best_device, interleave, ratio_column, synchronizer
 from dist_deeplab.data import voc
 from dist_deeplab.data.loader import EvalDataset, eval_loader
-from dist_deeplab.data.packing.writer import LabelSpace, SourceSample, write_shards
+from dist_deeplab.data.packing.writer import LabelSpace, PackingOptions, SourceSample, write_shards
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.distributed.process_group import DistEnv
@@ -102,7 +102,7 @@ def draw(folder: Path, arguments: argparse.Namespace) -> Manifest:
             Image.fromarray(array).save(path)
         samples.append(SourceSample(str(number), *paths))
     labels = LabelSpace(voc.CLASS_NAMES, voc.IGNORE_LABEL)
-    return write_shards(samples, folder, split="val", labels=labels, samples_per_shard=500)
+    return write_shards(samples, folder, split="val", labels=labels, options=PackingOptions(samples_per_shard=500))
 
 
 @torch.inference_mode()

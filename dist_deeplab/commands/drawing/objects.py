@@ -11,6 +11,7 @@ from numpy.random import Generator
 Array = np.ndarray[Any, np.dtype[Any]]
 Color = tuple[int, int, int] | Array  # RGB, 0 to 255
 Patch = tuple[Array, Array]  # an object alone: uint8 [h, w, 3] RGB, and where it is, bool [h, w]
+Pair = tuple[float, float]  # x and y
 
 
 class Sketch:
@@ -21,20 +22,23 @@ class Sketch:
         self.rgb = np.zeros((math.ceil(size * height), math.ceil(size * width), 3), np.uint8)
         self.mask = np.zeros(self.rgb.shape[:2], np.uint8)
 
-    def polygon(self, color: Color, *points: tuple[float, float]) -> None:
+    def polygon(self, color: Color, *points: Pair) -> None:
         corners = np.round(np.array(points) * self.size).astype(np.int32)
         cv2.fillPoly(self.rgb, [corners], tuple(map(float, color)))
         cv2.fillPoly(self.mask, [corners], (1,))
 
-    def oval(self, color: Color, x: float, y: float, rx: float, ry: float, angle: float = 0, bend: float = 1) -> None:
-        """Fill an ellipse of half axes rx, ry, turned by `angle` degrees; bend < 1 nears it to its rectangle."""
+    def oval(self, color: Color, center: Pair, half_axes: Pair, angle: float = 0, bend: float = 1) -> None:
+        """Fill an ellipse, turned by `angle` degrees; bend < 1 nears it to its rectangle."""
         turn, a = np.linspace(0, 2 * np.pi, 32, endpoint=False), np.deg2rad(angle)
-        u, v = (r * np.sign(f) * np.abs(f) ** bend for r, f in ((rx, np.cos(turn)), (ry, np.sin(turn))))
-        self.polygon(color, *zip(x + u * np.cos(a) - v * np.sin(a), y + u * np.sin(a) + v * np.cos(a), strict=True))
+        u, v = (
+            r * np.sign(f) * np.abs(f) ** bend for r, f in zip(half_axes, (np.cos(turn), np.sin(turn)), strict=True)
+        )
+        x, y = center[0] + u * np.cos(a) - v * np.sin(a), center[1] + u * np.sin(a) + v * np.cos(a)
+        self.polygon(color, *zip(x, y, strict=True))
 
     def box(self, color: Color, x0: float, y0: float, x1: float, y1: float, bend: float = 0) -> None:
         """Fill a rectangle; its corners are rounder with a larger bend (0 to 1)."""
-        self.oval(color, (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, (y1 - y0) / 2, bend=bend)
+        self.oval(color, ((x0 + x1) / 2, (y0 + y1) / 2), ((x1 - x0) / 2, (y1 - y0) / 2), bend=bend)
 
     def finish(self, rng: Generator) -> Patch:
         """Light it from above, darken its rim and add grain."""
@@ -61,10 +65,10 @@ def draw_aeroplane(rng: Generator, size: int) -> Patch:
     s.polygon(body * 0.66, (0.44, y), (0.56, y), (0.4, y - reach + 0.05), (0.34, y - reach + 0.05))  # the far wing
     s.polygon(accent, (0.04, y - 0.22), (0.13, y - 0.22), (0.25, y - 0.02), (0.08, y))
     s.polygon(body, (0.05, y - 0.03), (0.24, y - r), (0.24, y + r), (0.14, y + r * 0.6))
-    s.oval(body, 0.58, y, 0.4, r, bend=0.6)
+    s.oval(body, (0.58, y), (0.4, r), bend=0.6)
     s.polygon(accent, (0.1, y + 0.012), (0.96, y + 0.012), (0.93, y + 0.034), (0.13, y + 0.034))
     for x in np.arange(0.26, 0.95, 0.052):
-        s.oval((45, 60, 90), x, y - 0.022, 0.013, 0.016)
+        s.oval((45, 60, 90), (x, y - 0.022), (0.013, 0.016))
     s.box(accent * 0.8, 0.45, y + r, 0.6, y + r + 0.075, 0.4)  # an engine
     s.polygon(body * 0.78, (0.42, y + 0.02), (0.62, y + 0.02), (0.38, y + reach), (0.3, y + reach))
     return s.finish(rng)
@@ -82,7 +86,7 @@ def draw_boat(rng: Generator, size: int) -> Patch:
     s.polygon(hull, (0.01, y), (0.89, y - 0.03), (0.8, 0.94), (0.7, 0.99), (0.18, 0.99), (0.09, 0.94))
     s.polygon((240, 238, 230), (0.025, y + 0.035), (0.875, y + 0.01), (0.865, y + 0.04), (0.035, y + 0.065))
     for x in np.arange(0.24, 0.72, 0.15):
-        s.oval((240, 235, 215), x, 0.885, 0.028, 0.028)
+        s.oval((240, 235, 215), (x, 0.885), (0.028, 0.028))
     return s.finish(rng)
 
 
@@ -92,13 +96,13 @@ def draw_bottle(rng: Generator, size: int) -> Patch:
     glass = pick(rng, (35, 105, 50), (120, 65, 25), (30, 85, 95), (75, 110, 30))
     label = pick(rng, (245, 235, 205), (225, 60, 45), (250, 205, 70))
     s.box(glass * 0.95, x - neck, 0.03, x + neck, y)
-    s.oval(glass, x, y, half, 0.15)
+    s.oval(glass, (x, y), (half, 0.15))
     s.box(glass, x - half, y, x + half, 0.99, 0.08)
     s.box(glass * 1.7, x - half * 0.74, y - 0.02, x - half * 0.5, 0.95, 0.2)  # a reflection
     s.box(label, x - half, y + 0.1, x + half, 0.86)
     for stripe in (y + 0.13, 0.81):
         s.box(label * 0.45, x - half, stripe, x + half, stripe + 0.025)
-    s.oval(glass * 1.3, x, (y + 0.98) / 2, half * 0.5, 0.075)
+    s.oval(glass * 1.3, (x, (y + 0.98) / 2), (half * 0.5, 0.075))
     s.box(cap, x - neck - 0.012, 0.01, x + neck + 0.012, 0.085)
     return s.finish(rng)
 
@@ -121,8 +125,8 @@ def draw_bus(rng: Generator, size: int) -> Patch:
         s.box((130, 175, 200), x, h - 0.38, x + 0.05, h - 0.1)  # the door
     s.box((245, 242, 232), 0.01, h - 0.205, 0.715, h - 0.165)
     for x in (0.2, 0.63):
-        s.oval((25, 25, 28), x, h - 0.083, 0.08, 0.08)
-        s.oval((165, 168, 172), x, h - 0.083, 0.036, 0.036)
+        s.oval((25, 25, 28), (x, h - 0.083), (0.08, 0.08))
+        s.oval((165, 168, 172), (x, h - 0.083), (0.036, 0.036))
     return s.finish(rng)
 
 
@@ -133,10 +137,10 @@ def draw_pottedplant(rng: Generator, size: int) -> Patch:
     for angle in rng.permutation(np.linspace(-172, -8, int(rng.integers(17, 24)))):
         long, shade, a = tall * rng.uniform(0.55, 1), rng.uniform(0.65, 1.3), np.deg2rad(angle)
         x, y = 0.43 + long * 0.52 * np.cos(a), rim + 0.01 + long * 0.58 * np.sin(a)
-        s.oval(leaf * shade, x, y, long * 0.5, slim, angle)
-        s.oval(leaf * shade * 1.35, x, y, long * 0.42, 0.008, angle)  # the midrib
+        s.oval(leaf * shade, (x, y), (long * 0.5, slim), angle)
+        s.oval(leaf * shade * 1.35, (x, y), (long * 0.42, 0.008), angle)  # the midrib
     for x, y in rng.uniform((0.26, 0.24), (0.6, 0.46), (5 * rng.integers(2), 2)):
-        s.oval(blossom, x, y, 0.04, 0.04)
+        s.oval(blossom, (x, y), (0.04, 0.04))
     s.polygon(pot, (0.2, rim + 0.05), (0.66, rim + 0.05), (0.59, 0.99), (0.27, 0.99))
     s.polygon(pot * 1.25, (0.26, rim + 0.08), (0.33, rim + 0.08), (0.35, 0.97), (0.31, 0.97))
     s.box(pot * 1.12, 0.17, rim - 0.02, 0.69, rim + 0.075, 0.1)
@@ -148,19 +152,19 @@ def draw_sheep(rng: Generator, size: int) -> Patch:
     face = pick(rng, (45, 40, 40), (75, 60, 52), (205, 180, 155))
     for x in (0.26, 0.36, 0.58, 0.67):
         s.box(face * 0.9, x - 0.03, 0.5, x + 0.03, 0.77)
-    s.oval(wool * 0.74, 0.46, 0.36, rx, 0.2)
+    s.oval(wool * 0.74, (0.46, 0.36), (rx, 0.2))
     for turn, far in rng.random((90, 2)):  # curls of wool
         x, y = 0.46 + rx * far**0.4 * np.cos(2 * np.pi * turn), 0.36 + 0.2 * far**0.4 * np.sin(2 * np.pi * turn)
-        s.oval(wool * 0.74, x, y, 0.06, 0.06)
-        s.oval(wool * rng.uniform(0.92, 1.08), x - 0.006, y - 0.012, 0.051, 0.049)
+        s.oval(wool * 0.74, (x, y), (0.06, 0.06))
+        s.oval(wool * rng.uniform(0.92, 1.08), (x - 0.006, y - 0.012), (0.051, 0.049))
     for x, y, angle in ((0.74, 0.24, 20), (0.93, 0.22, -25)):
-        s.oval(face * 0.8, x, y, 0.07, 0.03, angle)  # an ear
-    s.oval(face, 0.84, 0.32, 0.085, 0.15, -22)
+        s.oval(face * 0.8, (x, y), (0.07, 0.03), angle)  # an ear
+    s.oval(face, (0.84, 0.32), (0.085, 0.15), -22)
     for x, y in ((0.77, 0.19), (0.83, 0.16), (0.88, 0.19)):
-        s.oval(wool, x, y, 0.055, 0.045)
+        s.oval(wool, (x, y), (0.055, 0.045))
     for x in (0.815, 0.885):
-        s.oval((250, 250, 245), x, 0.285, 0.02, 0.022)
-        s.oval((15, 15, 15), x + 0.004, 0.288, 0.01, 0.012)
+        s.oval((250, 250, 245), (x, 0.285), (0.02, 0.022))
+        s.oval((15, 15, 15), (x + 0.004, 0.288), (0.01, 0.012))
     return s.finish(rng)
 
 

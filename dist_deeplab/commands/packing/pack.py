@@ -31,7 +31,7 @@ from dist_deeplab.data.packing.labels import (
 from dist_deeplab.data.packing.ordered_map import useful_workers
 from dist_deeplab.data.packing.samples import Reading
 from dist_deeplab.data.packing.sources import SourceSample
-from dist_deeplab.data.packing.writer import DEFAULT_SAMPLES, check_samples, write_shards
+from dist_deeplab.data.packing.writer import DEFAULT_SAMPLES, PackingOptions, check_samples, write_shards
 from dist_deeplab.data.shards.manifest import ShardError
 from dist_deeplab.data.windows import Windows
 from dist_deeplab.files import prepare_folder
@@ -117,18 +117,12 @@ def run(arguments: argparse.Namespace) -> None:
         return
     prepare_folder(arguments.out, remedy="choose another --out")
     per_shard = arguments.samples_per_shard or (_NO_LIMIT if arguments.shard_mb else DEFAULT_SAMPLES)
+    max_bytes = round(arguments.shard_mb * 1e6) if arguments.shard_mb else None
+    options = PackingOptions(reading, per_shard, max_bytes, overwrite=arguments.overwrite, workers=workers)
     for split, source in found.items():
+        progress = show_progress(f"packing {split}")
         manifest = write_shards(
-            source.samples,
-            arguments.out,
-            split=split,
-            labels=labels,
-            reading=reading,
-            samples_per_shard=per_shard,
-            max_shard_bytes=round(arguments.shard_mb * 1e6) if arguments.shard_mb else None,
-            overwrite=arguments.overwrite,
-            workers=workers,
-            progress=show_progress(f"packing {split}"),
+            source.samples, arguments.out, split=split, labels=labels, options=options, progress=progress
         )
         print_manifest(manifest)
 

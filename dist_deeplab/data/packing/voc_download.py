@@ -20,7 +20,7 @@ from dist_deeplab.data import voc
 from dist_deeplab.data.packing.ordered_map import ordered_map
 from dist_deeplab.data.packing.text_files import read_lines
 from dist_deeplab.data.shards.manifest import ShardError
-from dist_deeplab.downloads import DownloadError, Progress, fetch, is_url
+from dist_deeplab.downloads import DownloadError, Expected, Progress, fetch, is_url
 from dist_deeplab.errors import first_line
 from dist_deeplab.files import digest
 
@@ -69,7 +69,8 @@ def get_archive(archive: Archive, folder: Path, *, progress: Progress | None = N
     for source in archive.sources:
         try:
             if is_url(source):
-                return fetch(source, folder, name=archive.name, md5=archive.md5 or None, progress=progress)
+                expected = Expected(md5=archive.md5 or None)
+                return fetch(source, folder, name=archive.name, expected=expected, progress=progress)
             path = Path(source).expanduser()
             if not path.is_file():
                 problems.append(f"there is no file {path}")

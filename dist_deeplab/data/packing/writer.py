@@ -79,17 +79,32 @@ def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
 
 
+@dataclass(frozen=True)
+class PackingOptions:
+    """How a set is written.
+
+    reading: how files become samples. samples_per_shard: a shard is full at this many samples, max_shard_bytes: or
+    before its members would have more bytes than this. overwrite: replace a set of this name. workers: processes; they
+    change nothing but the time.
+    """
+
+    reading: Reading = AS_THEY_ARE
+    samples_per_shard: int = DEFAULT_SAMPLES
+    max_shard_bytes: int | None = None
+    overwrite: bool = False
+    workers: int = 1
+
+
+DEFAULT_OPTIONS = PackingOptions()
+
+
 def write_shards(
     samples: Sequence[SourceSample],
     out: Path,
     *,
     split: str,
     labels: LabelSpace,
-    reading: Reading = AS_THEY_ARE,
-    samples_per_shard: int = DEFAULT_SAMPLES,
-    max_shard_bytes: int | None = None,
-    overwrite: bool = False,
-    workers: int = 1,
+    options: PackingOptions = DEFAULT_OPTIONS,
     progress: Progress = iter,
 ) -> Manifest:
     """Check all samples, write them to `out`, and return the manifest.
@@ -99,24 +114,20 @@ def write_shards(
         out: folder, made if missing.
         split: the set's name.
         labels: what masks may hold.
-        reading: how files become samples.
-        samples_per_shard: a shard is full at this many samples,
-        max_shard_bytes: or before its members would have more bytes than this.
-        overwrite: replace a set of this name.
-        workers: processes; they change nothing but the time.
+        options: how it is done.
         progress: wraps the samples, to show how far this is.
 
     Raises:
         ShardError: no samples; one twice; a file missing, damaged or of a wrong kind; sizes of image and label that
-            differ; a label out of range; a set `split` that is there already and `overwrite` is false.
+            differ; a label out of range; a set `split` that is there already and is not to be replaced.
     """
     check_samples(samples, split=split)
     final = out / f"{split}.json"
-    if final.exists() and not overwrite:
+    if final.exists() and not options.overwrite:
         raise ShardError(f"{final} is there already; nothing was written (--overwrite replaces the set)")
     scratch = out / f".{split}.unfinished"
     killed_while_moving = (scratch / final.name).exists()  # then the tars beside it are of the set that was moved
-    if not overwrite and not killed_while_moving and (tars := _tars_of(final)):
+    if not options.overwrite and not killed_while_moving and (tars := _tars_of(final)):
         raise ShardError(
             f"{tars[0]} is there already, without a manifest {final.name}; nothing was written: move it, index it by "
             f"`{command_name('shards')} index`, or add --overwrite to replace it"
@@ -128,14 +139,14 @@ def write_shards(
         counts = PackingCounts()
         packed = _counted(
             ordered_map(
-                functools.partial(pack_sample, labels=labels, reading=reading), progress(samples), workers=workers
+                functools.partial(pack_sample, labels=labels, reading=options.reading),
+                progress(samples),
+                workers=options.workers,
             ),
             counts,
         )
-        class_pixels = _write_tars(
-            packed, scratch, split=split, samples_per_shard=samples_per_shard, max_bytes=max_shard_bytes
-        )
-        draft = Draft(split, labels, class_pixels, counts.sentences(reading), reading.tiles)
+        class_pixels = _write_tars(packed, scratch, split=split, options=options)
+        draft = Draft(split, labels, class_pixels, counts.sentences(options.reading), options.reading.tiles)
         write_manifest(sorted(scratch.glob("*.tar")), scratch / final.name, draft)
         _publish(scratch, final)
     finally:
@@ -171,13 +182,12 @@ def _counted(files: Iterable[PackedFile], counts: PackingCounts) -> Iterator[Pac
         yield from file.samples
 
 
-def _write_tars(
-    packed: Iterable[Packed], folder: Path, *, split: str, samples_per_shard: int, max_bytes: int | None
-) -> np.ndarray:
+def _write_tars(packed: Iterable[Packed], folder: Path, *, split: str, options: PackingOptions) -> np.ndarray:
     """Write the samples to `<split>-000000.tar ...` and return the pixels of each class, int64 [num_classes]."""
     pattern = str(folder / split).replace("%", "%%") + "-%06d.tar"
     class_pixels: np.ndarray = np.zeros(1, dtype=np.int64)
-    with webdataset.ShardWriter(pattern, maxcount=samples_per_shard, maxsize=2**62, mtime=_MTIME, verbose=0) as writer:
+    max_count, max_bytes = options.samples_per_shard, options.max_shard_bytes
+    with webdataset.ShardWriter(pattern, maxcount=max_count, maxsize=2**62, mtime=_MTIME, verbose=0) as writer:
         for sample in packed:
             num_bytes = sum(map(len, sample.members.values()))
             if max_bytes and writer.count and writer.size + num_bytes > max_bytes:

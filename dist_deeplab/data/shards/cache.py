@@ -24,7 +24,7 @@ from pathlib import Path
 
 from dist_deeplab import locks
 from dist_deeplab.data.shards.room import CacheError, Room
-from dist_deeplab.downloads import DiskFullError, DownloadError, check_url, fetch, join_url, shown
+from dist_deeplab.downloads import DiskFullError, DownloadError, Expected, check_url, fetch, join_url, shown
 
 FOLDER = "dist_deeplab_shards"
 _MARK = "CACHEDIR.TAG"  # https://bford.info/cachedir: backups leave such a folder out
@@ -78,7 +78,7 @@ class ShardCache:
         Raises:
             DownloadError: not there, or other bytes than the manifest says.
         """
-        return fetch(join_url(url, name), self._manifest_folder(url), name=name, sha256=sha256)
+        return fetch(join_url(url, name), self._manifest_folder(url), name=name, expected=Expected(sha256))
 
     def _manifest_folder(self, url: str) -> Path:
         return self.folder / "manifests" / hashlib.sha256(url.encode()).hexdigest()[:16]
@@ -150,14 +150,15 @@ class ShardCache:
                 ) from None
 
     def _bring(self, url: str, name: str, *, sha256: str, size: int) -> None:
+        expected = Expected(sha256, size=size)
         self._claim()
         with self._room.reserved(name, size):
             try:
-                fetch(url, self.folder, name=name, sha256=sha256, size=size)
+                fetch(url, self.folder, name=name, expected=expected)
             except DiskFullError as error:  # by others than this cache: what it holds itself can go
                 if not self._room.free(size, keep=name):
                     raise CacheError(f"{error}; nothing in the cache can go") from None
-                fetch(url, self.folder, name=name, sha256=sha256, size=size)
+                fetch(url, self.folder, name=name, expected=expected)
 
 
 def _open_locked(path: Path, size: int) -> int | None:

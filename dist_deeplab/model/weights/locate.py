@@ -33,7 +33,7 @@ def local_path(source: str) -> Path:
             raise UserError(f"{fragment!r} behind the URL of the weights must be sha256= and 64 hexadecimal digits")
         digest = found[1].lower()
     folder = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:12]  # one name, two URLs: two files
-    path = downloads.fetch(url, folder, sha256=digest)
+    path = downloads.fetch(url, folder, expected=downloads.Expected(digest))
     if digest is None:
         _check_name(url, path)
     return path

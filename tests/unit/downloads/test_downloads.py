@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from dist_deeplab.downloads import (
     DiskFullError,
     DownloadError,
+    Expected,
     check_url,
     fetch,
     fetching,
@@ -66,11 +67,12 @@ def visible(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "known", [{}, {"sha256": DIGEST}, {"sha256": DIGEST.upper(), "size": len(CONTENT)}, {"md5": MD5}]
+    "expected",
+    [Expected(), Expected(DIGEST), Expected(DIGEST.upper(), size=len(CONTENT)), Expected(md5=MD5)],
 )
-def test_a_file_is_fetched_once(url: str, server: FileServer, known: dict, tmp_path: Path) -> None:
+def test_a_file_is_fetched_once(url: str, server: FileServer, expected: Expected, tmp_path: Path) -> None:
     for _ in range(3):
-        path = fetch(url, tmp_path / "new" / "folder", **known)
+        path = fetch(url, tmp_path / "new" / "folder", expected=expected)
         assert path == tmp_path / "new/folder/data.tar"
         assert path.read_bytes() == CONTENT
     assert len(server.requests) == 1
@@ -101,12 +103,12 @@ def test_a_redirection_is_followed_but_never_to_a_local_file(server: FileServer,
 def test_a_file_that_was_touched_is_read_again_and_replaced_if_damaged(
     url: str, server: FileServer, tmp_path: Path
 ) -> None:
-    path = fetch(url, tmp_path, sha256=DIGEST)
+    path = fetch(url, tmp_path, expected=Expected(sha256=DIGEST))
     os.utime(path, (1, 1))
-    fetch(url, tmp_path, sha256=DIGEST)
+    fetch(url, tmp_path, expected=Expected(sha256=DIGEST))
     assert len(server.requests) == 1, "its bytes are right, whatever its time"
     path.write_bytes(CONTENT[:-1] + b"\0")
-    assert fetch(url, tmp_path, sha256=DIGEST).read_bytes() == CONTENT
+    assert fetch(url, tmp_path, expected=Expected(sha256=DIGEST)).read_bytes() == CONTENT
     path.write_bytes(CONTENT[:100])
     assert fetch(url, tmp_path).read_bytes() == CONTENT
 
@@ -117,7 +119,7 @@ def test_without_a_digest_a_file_of_another_url_is_not_taken(url: str, server: F
     fetch(url, tmp_path)
     assert fetch(f"{server.url}/other/data.tar", tmp_path).read_bytes() == b"other"
     shutil.copy(server.root / "data.tar", tmp_path / "data.tar")  # by hand: taken if its digest is known
-    assert fetch(f"{server.url}/nowhere/data.tar", tmp_path, sha256=DIGEST).read_bytes() == CONTENT
+    assert fetch(f"{server.url}/nowhere/data.tar", tmp_path, expected=Expected(sha256=DIGEST)).read_bytes() == CONTENT
 
 
 def test_refresh_sees_a_change_under_the_same_name(url: str, server: FileServer, tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_a_file_that_changed_on_the_server_is_not_mixed(
 ) -> None:
     run_killed(url, tmp_path, 2 * 2**20)
     (server.root / "data.tar").write_bytes(CONTENT[::-1])
-    assert fetch(url, tmp_path, sha256=digest).read_bytes() == CONTENT[::-1]
+    assert fetch(url, tmp_path, expected=Expected(sha256=digest)).read_bytes() == CONTENT[::-1]
 
 
 @pytest.mark.parametrize(("digest", "whole"), [(None, 2), (DIGEST, 1)])
@@ -208,7 +210,7 @@ def test_without_validators_only_a_known_digest_makes_continuing_safe(
 ) -> None:
     server.validators = False
     run_killed(url, tmp_path, 2 * 2**20)
-    assert fetch(url, tmp_path, sha256=digest).read_bytes() == CONTENT
+    assert fetch(url, tmp_path, expected=Expected(sha256=digest)).read_bytes() == CONTENT
     assert sum(wanted == "" for _, wanted in server.requests) == whole
 
 
@@ -218,7 +220,7 @@ def test_a_first_part_that_is_damaged_is_noticed_and_the_whole_fetched_again(
     run_killed(url, tmp_path, 2 * 2**20)
     part = tmp_path / ".data.tar.part"
     part.write_bytes(bytes(len(part.read_bytes())))
-    assert fetch(url, tmp_path, sha256=DIGEST).read_bytes() == CONTENT
+    assert fetch(url, tmp_path, expected=Expected(sha256=DIGEST)).read_bytes() == CONTENT
 
 
 def test_a_server_that_always_breaks_off_ends_in_an_error(
@@ -291,14 +293,14 @@ def test_https_never_redirects_to_http(server: FileServer, tmp_path: Path, monke
 def test_other_bytes_than_expected_are_deleted(url: str, server: FileServer, tmp_path: Path) -> None:
     server.corrupt = True
     with pytest.raises(DownloadError, match=f"SHA-256 .* not {DIGEST}; it was deleted"):
-        fetch(url, tmp_path / "here", sha256=DIGEST)
+        fetch(url, tmp_path / "here", expected=Expected(sha256=DIGEST))
     server.corrupt = False
     server.cuts = [0]  # a wrong size is known before the first byte: none is sent
     with pytest.raises(DownloadError, match=r"has 3,145,805 bytes, not 5"):
-        fetch(url, tmp_path / "here", size=5)
+        fetch(url, tmp_path / "here", expected=Expected(size=5))
     assert visible(tmp_path / "here") == []
     assert not (tmp_path / "here" / ".data.tar.part").exists()
-    assert fetch(url, tmp_path / "here", sha256=DIGEST).read_bytes() == CONTENT
+    assert fetch(url, tmp_path / "here", expected=Expected(sha256=DIGEST)).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("lengths", [True, False])
@@ -307,7 +309,7 @@ def test_more_bytes_than_known_are_never_received(lengths: bool, url: str, serve
     (server.root / "data.tar").write_bytes(bytes(64 * 2**20))
     server.lengths, told = lengths, []
     with pytest.raises(DownloadError, match=r"has (67,108,864|more than 1,000) bytes, not 1,000"):
-        fetch(url, tmp_path / "here", size=1000, progress=lambda done, total: told.append(done))
+        fetch(url, tmp_path / "here", expected=Expected(size=1000), progress=lambda done, total: told.append(done))
     assert told == []
     assert not (tmp_path / "here" / ".data.tar.part").exists()
 
@@ -326,9 +328,9 @@ def test_a_body_of_unknown_length_stops_before_the_disk_is_full(
 def test_a_digest_that_is_not_one_never_switches_the_check_off(
     digest: str, url: str, server: FileServer, tmp_path: Path
 ) -> None:
-    for known in ({"sha256": digest}, {"md5": digest}):
+    for expected in (Expected(digest), Expected(md5=digest)):
         with pytest.raises(DownloadError, match=r"is not the (SHA-256|MD5) of a file"):
-            fetch(url, tmp_path, **known)
+            fetch(url, tmp_path, expected=expected)
     assert server.requests == []
 
 
@@ -473,7 +475,9 @@ def test_an_object_store_is_read_through_fsspec_and_resumed(store: Path, tmp_pat
     url = "s3://bucket/data.tar"
     run_killed(url, tmp_path / "here", 2 * 2**20)
     told: list[int] = []
-    path = fetch(url, tmp_path / "here", sha256=DIGEST, progress=lambda done, total: told.append(done))
+    path = fetch(
+        url, tmp_path / "here", expected=Expected(sha256=DIGEST), progress=lambda done, total: told.append(done)
+    )
     assert path.read_bytes() == CONTENT
     assert told[0] > 2**20, "continued"
     run_killed(url, tmp_path / "there", 2 * 2**20)

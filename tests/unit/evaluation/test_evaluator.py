@@ -15,7 +15,7 @@ from PIL import Image
 from dist_deeplab.data.loader import EvalDataset, eval_batches
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.sources import SourceSample
-from dist_deeplab.data.packing.writer import write_shards
+from dist_deeplab.data.packing.writer import PackingOptions, write_shards
 from dist_deeplab.data.shards.manifest import Manifest, ShardError
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.session import Session
@@ -61,7 +61,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def manifest(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     samples = [SourceSample(f"image_{n}", folder / f"image_{n}.jpg", folder / f"image_{n}.png") for n in range(5)]
     labels = LabelSpace(tuple("abcd"), IGNORE)
-    return write_shards(samples, tmp_path_factory.mktemp("shards"), split="val", labels=labels, samples_per_shard=2)
+    return write_shards(
+        samples,
+        tmp_path_factory.mktemp("shards"),
+        split="val",
+        labels=labels,
+        options=PackingOptions(samples_per_shard=2),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,13 @@ def repeated(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(place / f"{n}.jpg")
         Image.fromarray(rng.integers(0, NUM_CLASSES, (height, width), dtype=np.uint8)).save(place / f"{n}.png")
         samples.append(SourceSample(f"image_{n}", place / f"{n}.jpg", place / f"{n}.png"))
-    return write_shards(samples, place, split="val", labels=LabelSpace(tuple("abcd"), IGNORE), samples_per_shard=5)
+    return write_shards(
+        samples,
+        place,
+        split="val",
+        labels=LabelSpace(tuple("abcd"), IGNORE),
+        options=PackingOptions(samples_per_shard=5),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +275,13 @@ def write_one(tmp_path: Path, folder: Path) -> Callable[[np.ndarray], Manifest]:
     def write_one(label: np.ndarray) -> Manifest:
         Image.fromarray(label).save(tmp_path / "image_0.png")
         sample = SourceSample("image_0", folder / "image_0.jpg", tmp_path / "image_0.png")
-        return write_shards([sample], tmp_path, split="one", labels=LabelSpace(tuple("abcd"), 255), samples_per_shard=1)
+        return write_shards(
+            [sample],
+            tmp_path,
+            split="one",
+            labels=LabelSpace(tuple("abcd"), 255),
+            options=PackingOptions(samples_per_shard=1),
+        )
 
     return write_one
 

@@ -25,7 +25,7 @@ from dist_deeplab.data import voc
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.lists import read_pair_list, read_voc_list
 from dist_deeplab.data.packing.sources import SourceSample
-from dist_deeplab.data.packing.writer import write_shards
+from dist_deeplab.data.packing.writer import PackingOptions, write_shards
 from dist_deeplab.data.shards.index import build_index
 from dist_deeplab.data.shards.keys import keys_digest
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
@@ -36,7 +36,11 @@ VOC_LABELS = LabelSpace(voc.CLASS_NAMES, voc.IGNORE_LABEL)
 
 def pack(samples: list[SourceSample], out: Path, *, per_shard: int = 3, overwrite: bool = False) -> Manifest:
     return write_shards(
-        samples, out, split="train", labels=VOC_LABELS, samples_per_shard=per_shard, overwrite=overwrite
+        samples,
+        out,
+        split="train",
+        labels=VOC_LABELS,
+        options=PackingOptions(samples_per_shard=per_shard, overwrite=overwrite),
     )
 
 
@@ -129,14 +133,20 @@ def test_more_processes_change_nothing_but_the_time(samples: list[SourceSample],
     many = [SourceSample(f"{s.key}_{n}", s.image, s.label) for n in range(3) for s in samples]
     for workers in (1, 2):
         write_shards(
-            many, tmp_path / str(workers), split="train", labels=VOC_LABELS, samples_per_shard=7, workers=workers
+            many,
+            tmp_path / str(workers),
+            split="train",
+            labels=VOC_LABELS,
+            options=PackingOptions(samples_per_shard=7, workers=workers),
         )
     assert read_tree(tmp_path / "1") == read_tree(tmp_path / "2")
 
 
 def test_shards_may_be_limited_by_bytes(samples: list[SourceSample], tmp_path: Path) -> None:
     limit = 3500
-    manifest = write_shards(samples, tmp_path, split="train", labels=VOC_LABELS, max_shard_bytes=limit)
+    manifest = write_shards(
+        samples, tmp_path, split="train", labels=VOC_LABELS, options=PackingOptions(max_shard_bytes=limit)
+    )
     stored = [ShardReader(manifest).read(i) for i in range(8)]
     sizes = iter([len(sample.image) + len(sample.label) for sample in stored])
     shards = [[next(sizes) for _ in range(shard.num_samples)] for shard in manifest.shards]
@@ -308,7 +318,9 @@ def test_more_classes_than_a_label_can_hold_are_refused(
 ) -> None:
     names = tuple(f"class {number}" for number in range(count))
     with pytest.raises(ShardError, match=str(count)):
-        write_shards(samples, tmp_path, split="train", labels=LabelSpace(names, 255), samples_per_shard=3)
+        write_shards(
+            samples, tmp_path, split="train", labels=LabelSpace(names, 255), options=PackingOptions(samples_per_shard=3)
+        )
 
 
 @given(
@@ -375,8 +387,7 @@ def run_until_killed(voc_root: Path, out: Path, place: str, count: int) -> int |
             out,
             split="train",
             labels=VOC_LABELS,
-            samples_per_shard=3,
-            overwrite=True,
+            options=PackingOptions(samples_per_shard=3, overwrite=True),
             progress=killed_progress,
         )
 
@@ -502,6 +513,21 @@ def test_the_index_points_at_the_bytes_of_tars_made_elsewhere(form: int, tmp_pat
         assert content[row["label_offset"] :][: row["label_size"]] == label
 
 
+@pytest.mark.parametrize(
+    "second", [{"a.rgb.png": b"3"}, {"a.jpg": b"3"}, {"a.png": b"3"}], ids=["image", "same name", "label"]
+)
+def test_two_images_or_labels_under_one_key_are_refused(second: dict[str, bytes], tmp_path: Path) -> None:
+    """Not the last one taken, nor the first: which is meant, only the user knows."""
+    tar = write_tar(tmp_path / "0.tar", {"a.jpg": b"1", "a.png": b"2"})
+    with tarfile.open(tar, "a") as opened:
+        for name, data in second.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            opened.addfile(member, io.BytesIO(data))
+    with pytest.raises(ShardError, match=r"0\.tar holds (two images of the sample 'a'|a\.(jpg|png) twice)"):
+        build_index([tar], tmp_path / "index.npy")
+
+
 def test_a_sample_without_its_label_is_named(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "0.tar", {"a.jpg": b"1", "a.png": b"2", "b.jpg": b"3"})
     with pytest.raises(ShardError, match=r"0\.tar holds b\.jpg but not b\.png"):
@@ -523,6 +549,32 @@ def test_a_tar_cut_inside_a_member_is_named(tmp_path: Path) -> None:
     os.truncate(tar, 4500)
     with pytest.raises(ShardError, match=r"0\.tar"):
         build_index([tar], tmp_path / "index.npy")
+
+
+def test_a_power_cut_leaves_a_manifest_only_beside_whole_shards_and_index(
+    samples: list[SourceSample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contents are on the disk before the manifest has its name, and all names at the end."""
+    fsync, replace = os.fsync, os.replace
+    synced: list[int] = []
+    before_manifest: list[set[int]] = []
+
+    def record_fsync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def record_replace(source: os.PathLike[str], target: os.PathLike[str]) -> None:
+        if Path(target) == tmp_path / "set" / "train.json":
+            before_manifest.append(set(synced))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    pack(samples, tmp_path / "set")
+    files = {path.name: path.stat().st_ino for path in (tmp_path / "set").iterdir() if path.is_file()}
+    assert {"train.json", "train.index.npy", "train-000000.tar"} <= files.keys()
+    assert [name for name, inode in files.items() if inode not in before_manifest[-1]] == []
+    assert synced[-1] == (tmp_path / "set").stat().st_ino
 
 
 def test_the_manifest_is_plain_json(shard_set: Manifest) -> None:

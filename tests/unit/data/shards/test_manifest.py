@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.lists import read_voc_list
-from dist_deeplab.data.packing.writer import write_shards
+from dist_deeplab.data.packing.writer import PackingOptions, write_shards
 from dist_deeplab.data.shards.index_file import INDEX_DTYPE_1
 from dist_deeplab.data.shards.keys import DuplicateKeyError, key_hash, keys_digest, unique_keys_digest
 from dist_deeplab.data.shards.manifest import FORMAT, Manifest, ShardError, check_sizes, load_manifest, require_fit
@@ -230,7 +230,7 @@ def test_no_sample_is_read_by_the_index_of_another_set_of_as_many_samples(own_se
         own_set.parent / "other",
         split="train",
         labels=LabelSpace(voc.CLASS_NAMES, voc.IGNORE_LABEL),
-        samples_per_shard=3,
+        options=PackingOptions(samples_per_shard=3),
     )
     shutil.copy(other.path.with_name("train.index.npy"), own_set.with_name("train.index.npy"))
     reader = ShardReader(load_manifest(own_set))
