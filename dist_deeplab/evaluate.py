@@ -34,7 +34,7 @@ from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.contamination import find_contamination
 from dist_deeplab.evaluation.crf import open_crf, require_crf
-from dist_deeplab.evaluation.evaluator import Evaluation, Panel, draw_panels, evaluate
+from dist_deeplab.evaluation.evaluator import Evaluation, Loading, Panel, draw_panels, evaluate
 from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings
 from dist_deeplab.files import prepare_file, prepare_folder
 from dist_deeplab.logs import format_count
@@ -81,11 +81,9 @@ def score(
     for note in notes:
         log.warning("%s", note)
     predictor = Predictor.from_checkpoint(checkpoint, settings, env.device)
-    num_panels, num_workers, batch_size = settings.eval.num_panels, settings.data.num_workers, settings.eval.batch_size
+    num_panels, loading = settings.eval.num_panels, Loading(settings.data.num_workers, settings.eval.batch_size)
     with open_crf(settings.eval.crf, settings.crf, ranks_on_host=ranks_on_host()) as crf:
-        evaluation = evaluate(
-            predictor, manifest, ranks, num_workers=num_workers, batch_size=batch_size, num_panels=num_panels, crf=crf
-        )
+        evaluation = evaluate(predictor, manifest, ranks, loading=loading, num_panels=num_panels, crf=crf)
         best, worst = (
             draw_panels(predictor, manifest, env, indices, crf=crf) for indices in extremes(evaluation, num_panels)
         )

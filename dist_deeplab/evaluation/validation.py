@@ -12,7 +12,7 @@ from dist_deeplab.distributed.session import Session
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.crf import open_crf
-from dist_deeplab.evaluation.evaluator import EvaluationStopped, evaluate
+from dist_deeplab.evaluation.evaluator import EvaluationStopped, Loading, evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.logs import format_count, format_duration
 from dist_deeplab.tracking.tracker import Tracker
@@ -45,8 +45,7 @@ def score(validation: Validation, predictor: Predictor, *, step: int) -> float |
                 predictor,
                 val_set,
                 validation.session,
-                num_workers=config.data.num_workers,
-                batch_size=config.eval.batch_size,
+                loading=Loading(config.data.num_workers, config.eval.batch_size),
                 num_panels=config.eval.num_panels,
                 crf=crf,
             )
