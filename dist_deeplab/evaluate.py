@@ -16,9 +16,8 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dist_deeplab import config as configuration
 from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
@@ -34,7 +33,7 @@ from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.contamination import find_contamination
 from dist_deeplab.evaluation.crf import open_crf, require_crf
-from dist_deeplab.evaluation.evaluator import Evaluation, Loading, Panel, draw_panels, evaluate
+from dist_deeplab.evaluation.evaluator import Evaluation, Loading, draw_panels, evaluate
 from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings
 from dist_deeplab.files import prepare_file, prepare_folder
 from dist_deeplab.logs import format_count
@@ -103,7 +102,7 @@ def score(
         "notes": notes,
     }
     folder = report_folder(arguments, settings)
-    env.on_main(write, evaluation, names, about, best, worst, folder, arguments.json)
+    env.on_main(write, report.Report(evaluation, names, about, best, worst), folder, arguments.json)
     if arguments.mlflow:
         group = f"eval/{manifest.split}{inference_name(settings.eval)}"
         values = report.metric_values(scores(evaluation.confusion), names, group=group)
@@ -169,20 +168,11 @@ def extremes(evaluation: Evaluation, count: int) -> tuple[list[int], list[int]]:
     return ranked[::-1][:count], ranked[:count]
 
 
-def write(
-    evaluation: Evaluation,
-    class_names: Sequence[str],
-    about: Mapping[str, Any],
-    best: Sequence[Panel],
-    worst: Sequence[Panel],
-    folder: Path,
-    json_file: Path | None,
-) -> None:
+def write(content: report.Report, folder: Path, json_file: Path | None) -> None:
     """Write the report's folder and, where wanted, its JSON file once more."""
-    report.write_report(evaluation, class_names, folder, about=about, best=best, worst=worst)
+    report.write_report(content, folder)
     if json_file:
-        content = dict(about) | report.to_json(evaluation, class_names)
-        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(content.to_json(), indent=1) + "\n", encoding="utf-8")
     log.info("report in %s", folder)
 
 

@@ -54,11 +54,12 @@ def score(validation: Validation, predictor: Predictor, *, step: int) -> float |
     result, names = scores(evaluation.confusion), val_set.class_names
     seconds = time.perf_counter() - started
     tracker.log(step, report.metric_values(result, names) | {"time/eval_s": seconds})
+    scored = report.Report(evaluation, names)
     folder = config.run_dir / "eval" / f"step_{step:08d}"
-    tracker.log_files(step, lambda: report.write_numbers(evaluation, names, folder))
+    tracker.log_files(step, lambda: report.write_numbers(scored, folder))
     # Drawn beside the next steps: the other ranks would wait for the main one.
-    tracker.log_files(step, lambda: report.write_figures(evaluation, names, folder), in_background=True)
-    tracker.log_images(step, lambda: report.write_series(evaluation, names, folder), in_background=True)
+    tracker.log_files(step, lambda: report.write_figures(scored, folder), in_background=True)
+    tracker.log_images(step, lambda: report.write_series(scored, folder), in_background=True)
     text = report.describe(result, names, per_class=config.eval.table == "classes")
     images = format_count(evaluation.num_images, "image")
     log.info("evaluation at step %d: %s in %s, %s", step, images, format_duration(seconds), text)
