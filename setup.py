@@ -15,7 +15,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 AUTH = "Flask-WTF>=1.2,<2"  # what mlflow[auth] is, for `mlflow server --app-name basic-auth`
-TEST = ["pytest", "pytest-timeout", "hypothesis", AUTH]
+TEST = ["pytest", "pytest-timeout", "pytest-xdist>=3.8", "hypothesis", AUTH]
 
 
 def read_version() -> str:

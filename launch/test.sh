@@ -2,8 +2,10 @@
 #
 # Run the tests, in the active environment or in .venv, which is set up first:
 #
-#     ./launch/test.sh                                # everything
+#     ./launch/test.sh                                # everything, on all cores: 10 minutes on two
+#     ./launch/test.sh --quick                        # each promise in its smallest form: 2 minutes
 #     ./launch/test.sh tests/unit -k order -x         # arguments go to pytest
+#     ./launch/test.sh -n 0 --pdb tests/unit          # in this process, for a debugger
 #     ./launch/test.sh -m "not slurm and not browser" # without the tests that need system packages
 #     EXTRAS=test,crf ./launch/test.sh                # with another choice of extras installed (see setup.py)
 #
@@ -14,4 +16,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 answer_help "$@"
 setup_environment "${EXTRAS:-test}"
 cd "$REPO"
-exec python -m pytest "$@"
+if [[ ${1:-} == --quick ]]; then
+    set -- -m quick "${@:2}"
+fi
+# pytest-xdist: a worker for each core; which tests share one, and which come first, is in tests/conftest.py.
+exec python -m pytest -n auto --dist loadgroup --no-loadscope-reorder "$@"

@@ -1,4 +1,4 @@
-"""Fixtures that start real processes on real (drawn) data."""
+"""Fixtures that start real processes on real (drawn) data, and which tests share a worker of pytest-xdist."""
 
 import logging
 import os
@@ -9,12 +9,65 @@ from pathlib import Path
 
 import pytest
 
+from dist_deeplab.commands import sample_voc, shards
+
 REPO = Path(__file__).resolve().parent.parent
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 for _name in [name for name in os.environ if name.startswith("PET_")]:
     del os.environ[_name]  # what launch/test.sh would have torchrun do; a test says itself what it wants
+
+
+# --- which worker runs what ------------------------------------------------------------------------------------------
+
+MOST_WORKERS = 8
+"""More bring nothing: the longest group decides then."""
+
+SLOW = (
+    ("tests/cluster/", "slurm"),
+    ("tests/tracking/", "mlflow"),
+    ("tests/distributed/test_train_command.py", "train"),
+    ("tests/distributed/test_splits.py", "splits"),
+    ("tests/distributed/test_killer.py", ""),
+    ("tests/distributed/test_failing_rank.py", ""),
+    ("tests/distributed/", ""),
+    ("tests/gpu/", "gpu"),
+    ("tests/unit/commands/test_export.py", "export"),
+    ("tests/unit/evaluation/test_one_answer.py", "one_answer"),
+    ("tests/reference/", ""),
+    ("tests/launch/", ""),
+    ("tests/fuzz/", ""),
+)
+"""(where slow tests are, the group that runs on one worker), longest first.
+
+Tests of a group share what is started once (a Slurm cluster, an MLflow server, a trained run) or a GPU. Those without a
+group go to whichever worker is free.
+"""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: a worker for each core, two at least, since slow tests mostly wait."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(2, cores), MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Group the slow tests; on the workers of pytest-xdist put them first, so that none is left over at the end."""
+
+    def place(item: pytest.Item) -> int:
+        return next((number for number, (where, _) in enumerate(SLOW) if item.nodeid.startswith(where)), len(SLOW))
+
+    for item in items:
+        group = SLOW[place(item)][1] if place(item) < len(SLOW) else ""
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
+    if hasattr(config, "workerinput"):
+        items.sort(key=place)
+
+
+# --- fixtures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,13 +106,11 @@ def torchrun_command(num_processes: int, *target: str) -> list[str]:
 
 def make_sample_shards(root: Path) -> Path:
     """Draw 16 + 7 images and return the folder with their shards: train.json (16) and val.json (7)."""
-    command = [sys.executable, "-m", "dist_deeplab"]
-    make_sample = [*command, "sample-voc", "--out", root, "--num-train", "16", "--num-val", "7"]
-    subprocess.run(make_sample, check=True, env=command_environ(), capture_output=True)
+    assert sample_voc.main(["--out", str(root), "--num-train", "16", "--num-val", "7"]) == 0
+    voc_root = root / "VOCdevkit" / "VOC2012"
     for split in ("train", "val"):
-        voc = root / "VOCdevkit" / "VOC2012"
-        make = [*command, "shards", "--voc-root", voc, "--split", split, "--out", root / "shards"]
-        subprocess.run([*make, "--samples-per-shard", "6"], check=True, env=command_environ(), capture_output=True)
+        where = ["--voc-root", str(voc_root), "--split", split, "--out", str(root / "shards")]
+        assert shards.main([*where, "--samples-per-shard", "6"]) == 0
     return root / "shards"
 
 

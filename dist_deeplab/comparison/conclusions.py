@@ -99,15 +99,24 @@ def _cost_line(comparison: Comparison, best: Setting) -> list[str]:
     ]
 
 
+_PARTS = {
+    "multi_scale.scales": "[]",
+    "multi_scale.full_grid": "[]",
+    "loss.average": "pixels",
+    "loss.class_weights": "[]",
+}
+"""Keys that decide what a training loss is the sum of, with the values of runs that were begun before they existed."""
+
+
 def _reason_line(comparison: Comparison, best: Setting) -> list[str]:
     """Say whether the winner also fitted the training data best: fitting and generalising are different reasons.
 
-    Not where the settings' losses are sums of different parts, of one output or of several, nor where the noise of the
-    losses leaves it open.
+    Not where the settings' losses are sums of different parts (of one output or several, pixels weighed otherwise), nor
+    where the noise of the losses leaves it open.
     """
     read: Callable[[RunRecord], float | None] = lambda run: run.last("train/loss")  # noqa: E731
     losses = {setting.label: setting.values(read) for setting in comparison.scored}
-    parts = {run.settings.get("multi_scale.scales") for run in comparison.runs}
+    parts = {tuple(run.settings.get(key, value) for key, value in _PARTS.items()) for run in comparison.runs}
     if len(parts) > 1 or not all(losses.values()):
         return []
     noise, own = pooled_noise(list(losses.values())), losses[best.label]

@@ -17,6 +17,7 @@ from dist_deeplab.config.training import (
     BatchConfig,
     DataConfig,
     DistributedConfig,
+    LossConfig,
     ModelConfig,
     MultiScaleConfig,
     OptimConfig,
@@ -45,6 +46,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     batch: BatchConfig = BatchConfig()
+    loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     multi_scale: MultiScaleConfig = MultiScaleConfig()
     precision: PrecisionConfig = PrecisionConfig()

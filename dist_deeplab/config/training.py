@@ -1,4 +1,4 @@
-"""The sections that shape an optimizer step: data, network, batch, optimizer, precision, speed, processes."""
+"""The sections that shape an optimizer step: data, network, batch, loss, optimizer, precision, speed, processes."""
 
 from typing import Annotated, Literal
 
@@ -29,6 +29,8 @@ class DataConfig(Section):
     """Label of void pixels: no loss, no score. Padding gets it too. Not given: that of data.train."""
     scale_range: Annotated[tuple[float, float], RECIPE] = (0.5, 1.5)
     """Random scale is uniform in [low, high]."""
+    scale_step: Annotated[float, Field(ge=0), RECIPE] = 0.0
+    """Draw the scale from low, low + step, ... high instead; 0.25 gives the authors' 0.5, 0.75, 1, 1.25 and 1.5."""
     flip: Annotated[bool, RECIPE] = True
     """Flip horizontally with probability 1/2."""
     crop_size: Annotated[int, Field(ge=1, le=8193), RECIPE] = 321
@@ -54,6 +56,14 @@ class DataConfig(Section):
     def _blocks_are_indexed(self) -> "DataConfig":
         if self.access == "stream" and self.shuffle == "blocks":
             raise ValueError("data.access=stream has a shuffle of its own: leave out data.shuffle=blocks")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_scale_steps(self) -> "DataConfig":
+        low, high = self.scale_range
+        steps = (high - low) / self.scale_step if self.scale_step else 0.0
+        if abs(steps - round(steps)) > 1e-6:
+            raise ValueError(f"data.scale_step={self.scale_step:g} must divide data.scale_range={[low, high]} evenly")
         return self
 
     @field_validator("crop_size")
@@ -84,6 +94,15 @@ class ModelConfig(Section):
     """head: train the last layers alone on a frozen backbone, its batch norm too (fine_tune.py)."""
     restore_last: Annotated[bool, ORIGIN] = True
     """Take the last layer from `init` too; false for a data set with other classes (not_restore_last)."""
+    mean_bgr: Annotated[tuple[Annotated[float, Field(ge=0, le=255)], ...], RECIPE] = ()
+    """Mean colour subtracted from images, [blue, green, red] in 0..255, kept in checkpoints. Empty: the weights'."""
+
+    @field_validator("mean_bgr")
+    @classmethod
+    def _three_channels(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(value) not in (0, 3):
+            raise ValueError("must be [blue, green, red], e.g. [104.008, 116.669, 122.675], or empty")
+        return value
 
     @property
     def batch_norm_used(self) -> Literal["sync", "frozen", "local"]:
@@ -96,6 +115,21 @@ class BatchConfig(Section):
     """Images of one optimizer step, over all ranks and accumulation steps; any number from that of the ranks on."""
     micro_size: Annotated[Positive | Literal["auto"] | None, EXECUTION] = None
     """The most images a rank takes through the network at once; empty: its share; auto: what fits, by trying."""
+
+
+class LossConfig(Section):
+    average: Annotated[Literal["pixels", "images"], RECIPE] = "pixels"
+    """pixels: mean over all valid pixels of the step; images: mean of the images' own means (the authors' solver)."""
+    class_weights: Annotated[tuple[Annotated[float, Field(ge=0)], ...] | Literal["auto"], RECIPE] = ()
+    """Weight of each class in that mean, e.g. [0.5, 2.0] for two classes. auto: in inverse proportion to the pixels of
+    data.train's classes, all together / (classes x the class's own). Empty: all 1."""
+
+    @field_validator("class_weights")
+    @classmethod
+    def _some_class_counts(cls, value: tuple[float, ...] | Literal["auto"]) -> tuple[float, ...] | Literal["auto"]:
+        if value and value != "auto" and not any(value):
+            raise ValueError("must have a weight above 0; empty ([]) weighs all classes alike")
+        return value
 
 
 class OptimConfig(Section):
@@ -118,6 +152,8 @@ class OptimConfig(Section):
 class MultiScaleConfig(Section):
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], RECIPE] = ()
     """Input scales trained together, e.g. [1.0, 0.75, 0.5]; each and their max get a loss. Empty: one scale."""
+    full_grid: Annotated[tuple[float, ...], RECIPE] = ()
+    """Scales whose loss is taken on logits resized to the full grid, not on their own; the authors' are [0.75]."""
 
     @field_validator("scales")
     @classmethod
@@ -125,6 +161,16 @@ class MultiScaleConfig(Section):
         if value and (1.0 not in value or len(set(value)) != len(value) or len(value) < 2):
             raise ValueError("must hold 1.0 and one or more other scales, each once, or be empty")
         return value
+
+    @model_validator(mode="after")
+    def _smaller_scales_are_zoomed(self) -> "MultiScaleConfig":
+        possible = [scale for scale in self.scales if scale < 1]
+        if unknown := [scale for scale in self.full_grid if scale not in possible]:
+            raise ValueError(
+                f"multi_scale.full_grid has {unknown[0]:g}, which is not among the smaller ones ({possible}) of "
+                "multi_scale.scales"
+            )
+        return self
 
 
 class PrecisionConfig(Section):

@@ -13,12 +13,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training does to every sample. Draws 4 uniforms: scale, vertical and horizontal offset, flip."""
+    """What training does to every sample. Draws 4 uniforms: scale, vertical and horizontal offset, flip.
+
+    scale_step: scales are low, low + step, ... high; 0: any between.
+    """
 
     crop_size: int
     scale_range: tuple[float, float]
     flip: bool
     ignore_label: int
+    scale_step: float = 0.0
 
     num_draws = 4
 
@@ -39,8 +43,7 @@ class Augmentation:
         """
         import cv2
 
-        low, high = self.scale_range
-        scale = low + (high - low) * draws[0]
+        scale = self.scale_of(draws[0])
         rows, columns = (self._window(n, scale, draw) for n, draw in zip(label.shape, draws[1:3], strict=True))
         size = (columns.target, rows.target)
         image = cv2.resize(image[rows.source, columns.source], size, interpolation=cv2.INTER_LINEAR)
@@ -49,6 +52,13 @@ class Augmentation:
             image, label = cv2.flip(image, 1), cv2.flip(label, 1)
         side = (self.crop_size, self.crop_size)
         return pad_to(image, side, 0), pad_to(label, side, self.ignore_label), (rows.target, columns.target)
+
+    def scale_of(self, draw: float) -> float:
+        """The random scale of a draw in [0, 1)."""
+        low, high = self.scale_range
+        if not self.scale_step:
+            return low + (high - low) * draw
+        return low + int(draw * (round((high - low) / self.scale_step) + 1)) * self.scale_step
 
     def _window(self, length: int, scale: float, draw: float) -> "_Window":
         """The part of an axis of `length` pixels that a crop shows: all of it, or what fills the crop."""

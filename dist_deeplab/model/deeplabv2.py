@@ -105,20 +105,20 @@ class MultiScale(nn.Module):
     """The network at several input scales in one forward pass, as it is trained.
 
     Returns {"scale_1": logits, "scale_0.75": ..., "fused": element-wise max of all at the full grid}, each of the
-    others on its own grid; with no scales {"scale_1": logits} alone (paper, section 4.1.1; DrSleep's
-    train_msc).
+    others on its own grid, those of the scales in `full_grid` resized to the full one; with no scales
+    {"scale_1": logits} alone (paper, section 4.1.1; DrSleep's train_msc).
     """
 
-    def __init__(self, net: DeepLabV2, scales: tuple[float, ...] = ()) -> None:
+    def __init__(self, net: DeepLabV2, scales: tuple[float, ...] = (), *, full_grid: tuple[float, ...] = ()) -> None:
         super().__init__()
         self.net = net
         self.scales = tuple(sorted(scales or (1.0,), reverse=True))
+        self.full_grid = full_grid
 
     def output_sizes(self, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
         """Grid (rows, columns) of each output for an input of `size` (8k+1 in both directions)."""
-        sizes = {
-            output_name(scale): (grid_length(size[0], scale), grid_length(size[1], scale)) for scale in self.scales
-        }
+        shown = {scale: 1.0 if scale in self.full_grid else scale for scale in self.scales}
+        sizes = {output_name(s): (grid_length(size[0], on), grid_length(size[1], on)) for s, on in shown.items()}
         return sizes if len(self.scales) == 1 else {"fused": sizes[output_name(1.0)], **sizes}
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -129,7 +129,10 @@ class MultiScale(nn.Module):
         full = outputs[output_name(1.0)]
         fused = full
         for scale in self.scales[1:]:
-            fused = torch.maximum(fused, upsample_logits(outputs[output_name(scale)], full.shape[2:]))
+            resized = upsample_logits(outputs[output_name(scale)], full.shape[2:])
+            fused = torch.maximum(fused, resized)
+            if scale in self.full_grid:
+                outputs[output_name(scale)] = resized
         return {"fused": fused, **outputs}
 
 

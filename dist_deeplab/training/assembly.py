@@ -16,6 +16,7 @@ from dist_deeplab.training.builders import (
     build_model,
     build_network,
     build_precision,
+    network_variant,
     starting_weights,
 )
 from dist_deeplab.training.memory import find_micro_batch_size
@@ -49,7 +50,7 @@ def assemble(
     saved = find_checkpoint(config, checkpoints, train_set)
     config = choose_precision(config, env, before=saved.config.precision.dtype if saved else None)
     weights = None if saved else starting_weights(config)
-    variant = saved.variant if saved else weights.variant if weights else SCRATCH
+    variant = network_variant(config, saved.variant if saved else weights.variant if weights else SCRATCH)
     split = find_micro_batch_size(config, env, split, variant, saved.micro_size if saved else 0)
     run = Run(config, env, split, variant, train_set, val_set, session, checkpoints)
     net = build_network(config, split, variant, weights)

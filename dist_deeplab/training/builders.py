@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ from dist_deeplab.model.weights import Variant, Weights, fit_weights, load_weigh
 from dist_deeplab.tracking.tracker import Reporting, Tracker, open_tracker, resolve_uri
 from dist_deeplab.training.apex import INSTEAD_OF_AMP, INSTEAD_OF_SGD, require_apex
 from dist_deeplab.training.apex_precision import ApexPrecision
+from dist_deeplab.training.loss import CrossEntropy, balanced_weights
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.memory import explained_out_of_memory
 from dist_deeplab.training.nonfinite import NonFiniteDump, NonFiniteMonitor
@@ -107,6 +109,12 @@ def open_data(config: RunConfig, env: DistEnv) -> tuple[Manifest, Manifest | Non
         expected = follow_manifest(config, manifests[0]).data
         require_fit(manifest, num_classes=expected.num_classes, ignore_label=expected.ignore_label)
     require_trainable(manifests[0])
+    weights = follow_manifest(config, manifests[0]).loss.class_weights
+    if weights and len(weights) != manifests[0].num_classes:
+        raise UserError(
+            f"loss.class_weights has {len(weights)} values, but {config.data.train} has {manifests[0].num_classes} "
+            "classes; give one weight for each, background included, or auto"
+        )
     if config.data.val:
         require_scorable(manifests[1])
     if manifests[-1].class_names != manifests[0].class_names:
@@ -118,10 +126,16 @@ def open_data(config: RunConfig, env: DistEnv) -> tuple[Manifest, Manifest | Non
 
 
 def follow_manifest(config: RunConfig, train_set: Manifest) -> RunConfig:
-    """The configuration with the number of classes and the void label of the training set, unless they were given."""
+    """The configuration with what the training set says.
+
+    The number of classes and the void label unless they were given, and the class weights if they are auto.
+    """
     facts = {"num_classes": train_set.num_classes, "ignore_label": train_set.ignore_label}
     unsaid = {key: value for key, value in facts.items() if key not in config.data.model_fields_set}
-    return config.model_copy(update={"data": config.data.model_copy(update=unsaid)})
+    loss = config.loss
+    if loss.class_weights == "auto":
+        loss = loss.model_copy(update={"class_weights": balanced_weights(train_set.class_pixels)})
+    return config.model_copy(update={"data": config.data.model_copy(update=unsaid), "loss": loss})
 
 
 def _cached_bytes(config: RunConfig, env: DistEnv, train_set: Manifest) -> int:
@@ -175,6 +189,15 @@ def starting_weights(config: RunConfig) -> Weights | None:
     return None
 
 
+def network_variant(config: RunConfig, base: Variant) -> Variant:
+    """The weights' variant, with the mean colour of `model.mean_bgr` where it is given."""
+    if not config.model.mean_bgr:
+        return base
+    blue, green, red = config.model.mean_bgr
+    mean = (blue, green, red) if base.preprocessing.channels == "bgr" else (red, green, blue)
+    return replace(base, preprocessing=replace(base.preprocessing, mean=mean))
+
+
 def build_network(config: RunConfig, split: BatchSplit, variant: Variant, weights: Weights | None) -> DeepLabV2:
     """The network, with weights that depend on seed and `weights` alone.
 
@@ -207,7 +230,7 @@ def build_model(config: RunConfig, env: DistEnv, net: DeepLabV2) -> nn.Module:
     torch.backends.cudnn.benchmark = speed.cudnn_benchmark and not config.deterministic
     use_group(net, separate_group(env))
     return prepare_model(
-        MultiScale(net, config.multi_scale.scales),
+        MultiScale(net, config.multi_scale.scales, full_grid=config.multi_scale.full_grid),
         env,
         channels_last=speed.channels_last,
         compile=speed.compile,
@@ -216,11 +239,17 @@ def build_model(config: RunConfig, env: DistEnv, net: DeepLabV2) -> nn.Module:
     )
 
 
+def build_augmentation(config: RunConfig) -> Augmentation:
+    """What happens to every training sample."""
+    data = config.data
+    return Augmentation(data.crop_size, data.scale_range, data.flip, data.ignore_label, data.scale_step)
+
+
 def build_train_loader(run: Run, *, start: int) -> TrainLoader | StreamLoader:
     """The stream of this rank's micro-batches from step `start` on."""
     config, rank = run.config, run.env.rank
     data, pin_memory = config.data, run.env.device.type == "cuda"
-    augmentation = Augmentation(data.crop_size, data.scale_range, data.flip, data.ignore_label)
+    augmentation = build_augmentation(config)
     if data.access == "stream":
         if start:
             log.warning("data.access=stream: from step %d on other samples come than without the interruption", start)
@@ -271,6 +300,12 @@ def build_loss_window(config: RunConfig, env: DistEnv) -> LossWindow:
     return LossWindow(NonFiniteMonitor(config.precision.max_nonfinite_steps, dump))
 
 
+def build_loss(config: RunConfig) -> CrossEntropy:
+    """How the losses of a step's pixels are averaged; `follow_manifest` must have given the class weights."""
+    assert config.loss.class_weights != "auto"
+    return CrossEntropy(config.data.ignore_label, config.loss.class_weights, config.loss.average)
+
+
 def build_step(run: Run, state: TrainState, model: nn.Module) -> TrainStep:
     """The optimizer update, warmed up where there are several ranks.
 
@@ -283,7 +318,7 @@ def build_step(run: Run, state: TrainState, model: nn.Module) -> TrainStep:
         state.optimizer,
         state.precision,
         run.variant.preprocessing,
-        config.data.ignore_label,
+        build_loss(config),
         config.optim.clip_norm,
     )
     if run.env.world_size > 1:

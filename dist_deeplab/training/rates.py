@@ -11,12 +11,12 @@ from dist_deeplab.config import RunConfig
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards.manifest import Manifest
-from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.logs import format_duration
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.flops import training_flops
+from dist_deeplab.training.builders import build_augmentation
 from dist_deeplab.training.precision import Precision
 
 _REPEATS = 5
@@ -104,7 +104,7 @@ def measure_loader(config: RunConfig, env: DistEnv, split: BatchSplit, train_set
         train_set,
         seed=config.seed,
         num_classes=data.num_classes,
-        augmentation=Augmentation(data.crop_size, data.scale_range, data.flip, data.ignore_label),
+        augmentation=build_augmentation(config),
         max_bad_samples=data.max_bad_samples,
     )
     sampler = StepSampler(0, config.max_steps, split=split, rank=env.rank)

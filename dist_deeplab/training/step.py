@@ -14,7 +14,7 @@ from dist_deeplab.distributed.process_group import all_reduce_sum, get_world_siz
 from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.preprocessing import Preprocessing
 from dist_deeplab.training.device_copy import DeviceCopier
-from dist_deeplab.training.loss import cross_entropy_sum, num_valid, sample_label
+from dist_deeplab.training.loss import CrossEntropy, cross_entropy_sum, sample_label
 from dist_deeplab.training.precision import Precision
 
 
@@ -23,7 +23,7 @@ class StepResult:
     """What one update did; tensors are float32 [] on the device, so that nobody has to wait for them.
 
     losses: {output name: this rank's share of the cross-entropy}; their sum over the ranks is the mean over the step's
-    valid pixels.
+    valid pixels (or images: `CrossEntropy.average`).
     micro_losses: this rank's, for each micro-batch the sum over the outputs.
     The others are equal on all ranks.
     grad_norm: L2 norm of the whole gradient before clipping.
@@ -52,7 +52,7 @@ class TrainStep:
     optimizer: Optimizer
     precision: Precision
     preprocessing: Preprocessing
-    ignore_label: int
+    loss: CrossEntropy
     clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
@@ -65,28 +65,33 @@ class TrainStep:
 
         `stop` says that this rank was asked to stop. There is no host-device synchronisation.
         """
-        # 1. Count valid pixels of all ranks before the first backward, on the CPU where the labels still are: one
-        #    small gloo all-reduce, which also carries stop requests and the number of bad samples.
+        # 1. Count valid pixels (or their weight) of all ranks before the first backward, on the CPU where the labels
+        #    still are: one small gloo all-reduce, which also carries stop requests and the number of bad samples.
+        #    float64 holds numbers of pixels exactly.
         sizes = self._output_sizes(micro_batches[0])
         labels = [{name: sample_label(b.label, size) for name, size in sizes.items()} for b in micro_batches]
-        counts = [sum(num_valid(label[name], self.ignore_label) for label in labels) for name in sizes]
+        pixel_weights = [self._pixel_weights(label) for label in labels]
+        counts = [
+            self.loss.divisor([label[name] for label in labels], [w[name] for w in pixel_weights if w])
+            for name in sizes
+        ]
         num_bad = sum(len(batch.bad) for batch in micro_batches)
         arrived = time.perf_counter()
-        totals = all_reduce_sum(torch.tensor([*counts, int(stop), num_bad], dtype=torch.int64)).tolist()
+        totals = all_reduce_sum(torch.tensor([*counts, int(stop), num_bad], dtype=torch.float64)).tolist()
         *counts, stops, num_bad = totals
         wait_s = time.perf_counter() - arrived
         # 2. DDP averages gradients over the ranks, so each rank's sum is multiplied by their number. All-void: 0.
         world_size = get_world_size()
-        weights = {name: world_size / max(1, count) for name, count in zip(sizes, counts, strict=True)}
+        scales = {name: world_size / (count or 1.0) for name, count in zip(sizes, counts, strict=True)}
         # 3. Forward and backward; gradients are reduced on the last micro-batch only.
         self.optimizer.zero_grad()  # sets None; apex's FusedSGD takes no argument
         buffers = copy_buffers(self.model)
         sums: dict[str, torch.Tensor] = {}
         micro_losses = []
         last = len(micro_batches) - 1
-        for i, (batch, label) in enumerate(zip(micro_batches, labels, strict=True)):
+        for i, (batch, label, weight) in enumerate(zip(micro_batches, labels, pixel_weights, strict=True)):
             with gradient_sync(self.model, enabled=i == last):
-                losses = self._forward(batch, label, weights)
+                losses = self._forward(batch, label, weight, scales)
                 total = torch.stack(list(losses.values())).sum()
                 self.precision.backward(total, last=i == last)
             micro_losses.append(total.detach())
@@ -97,7 +102,7 @@ class TrainStep:
         skipped, grad_norm = self.precision.step(self.optimizer, self.clip_norm)
         restore_buffers(self.model, buffers, where=skipped)
         shares = {name: loss / world_size for name, loss in sums.items()}
-        return StepResult(shares, micro_losses, grad_norm, scale, skipped, stops > 0, num_bad, wait_s)
+        return StepResult(shares, micro_losses, grad_norm, scale, skipped, stops > 0, int(num_bad), wait_s)
 
     def warm_up(self, *, micro_size: int, crop_size: int) -> None:
         """Run one forward and backward on blank images and restore all that they changed; every rank must call it.
@@ -109,7 +114,7 @@ class TrainStep:
         sizes = self._output_sizes(blank)
         label = {name: sample_label(blank.label, size) for name, size in sizes.items()}
         buffers = copy_buffers(self.model)
-        losses = self._forward(blank, label, dict.fromkeys(sizes, 0.0))
+        losses = self._forward(blank, label, self._pixel_weights(label), dict.fromkeys(sizes, 0.0))
         self.precision.backward(torch.stack(list(losses.values())).sum())
         self.optimizer.zero_grad()  # sets None; apex's FusedSGD takes no argument
         restore_buffers(self.model, buffers, where=torch.tensor(True, device=self.precision.device))
@@ -119,17 +124,26 @@ class TrainStep:
         assert isinstance(net, MultiScale)
         return net.output_sizes((batch.label.shape[1], batch.label.shape[2]))
 
+    def _pixel_weights(self, label: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Each output's pixel weights; empty where all pixels count alike."""
+        return {name: self.loss.weigh(target) for name, target in label.items()} if self.loss.is_weighted else {}
+
     @record_function("forward")
     def _forward(
-        self, batch: Batch, label: dict[str, torch.Tensor], weights: dict[str, float]
+        self,
+        batch: Batch,
+        label: dict[str, torch.Tensor],
+        weight: dict[str, torch.Tensor],
+        scales: dict[str, float],
     ) -> dict[str, torch.Tensor]:
-        """Each output's weighted loss, float32 [] on the device."""
-        image, content, *targets = self.copy_to_device(batch.image, batch.content, *label.values())
-        on_device = dict(zip(label, targets, strict=True))
+        """Each output's loss times its scale, float32 [] on the device."""
+        image, content, *rest = self.copy_to_device(batch.image, batch.content, *label.values(), *weight.values())
+        targets = dict(zip(label, rest[: len(label)], strict=True))
+        weights = dict(zip(weight, rest[len(label) :], strict=True))
         with self.precision.autocast():
             outputs = self.model(self.preprocessing.normalize(image, content))
         return {
-            name: cross_entropy_sum(logits, on_device[name], self.ignore_label) * weights[name]
+            name: cross_entropy_sum(logits, targets[name], self.loss.ignore_label, weights.get(name)) * scales[name]
             for name, logits in outputs.items()
         }
 

@@ -42,7 +42,7 @@ def describe(run: Run, state: TrainState) -> None:
         log.info("model.train_only=head: only the last layers learn; the backbone and its statistics are frozen")
     if config.deterministic:
         log.info("deterministic: the same hardware and number of ranks repeat this run bit by bit, at lower speed")
-    if variant is SCRATCH and not config.model.init and not state.step:
+    if variant.family == SCRATCH.family and not config.model.init and not state.step:
         log.info("no model.init: all weights are random; the published scores start from ImageNet or COCO weights")
     if variant.note:
         log.warning("NOTE on these weights: %s", variant.note)
@@ -56,6 +56,9 @@ def describe(run: Run, state: TrainState) -> None:
             shared,
             val_set.num_samples if val_set else 0,
         )
+    if weights := config.loss.class_weights:
+        named = sorted(zip(map(float, weights), train_set.class_names, strict=True))
+        log.info("loss.class_weights: from %g (%s) to %g (%s)", *named[0], *named[-1])
     log.info("%s", split)
     log.info("%s", estimate_memory(config, variant).describe(split.largest, config.data.crop_size))
     recipe = RunConfig()

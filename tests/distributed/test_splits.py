@@ -54,13 +54,15 @@ def test_a_bad_sample_of_one_rank_skips_the_update_of_all_and_a_rank_that_differ
     assert (tmp_path / "error_0").read_text() == (tmp_path / "error_1").read_text()
 
 
+WEIGHTED = (",classes", ",images,1.0,0.75,0.5", ",images,classes,1.0,0.75,0.5")
+WEIGHTED_WHOLE, WEIGHTED_PARTS = (tuple(f"{size},frozen,1{options}" for options in WEIGHTED) for size in (8, 1))
 SPLITS = {
-    1: ("8,frozen,10", "3,frozen,10", "8,sync,1", "8,frozen,1,1.0,0.75,0.5"),
+    1: ("8,frozen,10", "3,frozen,10", "8,sync,1", "8,frozen,1,1.0,0.75,0.5", *WEIGHTED_WHOLE),
     2: ("4,frozen,10", "2,frozen,10", "4,sync,1", "4,local,1"),
-    3: ("2,frozen,10", "1,frozen,10", "3,sync,1", "1,frozen,1,1.0,0.75,0.5"),
+    3: ("2,frozen,10", "1,frozen,10", "3,sync,1", "1,frozen,1,1.0,0.75,0.5", *WEIGHTED_PARTS),
     4: ("1,frozen,10",),
 }
-"""Per number of ranks, 8 images a step: the most at once on a rank, batch norm, steps, input scales."""
+"""Per number of ranks, 8 images a step: the most at once on a rank, batch norm, steps, input scales, weights."""
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,16 @@ def test_four_multi_scale_losses_do_not_depend_on_the_split(trained: Trained) ->
     got = trained(3, "1,frozen,1,1.0,0.75,0.5")
     assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert relative_error(got["grads"], expected["grads"]) < 1e-5
+
+
+@pytest.mark.parametrize("options", WEIGHTED)
+def test_class_weights_and_images_means_do_not_depend_on_the_split(trained: Trained, options: str) -> None:
+    """Three ranks take eight images one by one, so that one part of nine is empty."""
+    expected, got = trained(1, f"8,frozen,1{options}"), trained(3, f"1,frozen,1{options}")
+    assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert relative_error(got["grads"], expected["grads"]) < 1e-5
+    plain = trained(1, "8,frozen,1,1.0,0.75,0.5") if "0.75" in options else trained(1, "8,frozen,10")
+    assert relative_error(expected["grads"], plain["grads"]) > 1e-2, "the weights change nothing"
 
 
 def test_evaluation_is_the_same_on_any_number_of_ranks(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:

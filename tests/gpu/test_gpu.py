@@ -24,6 +24,7 @@ from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.training import memory
 from dist_deeplab.training.device_copy import DeviceCopier
+from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import StepResult, TrainStep
@@ -90,7 +91,7 @@ def _step(dtype: str, *, norm: str = "sync", clip_norm: float = 0.0) -> TrainSte
     net = DeepLabV2("resnet_tiny", NUM_CLASSES, norm=norm_factory(norm))
     model = prepare_model(MultiScale(net, (1.0, 0.75, 0.5) if torch.cuda.is_available() else ()), ALONE).train()
     optimizer = build_optimizer(net, OptimConfig(lr=1e-3))
-    return TrainStep(model, optimizer, Precision(dtype, ALONE.device), CAFFE, IGNORE, clip_norm)
+    return TrainStep(model, optimizer, Precision(dtype, ALONE.device), CAFFE, CrossEntropy(IGNORE), clip_norm)
 
 
 def _total(result: StepResult) -> float:

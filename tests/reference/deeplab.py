@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 Parameters = dict[str, torch.Tensor]
 MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)  # prototxt mean_value
+AUTHORS_MEAN_BGR = (104.008, 116.669, 122.675)  # of cocostuff10k's deeplabv2_resnet101/train.prototxt
 VOID = 255
 
 
@@ -94,13 +95,15 @@ def outputs(
 # --- the recipe -------------------------------------------------------------------------------------------------------
 
 
-def network_input(image: np.ndarray, content: list[tuple[int, int]]) -> torch.Tensor:
+def network_input(
+    image: np.ndarray, content: list[tuple[int, int]], mean_bgr: tuple[float, ...] = MEAN_BGR
+) -> torch.Tensor:
     """uint8 RGB [B, 3, H, W] -> BGR minus the mean, exactly 0 where there is no content."""
     result = np.zeros(image.shape, dtype=np.float64)
     for b, (height, width) in enumerate(content):
         for channel in range(3):
             inside = image[b, 2 - channel, :height, :width].astype(np.float64)
-            result[b, channel, :height, :width] = inside - MEAN_BGR[channel]
+            result[b, channel, :height, :width] = inside - mean_bgr[channel]
     return torch.from_numpy(result)
 
 
@@ -124,6 +127,39 @@ def loss_sum(output: torch.Tensor, label: np.ndarray) -> tuple[torch.Tensor, int
             total = total + torch.log(torch.exp(z - z.max()).sum()) + z.max() - z[label[b, i, j]]
             count += 1
     return total, count
+
+
+def authors_losses(each: list[torch.Tensor], label: np.ndarray) -> list[torch.Tensor]:
+    """The losses of one image (batch 1) as the authors' prototxt has them: its own mean over its valid pixels.
+
+    Outputs are fused, 1, 0.75 and 0.5; the logits of 0.75 are resized to the full grid first.
+    """
+    fused, full, middle, small = each
+    losses = []
+    for output in (fused, full, resized(middle, tuple(full.shape[2:])), small):
+        total, count = loss_sum(output, sampled(label, tuple(output.shape[2:])))
+        losses.append(total / max(1, count))
+    return losses
+
+
+def authors_gradient(
+    p: Parameters,
+    trainable: list[str],
+    image: np.ndarray,
+    label: np.ndarray,
+    content: list[tuple[int, int]],
+    blocks: tuple[int, ...],
+) -> tuple[list[float], Parameters]:
+    """Losses and gradient of a step of the authors' solver: one image after another, all divided by their number."""
+    for name in trainable:
+        p[name] = p[name].detach().requires_grad_()
+    sums = [torch.zeros((), dtype=torch.float64)] * 4
+    for b in range(len(image)):
+        shown = network_input(image[b : b + 1], content[b : b + 1], AUTHORS_MEAN_BGR)
+        own = authors_losses(outputs(p, shown, blocks, (1.0, 0.75, 0.5)), label[b : b + 1])
+        sums = [before + loss / len(image) for before, loss in zip(sums, own)]
+    gradient = torch.autograd.grad(torch.stack(sums).sum(), [p[name] for name in trainable])
+    return [float(loss.detach()) for loss in sums], dict(zip(trainable, gradient))
 
 
 def rate_and_decay(name: str, weight_decay: float) -> tuple[float, float]:

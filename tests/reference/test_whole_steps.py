@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from dist_deeplab.config import OptimConfig
+from dist_deeplab.config import OptimConfig, load_config
 from dist_deeplab.data.loader import Batch
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
+from dist_deeplab.model.weights import SCRATCH
+from dist_deeplab.training.builders import build_augmentation, build_loss, build_model, network_variant
+from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep
@@ -71,7 +75,7 @@ def test_whole_steps_equal_the_reference(
     velocity: dict[str, torch.Tensor] = {}
     optimizer = build_optimizer(net, OPTIM)
     model = MultiScale(net, scales if len(scales) > 1 else ())
-    update = TrainStep(model, optimizer, Precision("fp32", torch.device("cpu")), CAFFE, 255)
+    update = TrainStep(model, optimizer, Precision("fp32", torch.device("cpu")), CAFFE, CrossEntropy(255))
     rng = np.random.default_rng(7)
     for step in range(num_steps):
         batches = [_batch(rng, 2, 33, void) for void in voids[step]]
@@ -99,6 +103,52 @@ def test_whole_steps_equal_the_reference(
     moved = {name: final[name].detach().double() - start[name] for name in trainable}
     assert _relative_error(moved, {name: p[name] - start[name] for name in trainable}) < 1e-3
     assert not any(torch.equal(moved[name], torch.zeros_like(moved[name])) for name in trainable)
+
+
+def test_the_authors_recipe_is_their_solver_term_by_term() -> None:
+    """Losses, gradient and random scales of configs/voc_resnet101_authors.yaml; uneven void, one image all void."""
+    config = load_config("voc_resnet101_authors", ["model.backbone=resnet_tiny", f"data.num_classes={CLASSES}"])
+    assert config.model.batch_norm == "frozen"
+    net = _network(config.model.batch_norm, seed=3)
+    p = {name: tensor.detach().double().clone() for name, tensor in net.state_dict().items()}
+    trainable = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    batch = _batch(np.random.default_rng(7), 4, 33, 0.1)
+    batch.label[0, 4:] = 255
+    batch.label[1] = 255
+    content = [(rows, columns) for rows, columns in batch.content.tolist()]
+    losses, gradient = deeplab.authors_gradient(p, trainable, batch.image.numpy(), batch.label.numpy(), content, BLOCKS)
+    model = build_model(config, DistEnv(), net)
+    preprocessing = network_variant(config, SCRATCH).preprocessing
+    precision = Precision("fp32", torch.device("cpu"))
+    update = TrainStep(model, build_optimizer(net, config.optim), precision, preprocessing, build_loss(config))
+    set_lr(update.optimizer, poly_lr(0, config.optim, max_steps=MAX_STEPS))
+    result = update([batch])
+    assert [float(loss) for loss in result.losses.values()] == pytest.approx(losses, rel=2e-5)
+    ours = {name: q.grad for name, q in net.named_parameters() if q.requires_grad}
+    assert _relative_error(ours, gradient) < 1e-4
+    draws = [build_augmentation(config).scale_of(draw) for draw in np.arange(0, 1, 0.01)]
+    assert {scale: draws.count(scale) for scale in draws} == dict.fromkeys((0.5, 0.75, 1.0, 1.25, 1.5), 20)
+
+
+def test_each_of_the_authors_terms_is_needed_for_that() -> None:
+    """The test above can fail: leaving out a single term is another gradient."""
+    terms = ("loss.average=pixels", "multi_scale.full_grid=[]", "model.mean_bgr=[]")
+    whole = _authors_step()
+    for term, least in zip(terms, (1e-1, 1e-2, 1e-5), strict=True):
+        assert _relative_error(_authors_step(term), whole) > least, term
+
+
+def _authors_step(*overrides: str) -> dict[str, torch.Tensor]:
+    """Gradient of one step of the authors' recipe, changed by `overrides`."""
+    small = ["model.backbone=resnet_tiny", f"data.num_classes={CLASSES}"]
+    config = load_config("voc_resnet101_authors", [*small, *overrides])
+    net = _network("frozen", seed=3)
+    batch = _batch(np.random.default_rng(7), 4, 33, 0.1)
+    batch.label[0, 4:] = 255
+    model, precision = build_model(config, DistEnv(), net), Precision("fp32", torch.device("cpu"))
+    preprocessing = network_variant(config, SCRATCH).preprocessing
+    TrainStep(model, build_optimizer(net, config.optim), precision, preprocessing, build_loss(config))([batch])
+    return {name: p.grad.double() for name, p in net.named_parameters() if p.requires_grad and p.grad is not None}
 
 
 @torch.no_grad()

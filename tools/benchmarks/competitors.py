@@ -12,6 +12,7 @@ from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
+from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep
@@ -110,7 +111,7 @@ class Ours:
         optimizer = build_optimizer(net, OptimConfig())
         if options & {"foreach", "forloop"}:
             optimizer = unfused(optimizer, foreach="foreach" in options)
-        self.step = TrainStep(self.model, optimizer, self.precision, CAFFE, IGNORE_LABEL)
+        self.step = TrainStep(self.model, optimizer, self.precision, CAFFE, CrossEntropy(IGNORE_LABEL))
         if "noupload" in options:
             self.step.copy_to_device = lambda *tensors: [t.to(env.device, non_blocking=True) for t in tensors]  # type: ignore[assignment]
         self.batches = batches

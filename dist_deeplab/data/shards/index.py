@@ -116,7 +116,12 @@ def find_members(tar: Path, *, image: str | None = None, label: str | None = Non
 
 def _samples_in(path: Path, members: Sequence[MemberNames]) -> dict[str, tuple[tarfile.TarInfo, tarfile.TarInfo]]:
     """Key -> image and label member, in the order of the images."""
-    by_name = {member.name: member for member in _members(path)}
+    by_name: dict[str, tarfile.TarInfo] = {}
+    wanted = {ending for names in members for ending in names}
+    for member in _members(path):
+        if member.name in by_name and split_name(member.name)[1] in wanted:
+            raise ShardError(f"{path} holds {member.name} twice; keys must be unique")
+        by_name[member.name] = member
     samples: dict[str, tuple[tarfile.TarInfo, tarfile.TarInfo]] = {}
     labels_used = set()
     for name, image in by_name.items():

@@ -24,6 +24,7 @@ from dist_deeplab.errors import TrainingError
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE, Preprocessing
+from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.nonfinite import NonFiniteDump, NonFiniteMonitor
 from dist_deeplab.training.optim import build_optimizer
@@ -58,7 +59,7 @@ def main(env: DistEnv, folder: Path) -> None:
         build_optimizer(net, OptimConfig(lr=1e-3)),
         Precision("fp32", env.device),
         Poisoned(CAFFE.channels, CAFFE.mean, CAFFE.std),
-        ignore_label=255,
+        CrossEntropy(255),
     )
     window = LossWindow(NonFiniteMonitor(3, NonFiniteDump(folder / "nonfinite", {}, env.rank)))
     kept: dict[str, torch.Tensor] = {}

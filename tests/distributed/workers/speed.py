@@ -10,6 +10,7 @@ from dist_deeplab.distributed.process_group import DistEnv, process_group
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
+from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep
@@ -34,7 +35,8 @@ def updated(
     torch.manual_seed(0)
     net = DeepLabV2("resnet_tiny", 5, norm=norm_factory("sync"), recompute=recompute)
     model = prepare_model(MultiScale(net, scales), env, static_graph=static_graph).train()
-    update = TrainStep(model, build_optimizer(net, OptimConfig()), Precision("fp32", env.device), CAFFE, 255)
+    optimizer, precision = build_optimizer(net, OptimConfig()), Precision("fp32", env.device)
+    update = TrainStep(model, optimizer, precision, CAFFE, CrossEntropy(255))
     update.warm_up(micro_size=2, crop_size=65)
     generator = torch.Generator().manual_seed(env.rank)
     for accumulation in (2, 1, 2):

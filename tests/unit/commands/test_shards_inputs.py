@@ -71,6 +71,16 @@ def test_masks_of_0_and_255_are_refused_with_both_remedies(root: Path, capsys: p
     assert (packed(root)[2][0] == MASK).all()
 
 
+@pytest.mark.parametrize("name", ["void", "Ignore", "unlabeled"])
+def test_a_class_that_is_named_like_void_keeps_its_pixels(root: Path, name: str) -> None:
+    """The list of classes decides: in a chip with cells and voids, void is what is looked for."""
+    save(root, Image.fromarray(MASK * 200))
+    (root / "names.txt").write_text(f"solid\n{name}\n")
+    (root / "map.txt").write_text(f"0 solid\n200 {name}\n")
+    assert pack(root, "--class-names", root / "names.txt", "--label-map", root / "map.txt") == 0
+    assert (packed(root)[2][0] == MASK).all()
+
+
 def test_void_in_all_but_one_class_is_refused_wherever_void_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(root, Image.fromarray(MASK))
     (root / "names.txt").write_text("void\nblob\nother\n")

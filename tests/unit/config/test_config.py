@@ -266,6 +266,15 @@ def test_a_value_of_a_wrong_type_is_named_with_its_key(override: str, key: str, 
         ("multi_scale.scales=[0.75,0.5]", "1.0"),
         ("multi_scale.scales=[1.0,1.0]", "once"),
         ("multi_scale.scales=[1.0,1.5]", "less than or equal to 1"),
+        ("multi_scale.full_grid=[0.75]", "not among the smaller ones ([]) of multi_scale.scales"),
+        ("data.scale_step=0.3", "must divide data.scale_range=[0.5, 1.5] evenly"),
+        ("data.scale_step=-1", "greater than or equal to 0"),
+        ("model.mean_bgr=[1,2]", "must be [blue, green, red]"),
+        ("model.mean_bgr=[1,2,300]", "less than or equal to 255"),
+        ("loss.average=classes", "'images'"),
+        ("loss.class_weights=[1,-2]", "greater than or equal to 0"),
+        ("loss.class_weights=[0,0]", "must have a weight above 0"),
+        ("loss.class_weights=rare", "'auto'"),
         ("checkpoint.keep_last=1", "greater than or equal to 2"),
         ("model.backbone=vgg16", "'resnet101'"),
         ("precision.dtype=half", "'bf16'"),
@@ -407,6 +416,7 @@ OTHER_VALUES: dict[str, Any] = {
     "data.num_classes": 5,
     "data.ignore_label": 0,
     "data.scale_range": [0.5, 1.0],
+    "data.scale_step": 0.25,
     "data.flip": False,
     "data.crop_size": 33,
     "data.num_workers": 1,
@@ -423,6 +433,7 @@ OTHER_VALUES: dict[str, Any] = {
     "model.init": "x.pt",
     "model.restore_last": False,
     "model.train_only": "head",
+    "model.mean_bgr": [104.0, 117.0, 123.0],
     "batch.global_size": 12,
     "batch.micro_size": 2,
     "optim.lr": 1.0,
@@ -432,6 +443,9 @@ OTHER_VALUES: dict[str, Any] = {
     "optim.warmup_steps": 1,
     "optim.clip_norm": 1.0,
     "multi_scale.scales": [1.0, 0.5],
+    "multi_scale.full_grid": [0.5],
+    "loss.average": "images",
+    "loss.class_weights": [1.0, 2.0],
     "precision.dtype": "bf16",
     "speed.channels_last": False,
     "speed.cudnn_benchmark": False,
@@ -499,7 +513,11 @@ def test_the_table_of_changes_covers_every_key() -> None:
 @pytest.mark.parametrize("key", flatten(RunConfig()))
 def test_a_resumed_run_may_change_what_does_not_alter_the_recipe_and_nothing_else(key: str) -> None:
     saved = RunConfig()
-    needed = {"precision.backend": ["precision.dtype=fp16"]}.get(key, [])
+    required = {
+        "precision.backend": ["precision.dtype=fp16"],
+        "multi_scale.full_grid": ["multi_scale.scales=[1.0,0.5]"],
+    }
+    needed = required.get(key, [])
     saved = load_config(None, needed)
     current = load_config(None, [*needed, f"{key}={yaml.safe_dump(OTHER_VALUES[key], default_flow_style=True)}"])
     assert current != saved

@@ -268,3 +268,11 @@ def test_replacements_are_samples_and_differ_from_attempt_to_attempt(position: i
     found = [replacement_at(position, attempt, num_samples=size, seed=1) for attempt in range(1, 200)]
     assert set(found) <= set(range(size))
     assert len(set(found)) > size // 2
+
+
+def test_runs_of_other_seeds_replace_bad_samples_by_others() -> None:
+    def chosen(seed: int) -> list[int]:
+        return [replacement_at(position, 1, num_samples=10_000, seed=seed) for position in range(50)]
+
+    assert chosen(1) == chosen(1)
+    assert len(set(chosen(1)) & set(chosen(2))) < 5

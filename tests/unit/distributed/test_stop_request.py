@@ -101,6 +101,14 @@ def test_only_slurms_warning_ends_the_launch_for_good(number: signal.Signals, en
     assert stop.ends_launch == ends
 
 
+def test_slurms_warning_after_a_sigterm_ends_the_launch(stop: StopRequest) -> None:
+    """The job's time is up soon, so torchrun must not start again what it ended by SIGTERM."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.reason == "SIGUSR1"
+    assert stop.ends_launch
+
+
 def test_another_ranks_request_is_taken_over() -> None:
     stop = StopRequest()
     stop.hear("SIGTERM")

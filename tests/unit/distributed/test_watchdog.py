@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -111,6 +112,25 @@ def test_a_run_that_hangs_is_ended_with_its_stacks_and_one_that_advances_is_not(
     assert list((tmp_path / "flight_recorder").glob("*/rank_0"))
 
 
+def test_each_step_has_the_whole_time_limit_though_it_outlasts_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 7.5 s, looked at every 2.5 s, under a limit of 10 s; the step after the last one never ends."""
+    progress, now, ended_at = Progress(), [0.0], []
+    dog = watchdog.Watchdog(DistEnv(), None, progress, StopRequest(), timeout_s=10, logs=None)
+
+    def tick(_: float) -> bool:
+        now[0] += 2.5
+        if now[0] <= 60 and now[0] % 7.5 == 0:
+            progress.begin("in a step")
+        return bool(ended_at) or now[0] > 120
+
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: None)
+    monkeypatch.setattr(dog, "over", SimpleNamespace(wait=tick))
+    monkeypatch.setattr(dog, "give_up", lambda _: ended_at.append(now[0]))
+    dog.check()
+    assert ended_at == [72.5], "the last step began at 60 s, and more than 10 s have passed since"
+
+
 @pytest.mark.parametrize("problem", ["disk full", "not a folder"])
 def test_a_run_that_hangs_is_ended_though_its_log_folder_cannot_be_written(
     tmp_path: Path, ended: threading.Event, capfd: pytest.CaptureFixture[str], problem: str
@@ -206,13 +226,16 @@ def test_each_wait_is_for_itself(store: dist.Store) -> None:
     assert not other.is_alive()
 
 
-def test_a_stop_request_reaches_the_other_ranks(store: dist.Store, tmp_path: Path) -> None:
+def test_a_stop_request_reaches_the_other_ranks(
+    store: dist.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.05)
     asked, hears = StopRequest(), StopRequest()
     heard = threading.Event()
     hears.hear = lambda reason: (StopRequest.hear(hears, reason), heard.set())  # type: ignore[method-assign]
     with (
-        watched(DistEnv(0, 0, 2, "slurm"), store, Progress(), asked, timeout_s=2, logs=tmp_path),
-        watched(DistEnv(1, 1, 2, "slurm"), store, Progress(), hears, timeout_s=2, logs=tmp_path),
+        watched(DistEnv(0, 0, 2, "slurm"), store, Progress(), asked, timeout_s=600, logs=tmp_path),
+        watched(DistEnv(1, 1, 2, "slurm"), store, Progress(), hears, timeout_s=600, logs=tmp_path),
     ):
         asked.hear("SIGUSR1")
         assert heard.wait(30)
@@ -220,11 +243,12 @@ def test_a_stop_request_reaches_the_other_ranks(store: dist.Store, tmp_path: Pat
 
 
 def test_a_rank_whose_torchrun_is_gone_asks_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.05)
     stop = StopRequest()
     heard = threading.Event()
     stop.hear = lambda reason: (StopRequest.hear(stop, reason), heard.set())  # type: ignore[method-assign]
-    with watched(DistEnv(0, 0, 1, "torchrun"), None, Progress(), stop, timeout_s=2, logs=tmp_path):
-        monkeypatch.setattr(watchdog.os, "getppid", lambda: 1)
+    with watched(DistEnv(0, 0, 1, "torchrun"), None, Progress(), stop, timeout_s=600, logs=tmp_path):
+        monkeypatch.setattr(watchdog.os, "getppid", lambda: -1)  # not 1: in a container pytest's own parent may be that
         assert heard.wait(30)
     assert stop.reason == "torchrun is gone"
 

@@ -10,6 +10,7 @@ from dist_deeplab.data.loader import Batch
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
+from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep
@@ -77,6 +78,6 @@ def make_step() -> Callable[..., TrainStep]:
         precision = Precision(dtype, torch.device("cpu"))
         if dtype == "fp16":  # torch starts at 2^16 and skips updates until the scale fits; here every step counts
             precision.scaler.load_state_dict(precision.scaler.state_dict() | {"scale": 2.0**10})
-        return TrainStep(MultiScale(net, scales), optimizer, precision, CAFFE, IGNORE, clip_norm)
+        return TrainStep(MultiScale(net, scales), optimizer, precision, CAFFE, CrossEntropy(IGNORE), clip_norm)
 
     return make_step

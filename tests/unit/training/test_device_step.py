@@ -14,6 +14,7 @@ from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
+from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.nonfinite import NonFiniteMonitor
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
@@ -40,7 +41,7 @@ def _state_and_step(batch_norm: str, *, recompute: bool, clip_norm: float) -> tu
         torch.zeros((), device=META) + tensor for tensor in (optimizer.found_inf, optimizer.param_groups[0]["lr"])
     ]
     state = TrainState(net, optimizer, precision, LossWindow(NonFiniteMonitor()))
-    return state, TrainStep(model, optimizer, precision, CAFFE, 255, clip_norm)
+    return state, TrainStep(model, optimizer, precision, CAFFE, CrossEntropy(255), clip_norm)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_deeplab.training.loss import cross_entropy_sum, num_valid, sample_label
+from dist_deeplab.training.loss import CrossEntropy, balanced_weights, cross_entropy_sum, num_valid, sample_label
 
 IGNORE = 255
 
@@ -137,3 +137,71 @@ def test_loss_and_gradient_are_torchs_cross_entropy() -> None:
     torchs.backward()
     assert ours.item() == pytest.approx(torchs.item(), rel=1e-6)
     torch.testing.assert_close(logits.grad, other.grad, rtol=1e-5, atol=1e-7)
+
+
+# --- weights of pixels ------------------------------------------------------------------------------------------------
+
+
+def _weighted_mean(loss: CrossEntropy, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """What a step of one micro-batch computes."""
+    weight = loss.weigh(label)
+    return cross_entropy_sum(logits, label, loss.ignore_label, weight) / (loss.divisor([label], [weight]) or 1.0)
+
+
+def test_class_weights_are_torchs() -> None:
+    logits = (3 * torch.randn(4, 5, 9, 9, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    other = logits.detach().clone().requires_grad_()
+    label = _label(4, 9, 9, num_classes=5).long()
+    weights = (0.5, 3.0, 1.0, 0.0, 7.25)
+    ours = _weighted_mean(CrossEntropy(IGNORE, weights), logits, label)
+    torchs = torch.nn.functional.cross_entropy(other, label, weight=torch.tensor(weights), ignore_index=IGNORE)
+    ours.backward()
+    torchs.backward()
+    assert ours.item() == pytest.approx(torchs.item(), rel=1e-6)
+    torch.testing.assert_close(logits.grad, other.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("weights", [(), (0.5, 3.0, 1.0, 0.0, 7.25)])
+def test_the_average_of_images_is_the_mean_of_their_own_means(weights: tuple[float, ...]) -> None:
+    logits = 3 * torch.randn(3, 5, 9, 9, generator=torch.Generator().manual_seed(0))
+    label = _label(3, 9, 9, num_classes=5).long()
+    label[0, 2:] = IGNORE
+    label[1] = IGNORE  # all void: it adds 0, and counts as an image
+    by_class = torch.tensor(weights) if weights else None
+    own = [
+        torch.nn.functional.cross_entropy(logits[i : i + 1], label[i : i + 1], weight=by_class, ignore_index=IGNORE)
+        for i in (0, 2)
+    ]
+    got = _weighted_mean(CrossEntropy(IGNORE, weights, "images"), logits, label)
+    assert got.item() == pytest.approx(sum(loss.item() for loss in own) / 3, rel=1e-6)
+
+
+def test_equal_class_weights_of_any_size_are_none() -> None:
+    logits, label = torch.randn(2, 5, 9, 9), _label(2, 9, 9, num_classes=5).long()
+    plain = cross_entropy_sum(logits, label, IGNORE) / num_valid(label, IGNORE)
+    assert _weighted_mean(CrossEntropy(IGNORE, (0.3,) * 5), logits, label).item() == pytest.approx(
+        plain.item(), rel=1e-6
+    )
+
+
+def test_a_void_label_among_the_classes_has_no_weight() -> None:
+    loss = CrossEntropy(1, (2.0, 3.0, 4.0))
+    assert loss.weigh(torch.tensor([[[0, 1, 2]]])).tolist() == [[[2.0, 0.0, 4.0]]]
+
+
+def test_no_images_and_all_void_have_loss_0() -> None:
+    for loss in (CrossEntropy(IGNORE, (1.0, 2.0)), CrossEntropy(IGNORE, average="images")):
+        for images in (0, 2):
+            void = torch.full((images, 3, 3), IGNORE)
+            assert _weighted_mean(loss, torch.randn(images, 2, 3, 3), void).item() == 0.0
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=2, max_size=30).filter(any))
+def test_balanced_weights_give_all_classes_that_are_there_the_same_sum(pixels: list[int]) -> None:
+    weights = balanced_weights(pixels)
+    sums = [count * weight for count, weight in zip(pixels, weights, strict=True) if count]
+    assert sums == pytest.approx([sum(pixels) / len(sums)] * len(sums), rel=1e-5)
+
+
+def test_balanced_weights_of_three_classes() -> None:
+    assert balanced_weights([600, 300, 0, 100]) == (0.555556, 1.11111, 1.0, 3.33333)

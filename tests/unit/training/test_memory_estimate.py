@@ -15,6 +15,7 @@ from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights import SCRATCH
+from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.memory_estimate import estimate_memory, gib, images_that_fit
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
@@ -114,7 +115,7 @@ def _measured(config: RunConfig, micro_size: int) -> tuple[int, int]:
     net = DeepLabV2("resnet_tiny", 5, norm=norm_factory("local"), recompute=config.speed.recompute)
     model = prepare_model(MultiScale(net), DistEnv()).train()
     optimizer = build_optimizer(net, OptimConfig())
-    step = TrainStep(model, optimizer, Precision(config.precision.dtype, device), CAFFE, 255)
+    step = TrainStep(model, optimizer, Precision(config.precision.dtype, device), CAFFE, CrossEntropy(255))
     image = torch.zeros(micro_size, 3, crop, crop, dtype=torch.uint8)
     label = torch.zeros(micro_size, crop, crop, dtype=torch.uint8)
     batch = Batch(image, label, torch.full((micro_size, 2), crop), ["key"] * micro_size)

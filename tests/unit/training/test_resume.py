@@ -1,8 +1,11 @@
 """What a resumed run takes over from its checkpoint, and what it does not."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from dist_deeplab.checkpointing.checkpoint import Checkpoint
 from dist_deeplab.config import load_config
@@ -10,9 +13,10 @@ from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.nonfinite import NonFiniteMonitor
-from dist_deeplab.training.resume import restore
+from dist_deeplab.training import resume
+from dist_deeplab.training.resume import restore, save_checkpoint
 from dist_deeplab.training.state import TrainState
-from dist_deeplab.training.step import TrainStep
+from dist_deeplab.training.step import StepResult, TrainStep
 
 WITH_CRF = ["eval.crf=true", "crf.bi_w=4"]
 
@@ -43,3 +47,20 @@ def test_a_best_score_counts_only_where_images_are_scored_as_they_were(
     saved = Checkpoint(state.state_dict(), load_config(None, before), SCRATCH, ("a", "b"))
     restore(state, saved, load_config(None, now), None)
     assert state.best_miou == (0.5 if is_kept else -1.0)
+
+
+def test_a_checkpoint_holds_the_losses_of_the_steps_since_the_last_log_line(
+    state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that resumes in the middle of a log line gives the mean over all its steps, as an undisturbed one does."""
+    saved: list[dict[str, Any]] = []
+    folder = SimpleNamespace(lost_best=lambda: False, save=lambda content, **_: saved.append(content))
+    run = SimpleNamespace(config=load_config(None, []), checkpoints=folder)
+    monkeypatch.setattr(resume, "checkpoint_of", lambda _, state: SimpleNamespace(to_content=state.state_dict))
+    one = torch.tensor(1.0)
+    for loss in (1.0, 2.0, 4.0):
+        losses = {"scale_1": torch.tensor(loss)}
+        state.advance(StepResult(losses, [one], one, one, torch.tensor(False), stop=False), [])
+    save_checkpoint(run, state, is_best=False, wait=True)
+    (content,) = saved
+    assert [row["losses"]["scale_1"] for row in content["losses"]["rows"]] == [1.0, 2.0, 4.0]

@@ -98,6 +98,17 @@ def test_skipped_updates_are_steps_but_do_not_advance_the_schedule(state: TrainS
     assert state.losses.num_skipped == 3
 
 
+def test_the_schedule_of_a_resumed_run_leaves_the_same_updates_out(state: TrainState) -> None:
+    """Otherwise the learning rate would jump at the resume, to that of as many steps later as were skipped."""
+    one = torch.tensor(1.0)
+    for skipped in (False, True, True, False, False):
+        state.advance(StepResult({"scale_1": one}, [one], one, one, torch.tensor(skipped), stop=False), [])
+    saved = _through_a_file(state.state_dict())
+    state.step, state.num_skipped = 0, 0
+    state.load_state_dict(saved)
+    assert (state.step, state.num_skipped, state.schedule_step) == (5, 2, 3)
+
+
 def test_the_best_score_is_the_highest_so_far(state: TrainState) -> None:
     assert [state.update_best(miou, "") for miou in (0.0, 0.3, 0.2, 0.3, 0.4)] == [True, True, False, False, True]
     assert state.best_miou == 0.4

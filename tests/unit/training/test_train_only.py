@@ -13,6 +13,7 @@ from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights import SCRATCH, Weights
 from dist_deeplab.training.builders import build_network, starting_weights
+from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
 from dist_deeplab.training.step import TrainStep
@@ -30,7 +31,7 @@ def test_only_the_last_layers_learn_and_the_backbone_is_frozen_with_its_statisti
     before = {name: value.clone() for name, value in net.state_dict().items()}
     optimizer = build_optimizer(net, config.optim)
     assert [group["name"] for group in optimizer.param_groups] == ["head_weight", "head_bias"]
-    step = TrainStep(MultiScale(net), optimizer, Precision("fp32", torch.device("cpu")), CAFFE, 255)
+    step = TrainStep(MultiScale(net), optimizer, Precision("fp32", torch.device("cpu")), CAFFE, CrossEntropy(255))
     step([make_batch([0.1, 0.2]), make_batch([0.3, 0.0], seed=2)])
     moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {name for name in before if name.startswith("head.")}
@@ -45,7 +46,7 @@ def test_frozen_batch_norm_learns_nothing_while_the_rest_does(
     before = {name: value.clone() for name, value in net.state_dict().items()}
     optimizer = build_optimizer(net, config.optim)
     assert [group["name"] for group in optimizer.param_groups] == ["backbone", "head_weight", "head_bias"]
-    step = TrainStep(MultiScale(net), optimizer, Precision("fp32", torch.device("cpu")), CAFFE, 255)
+    step = TrainStep(MultiScale(net), optimizer, Precision("fp32", torch.device("cpu")), CAFFE, CrossEntropy(255))
     step([make_batch([0.1, 0.2]), make_batch([0.3, 0.0], seed=2)])
     moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {name for name in before if ".bn" not in name and ".downsample.1" not in name}

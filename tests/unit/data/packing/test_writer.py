@@ -513,6 +513,21 @@ def test_the_index_points_at_the_bytes_of_tars_made_elsewhere(form: int, tmp_pat
         assert content[row["label_offset"] :][: row["label_size"]] == label
 
 
+@pytest.mark.parametrize(
+    "second", [{"a.rgb.png": b"3"}, {"a.jpg": b"3"}, {"a.png": b"3"}], ids=["image", "same name", "label"]
+)
+def test_two_images_or_labels_under_one_key_are_refused(second: dict[str, bytes], tmp_path: Path) -> None:
+    """Not the last one taken, nor the first: which is meant, only the user knows."""
+    tar = write_tar(tmp_path / "0.tar", {"a.jpg": b"1", "a.png": b"2"})
+    with tarfile.open(tar, "a") as opened:
+        for name, data in second.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            opened.addfile(member, io.BytesIO(data))
+    with pytest.raises(ShardError, match=r"0\.tar holds (two images of the sample 'a'|a\.(jpg|png) twice)"):
+        build_index([tar], tmp_path / "index.npy")
+
+
 def test_a_sample_without_its_label_is_named(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "0.tar", {"a.jpg": b"1", "a.png": b"2", "b.jpg": b"3"})
     with pytest.raises(ShardError, match=r"0\.tar holds b\.jpg but not b\.png"):
@@ -534,6 +549,32 @@ def test_a_tar_cut_inside_a_member_is_named(tmp_path: Path) -> None:
     os.truncate(tar, 4500)
     with pytest.raises(ShardError, match=r"0\.tar"):
         build_index([tar], tmp_path / "index.npy")
+
+
+def test_a_power_cut_leaves_a_manifest_only_beside_whole_shards_and_index(
+    samples: list[SourceSample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contents are on the disk before the manifest has its name, and all names at the end."""
+    fsync, replace = os.fsync, os.replace
+    synced: list[int] = []
+    before_manifest: list[set[int]] = []
+
+    def record_fsync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def record_replace(source: os.PathLike[str], target: os.PathLike[str]) -> None:
+        if Path(target) == tmp_path / "set" / "train.json":
+            before_manifest.append(set(synced))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    pack(samples, tmp_path / "set")
+    files = {path.name: path.stat().st_ino for path in (tmp_path / "set").iterdir() if path.is_file()}
+    assert {"train.json", "train.index.npy", "train-000000.tar"} <= files.keys()
+    assert [name for name, inode in files.items() if inode not in before_manifest[-1]] == []
+    assert synced[-1] == (tmp_path / "set").stat().st_ino
 
 
 def test_the_manifest_is_plain_json(shard_set: Manifest) -> None:
