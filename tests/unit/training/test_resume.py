@@ -11,9 +11,9 @@ from dist_deeplab.checkpointing.checkpoint import Checkpoint
 from dist_deeplab.config import load_config
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.weights import SCRATCH
+from dist_deeplab.training import resume
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.nonfinite import NonFiniteMonitor
-from dist_deeplab.training import resume
 from dist_deeplab.training.resume import restore, save_checkpoint
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.step import StepResult, TrainStep
