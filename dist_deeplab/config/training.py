@@ -33,6 +33,8 @@ class DataConfig(Section):
     """Draw the scale from low, low + step, ... high instead; 0.25 gives the authors' 0.5, 0.75, 1, 1.25 and 1.5."""
     flip: Annotated[bool, RECIPE] = True
     """Flip horizontally with probability 1/2."""
+    photometric: Annotated[bool, RECIPE] = False
+    """Distort brightness, contrast, saturation and hue, each with probability 1/2, as SSD and mmsegmentation do."""
     crop_size: Annotated[int, Field(ge=1, le=8193), RECIPE] = 321
     """Side of the square training crop in pixels; 8k+1 keeps logits on the pixel grid."""
     num_workers: Annotated[int, Field(ge=0, le=256), EXECUTION_EVERYWHERE] = 4

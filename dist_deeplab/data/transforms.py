@@ -10,12 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dist_deeplab.data import photometric
+
+_GEOMETRIC_DRAWS = 4
+
 
 @dataclass(frozen=True)
 class Augmentation:
     """What training does to every sample. Draws 4 uniforms: scale, vertical and horizontal offset, flip.
 
-    scale_step: scales are low, low + step, ... high; 0: any between.
+    scale_step: scales are low, low + step, ... high; 0: any between. photometric: brightness, contrast, saturation and
+    hue too, which draws 9 more.
     """
 
     crop_size: int
@@ -23,8 +28,12 @@ class Augmentation:
     flip: bool
     ignore_label: int
     scale_step: float = 0.0
+    photometric: bool = False
 
-    num_draws = 4
+    @property
+    def num_draws(self) -> int:
+        """Uniforms that a sample takes."""
+        return _GEOMETRIC_DRAWS + (photometric.NUM_DRAWS if self.photometric else 0)
 
     def __call__(
         self, image: np.ndarray, label: np.ndarray, draws: np.ndarray
@@ -34,7 +43,7 @@ class Augmentation:
         Args:
             image: uint8 [H, W, 3] RGB.
             label: uint8 [H, W].
-            draws: float64 [4] in [0, 1).
+            draws: float64 [num_draws] in [0, 1).
 
         Returns:
             image uint8 [crop, crop, 3], bilinear; label uint8 [crop, crop], nearest; and the height and width of
@@ -50,6 +59,8 @@ class Augmentation:
         label = label[rows.nearest()][:, columns.nearest()]
         if self.flip and draws[3] < 0.5:
             image, label = cv2.flip(image, 1), cv2.flip(label, 1)
+        if self.photometric:
+            image = photometric.distort(image, draws[_GEOMETRIC_DRAWS:])
         side = (self.crop_size, self.crop_size)
         return pad_to(image, side, 0), pad_to(label, side, self.ignore_label), (rows.target, columns.target)
 

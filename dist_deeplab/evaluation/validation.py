@@ -36,6 +36,7 @@ def score(validation: Validation, predictor: Predictor, *, step: int) -> float |
     None where a rank was asked to stop meanwhile: then nothing was recorded.
     """
     config, val_set, tracker = validation.config, validation.val_set, validation.tracker
+    log.info("evaluating at step %d, on %s", step, format_count(val_set.num_samples, "image"))
     started = time.perf_counter()
     if config.model.batch_norm == "local":
         share_buffers(predictor.net)

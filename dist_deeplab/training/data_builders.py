@@ -81,7 +81,9 @@ def _cached_bytes(config: RunConfig, env: DistEnv, train_set: Manifest) -> int:
 def build_augmentation(config: RunConfig) -> Augmentation:
     """What happens to every training sample."""
     data = config.data
-    return Augmentation(data.crop_size, data.scale_range, data.flip, data.ignore_label, data.scale_step)
+    return Augmentation(
+        data.crop_size, data.scale_range, data.flip, data.ignore_label, data.scale_step, data.photometric
+    )
 
 
 def build_train_loader(run: Run, *, start: int) -> TrainLoader | StreamLoader:

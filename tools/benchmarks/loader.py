@@ -4,7 +4,8 @@ folder_pillow: a Dataset over files, Pillow decoding, scaling of the whole image
 on the CPU (torchvision's references). folder_opencv: the same with OpenCV (kazuto1011's way). webdataset: a plain
 pipeline over the shards, shuffled, then as folder_pillow. webdataset_ours: that pipeline with our decoding and
 augmentation. ours: indexed access as training uses it, checksums and checks included; it ends in uint8, the device
-normalises. decode: JPEG and label from memory to arrays and nothing else, the limit.
+normalises. ours_photometric: with data.photometric=true. decode: JPEG and label from memory to arrays and nothing else,
+the limit.
 
 --order full blocks: instead, what an epoch in each order asks of the storage (see reads.py).
 """
@@ -16,6 +17,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -98,6 +100,8 @@ def run(arguments: argparse.Namespace) -> Report:
 def competitors(manifest: Manifest, files: list[tuple[str, str]], crop: int) -> dict[str, Callable[[], object]]:
     """{name: what makes its data set}."""
     augmentation = Augmentation(crop, SCALES, True, manifest.ignore_label)
+    distorting = replace(augmentation, photometric=True)
+    count = manifest.num_classes
     shards = [manifest.shard_name(number) for number in range(len(manifest.shards))]
 
     def ours(sample: dict[str, bytes]) -> object:
@@ -112,7 +116,8 @@ def competitors(manifest: Manifest, files: list[tuple[str, str]], crop: int) -> 
         "folder_opencv": lambda: Folder(files, opencv_sample, crop),
         "webdataset": lambda: Pipeline(shards, usual),
         "webdataset_ours": lambda: Pipeline(shards, ours),
-        "ours": lambda: TrainDataset(manifest, num_classes=manifest.num_classes, augmentation=augmentation, seed=0),
+        "ours": lambda: TrainDataset(manifest, num_classes=count, augmentation=augmentation, seed=0),
+        "ours_photometric": lambda: TrainDataset(manifest, num_classes=count, augmentation=distorting, seed=0),
     }
 
 

@@ -409,6 +409,7 @@ OTHER_VALUES: dict[str, Any] = {
     "output_dir": "elsewhere",
     "resume": "never",
     "resume_anyway": True,
+    "device": "cpu",
     "deterministic": True,
     "max_hours": 2.5,
     "data.train": "x.json",
@@ -417,6 +418,7 @@ OTHER_VALUES: dict[str, Any] = {
     "data.ignore_label": 0,
     "data.scale_range": [0.5, 1.0],
     "data.scale_step": 0.25,
+    "data.photometric": True,
     "data.flip": False,
     "data.crop_size": 33,
     "data.num_workers": 1,
@@ -501,7 +503,7 @@ MAY_CHANGE = {
     *("distributed.startup_timeout_s", "distributed.hang_timeout_s"),
     *("tracking.uri", "tracking.experiment", "tracking.log_every"),
     *("tracking.system_metrics", "tracking.log_model", "tracking.register_as", "tracking.parent", "tracking.on_event"),
-    *("deterministic", "optim.implementation", "precision.max_nonfinite_steps"),
+    *("device", "deterministic", "optim.implementation", "precision.max_nonfinite_steps"),
 }
 """What a resumed run may change: nothing here alters what an optimizer step computes from a given state and data."""
 

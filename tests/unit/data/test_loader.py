@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -122,6 +123,20 @@ def test_every_epoch_shows_each_image_once(shard_set: Manifest, expected: list[P
 
 def test_an_image_is_augmented_in_another_way_each_time(expected: list[Pixels]) -> None:
     assert len({image for image, *_ in expected}) == len(expected)
+
+
+def test_photometric_distortion_is_of_seed_and_position_and_leaves_the_other_draws_alone(
+    shard_set: Manifest, expected: list[Pixels]
+) -> None:
+    distorting = replace(AUGMENTATION, photometric=True)
+    dataset = TrainDataset(shard_set, num_classes=21, augmentation=distorting, seed=SEED)
+    stream = [pixels for position in range(8) for pixels in samples_of(dataset.fetch(position))]
+    assert [labels for _, *labels in stream] == [labels for _, *labels in expected[:8]]
+    assert sum(image != plain for (image, *_), (plain, *_) in zip(stream, expected)) >= 4
+    split = BatchSplit.derive(global_size=8, micro_size=2, world_size=1)
+    loader = TrainLoader(dataset, StepSampler(0, 1, split=split, rank=0), num_workers=2, pin_memory=False)
+    again = [pixels for _, batches in loader for batch in batches for pixels in samples_of(batch)]
+    assert again == stream
 
 
 def test_another_seed_is_another_stream(shard_set: Manifest, expected: list[Pixels]) -> None:
