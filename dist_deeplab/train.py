@@ -38,16 +38,8 @@ from dist_deeplab.tracking.mlflow.store import require_known_store
 from dist_deeplab.tracking.tracker import resolve_uri
 from dist_deeplab.training.assembly import assemble
 from dist_deeplab.training.bad_samples import BadSamples
-from dist_deeplab.training.builders import (
-    build_step,
-    build_tracker,
-    build_train_loader,
-    follow_manifest,
-    images_per_s_at_peak,
-    open_data,
-    open_session,
-    split_batch,
-)
+from dist_deeplab.training.builders import build_step, build_tracker, images_per_s_at_peak, open_session, split_batch
+from dist_deeplab.training.data_builders import build_train_loader, follow_manifest, open_data
 from dist_deeplab.training.dry_run import dry_run
 from dist_deeplab.training.memory import explained_out_of_memory
 from dist_deeplab.training.optim import poly_lr, set_lr
