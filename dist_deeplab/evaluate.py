@@ -16,9 +16,8 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dist_deeplab import config as configuration
 from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
@@ -34,7 +33,7 @@ from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.contamination import find_contamination
 from dist_deeplab.evaluation.crf import open_crf, require_crf
-from dist_deeplab.evaluation.evaluator import Evaluation, Panel, draw_panels, evaluate
+from dist_deeplab.evaluation.evaluator import Evaluation, Loading, draw_panels, evaluate
 from dist_deeplab.evaluation.inference import Predictor, inference_name, inference_settings
 from dist_deeplab.files import prepare_file, prepare_folder
 from dist_deeplab.logs import format_count
@@ -81,11 +80,9 @@ def score(
     for note in notes:
         log.warning("%s", note)
     predictor = Predictor.from_checkpoint(checkpoint, settings, env.device)
-    num_panels, num_workers, batch_size = settings.eval.num_panels, settings.data.num_workers, settings.eval.batch_size
+    num_panels, loading = settings.eval.num_panels, Loading(settings.data.num_workers, settings.eval.batch_size)
     with open_crf(settings.eval.crf, settings.crf, ranks_on_host=ranks_on_host()) as crf:
-        evaluation = evaluate(
-            predictor, manifest, ranks, num_workers=num_workers, batch_size=batch_size, num_panels=num_panels, crf=crf
-        )
+        evaluation = evaluate(predictor, manifest, ranks, loading=loading, num_panels=num_panels, crf=crf)
         best, worst = (
             draw_panels(predictor, manifest, env, indices, crf=crf) for indices in extremes(evaluation, num_panels)
         )
@@ -105,7 +102,7 @@ def score(
         "notes": notes,
     }
     folder = report_folder(arguments, settings)
-    env.on_main(write, evaluation, names, about, best, worst, folder, arguments.json)
+    env.on_main(write, report.Report(evaluation, names, about, best, worst), folder, arguments.json)
     if arguments.mlflow:
         group = f"eval/{manifest.split}{inference_name(settings.eval)}"
         values = report.metric_values(scores(evaluation.confusion), names, group=group)
@@ -171,20 +168,11 @@ def extremes(evaluation: Evaluation, count: int) -> tuple[list[int], list[int]]:
     return ranked[::-1][:count], ranked[:count]
 
 
-def write(
-    evaluation: Evaluation,
-    class_names: Sequence[str],
-    about: Mapping[str, Any],
-    best: Sequence[Panel],
-    worst: Sequence[Panel],
-    folder: Path,
-    json_file: Path | None,
-) -> None:
+def write(content: report.Report, folder: Path, json_file: Path | None) -> None:
     """Write the report's folder and, where wanted, its JSON file once more."""
-    report.write_report(evaluation, class_names, folder, about=about, best=best, worst=worst)
+    report.write_report(content, folder)
     if json_file:
-        content = dict(about) | report.to_json(evaluation, class_names)
-        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(content.to_json(), indent=1) + "\n", encoding="utf-8")
     log.info("report in %s", folder)
 
 

@@ -12,12 +12,12 @@ from filelock import FileLock
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-def file_lock(path: Path) -> FileLock:
+def file_lock(path: Path, *, timeout_s: float = -1) -> FileLock:
     """A lock on the file `path`, which is made if missing and stays; not taken yet.
 
     Taking it raises `filelock.Timeout`, or `OSError` where the file can't be opened or locked (see `explain`).
     """
-    return FileLock(path, fallback_to_soft=False)
+    return FileLock(path, timeout=timeout_s, fallback_to_soft=False)
 
 
 def explain(error: OSError, *, remedy: str) -> str:

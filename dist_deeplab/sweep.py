@@ -205,13 +205,17 @@ def run_all(sweep: Sweep, *, num_processes: int) -> int:
 
 
 class StopBetween:
-    """Passes SIGINT and SIGTERM on to the training, which saves and ends, and remembers that the sweep must end too."""
+    """Ends the training when the sweep is to end, by SIGTERM, on which it saves; nothing is left on the GPUs.
+
+    On SIGINT, SIGTERM, and SIGHUP, which a dropped connection sends, unless that is ignored (`nohup`).
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._process: subprocess.Popen[bytes] | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
 
     def run(self, command: Sequence[str]) -> int:
         """Run a command to its end and return its exit code."""

@@ -12,8 +12,10 @@ Exit codes: 0 done, 1 error, 2 wrong arguments or configuration, 75 stopped earl
 
 import argparse
 import contextlib
+import functools
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,16 +38,8 @@ from dist_deeplab.tracking.mlflow.store import require_known_store
 from dist_deeplab.tracking.tracker import resolve_uri
 from dist_deeplab.training.assembly import assemble
 from dist_deeplab.training.bad_samples import BadSamples
-from dist_deeplab.training.builders import (
-    build_step,
-    build_tracker,
-    build_train_loader,
-    follow_manifest,
-    images_per_s_at_peak,
-    open_data,
-    open_session,
-    split_batch,
-)
+from dist_deeplab.training.builders import build_step, build_tracker, images_per_s_at_peak, open_session, split_batch
+from dist_deeplab.training.data_builders import build_train_loader, follow_manifest, open_data
 from dist_deeplab.training.dry_run import dry_run
 from dist_deeplab.training.memory import explained_out_of_memory
 from dist_deeplab.training.optim import poly_lr, set_lr
@@ -70,20 +64,24 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
         env.on_main(sys.stdout.write, configuration.config_to_yaml(config))
         return 0
     if arguments.dry_run:
-        return dry_run(config, env, start)
+        return dry_run(config, env, functools.partial(start, scored=False))
     return start(config, env, profile=arguments.profile)
 
 
-def start(config: RunConfig, env: DistEnv, *, profile: bool = False) -> int:
-    """Check all that can be checked before any heavy work, then train; the exit code. Every rank calls it."""
-    data = open_data(config, env)
-    config = follow_manifest(config, data[0])
+def start(config: RunConfig, env: DistEnv, *, profile: bool = False, scored: bool = True) -> int:
+    """Check all that can be checked before any heavy work, then train; the exit code. Every rank calls it.
+
+    profile: trace some steps. scored: evaluate on data.val, which a dry run does not.
+    """
+    env = replace(env, device_kind=config.device)
+    train_set, val_set = open_data(config, env)
+    config = follow_manifest(config, train_set)
     require_crf(config.eval.crf)
     require_known_store(resolve_uri(config.tracking.uri.real, config.output_dir))
     split = split_batch(config, env)
     with open_session(config, env) as session:
         setup_logging(to_terminal=env.is_main, rank=env.rank, folder=config.run_dir / "logs")
-        run, model, state = assemble(config, env, split, data, session)
+        run, model, state = assemble(config, env, split, (train_set, val_set if scored else None), session)
         trace = config.run_dir / "profile" / f"rank_{env.rank}.json.gz" if profile else None
         exit_code = train(run, model, state, trace=trace)
     if exit_code == STOPPED_EARLY and session.stop.ends_launch:
@@ -121,7 +119,7 @@ def train(run: Run, model: nn.Module, state: TrainState, *, trace: Path | None =
         if state.pending_evaluation and evaluate_and_save(run, state):
             return stop_early(run, state)
         meter.start(images_per_s_at_peak(run, state.net))
-        for _, micro_batches in run.session.steps(profiled(batches, trace)):
+        for _, micro_batches in run.session.steps(profiled(batches, trace, num_steps=config.max_steps - state.step)):
             rates = set_lr(state.optimizer, poly_lr(state.schedule_step, config.optim, max_steps=config.max_steps))
             with explained_out_of_memory(config, run.split):
                 result = update(micro_batches, stop=bool(stop))
@@ -131,7 +129,7 @@ def train(run: Run, model: nn.Module, state: TrainState, *, trace: Path | None =
             if state.step == config.max_steps or is_due(state.step, config.tracking.log_every):
                 values = window_values(run, state, rates)
                 run.tracker.log(state.step, values | bad_samples.values())
-                log_progress(state.step, config.max_steps, values)
+                log_progress(run, state.step, values)
             with run.session.paused():
                 stopping = evaluate_and_save(run, state, asked_to_stop=result.stop)
             if stopping:
@@ -164,7 +162,9 @@ def validate(run: Run, state: TrainState) -> bool:
         return False
     predictor = Predictor.build(state.net, run.variant.preprocessing, run.config.eval, dtype=run.config.precision.dtype)
     scored = validation.Validation(run.val_set, run.config, run.session, run.tracker)
+    started = time.perf_counter()
     miou = validation.score(scored, predictor, step=state.step)
+    run.session.meter.evaluation_s = time.perf_counter() - started
     state.pending_evaluation = miou is None
     forget_lost_best(run, state)
     if miou is None:

@@ -47,6 +47,14 @@ group go to whichever worker is free.
 """
 
 
+def pytest_configure() -> None:
+    """One thread, as the commands of `command_environ` have: the order of sums depends on their number.
+
+    Beside other workers, and in networks as small as these, a second one costs more than it brings.
+    """
+    torch.set_num_threads(1)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """What `-n auto` means: a worker for each core, two at least, since slow tests mostly wait."""
@@ -77,15 +85,6 @@ def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute in this process as the commands of `command_environ` do: the order of sums depends on the threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

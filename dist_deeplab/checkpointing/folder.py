@@ -160,7 +160,10 @@ class CheckpointFolder:
                         os.replace(file, file.with_name(f"{file.name}.passed_over"))
 
     def _prune(self) -> None:
-        for path in self._all()[: -self.keep_last]:
+        """Delete checkpoints older than the `keep_last` newest whole ones: one without a sidecar cannot be resumed."""
+        whole = [path for path in self._all() if sidecar_digests(path)]
+        oldest_kept = whole[-self.keep_last :][0]
+        for path in (path for path in self._all() if path < oldest_kept):
             if not (self.keep_every and int(path.stem.removeprefix("step_")) % self.keep_every == 0):
                 path.with_suffix(".json").unlink(missing_ok=True)
                 path.unlink(missing_ok=True)

@@ -58,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         void_is_meant = arguments.ignore_label is not None
         evaluation = score_files(pairs, LabelSpace(names, void), label_map, void_is_meant=void_is_meant)
         print(report.render(report.iou_table(scores(evaluation.confusion), names)))
+        scored = report.Report(evaluation, names)
         if arguments.json:
-            content = report.to_json(evaluation, names)
-            arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            arguments.json.write_text(json.dumps(scored.to_json(), indent=1) + "\n", encoding="utf-8")
         if arguments.out:
-            report.write_report(evaluation, names, arguments.out)
+            report.write_report(scored, arguments.out)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

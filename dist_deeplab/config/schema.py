@@ -7,7 +7,7 @@ knows these.
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -41,6 +41,8 @@ class RunConfig(Section):
     """auto: continue from the newest checkpoint; never: refuse a used folder; PATH: start a new folder from it."""
     resume_anyway: Annotated[bool, NOTHING] = False
     """Continue although the recipe or the training samples are not the checkpoint's; what differs is logged."""
+    device: Annotated[Literal["auto", "cuda", "cpu"], EXECUTION] = "auto"
+    """auto: a GPU per rank, the CPU where torch sees none; cuda: an error where it sees none; cpu: no GPU is used."""
     deterministic: Annotated[bool, EXECUTION] = False
     """Repeat a run bit by bit on the same hardware and number of ranks: slower algorithms on a GPU."""
     data: DataConfig = DataConfig()

@@ -9,6 +9,7 @@ import functools
 import itertools
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -238,6 +239,8 @@ def _collate_or_blank(items: "list[Batch | UserError]", *, size: int) -> "Batch 
 
 def loader_options(*, num_workers: int, pin_memory: bool) -> dict[str, Any]:
     """The options that all our torch DataLoaders have in common."""
+    # torch's four lines about more workers than cores, once for each loader; a run says it in one.
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     if num_workers:
         atexit.unregister(_kill_workers)  # at most once
         atexit.register(_kill_workers)

@@ -12,10 +12,14 @@ T = TypeVar("T")
 
 
 class Meter:
-    """Counts steps and the seconds spent waiting for data and for other ranks; pauses are left out."""
+    """Counts steps and the seconds spent waiting for data and for other ranks; pauses are left out.
+
+    evaluation_s: seconds that the last evaluation took, for estimates; None: there was none yet.
+    """
 
     def __init__(self) -> None:
         self.images_per_s_at_peak: float | None = None
+        self.evaluation_s: float | None = None
         self._reset()
 
     def start(self, images_per_s_at_peak: float | None) -> None:

@@ -39,6 +39,7 @@ class DistEnv:
     local_rank: int = 0
     world_size: int = 1
     launcher: str = "single process"
+    device_kind: str = "auto"
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "DistEnv":
@@ -87,9 +88,14 @@ class DistEnv:
         """The rank's GPU, or the CPU where there is none.
 
         Raises:
-            UserError: more ranks on this node than GPUs.
+            UserError: more ranks on this node than GPUs; none although one was asked for (`device=cuda`).
         """
-        if not torch.cuda.is_available():
+        if self.device_kind == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                f"device=cuda, but torch {torch.__version__} sees no GPU here; look at nvidia-smi and at what "
+                "`dist-deeplab doctor` says, or set device=cpu"
+            )
+        if self.device_kind == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
         if torch.cuda.device_count() == 1:  # srun may bind one to each task; ranks that share it meet an error later
             return torch.device("cuda", 0)

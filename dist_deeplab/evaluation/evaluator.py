@@ -50,6 +50,14 @@ class Evaluation:
     images: tuple[ImageScore, ...] = ()
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How images reach the network: loader processes per rank (0: none), and images per batch at most."""
+
+    num_workers: int
+    batch_size: int = 1
+
+
 class EvaluationStopped(Exception):
     """A rank was asked to stop, so nothing was scored."""
 
@@ -59,8 +67,7 @@ def evaluate(
     manifest: Manifest,
     session: Session,
     *,
-    num_workers: int,
-    batch_size: int = 1,
+    loading: Loading,
     num_panels: int = 0,
     crf: CrfPool | None = None,
 ) -> Evaluation:
@@ -74,8 +81,7 @@ def evaluate(
             batches), and how it is asked.
         manifest: the set; its void label is not scored.
         session: this rank among the ranks; its stop request is looked at after each batch.
-        num_workers: loader processes per rank.
-        batch_size: images of a batch, at most.
+        loading: how images reach the network.
         num_panels: how many images, spread over the set, to return for looking at.
         crf: refines the predictions; None: the network's own count.
 
@@ -87,10 +93,11 @@ def evaluate(
     env = session.env
     bands = functools.partial(band_map, ignore_label=manifest.ignore_label)
     dataset = EvalDataset(manifest, num_classes=manifest.num_classes, ignore_label=manifest.ignore_label, bands=bands)
-    batches = eval_batches(dataset, batch_size=batch_size, padded=predictor.align_corners)[env.rank :: env.world_size]
+    all_batches = eval_batches(dataset, batch_size=loading.batch_size, padded=predictor.align_corners)
+    batches = all_batches[env.rank :: env.world_size]
     accumulator = ConfusionAccumulator(manifest, env.device)
     stopped = False
-    for batch, pred in _predictions(predictor, dataset, batches, env, num_workers=num_workers, crf=crf):
+    for batch, pred in _predictions(predictor, dataset, batches, env, num_workers=loading.num_workers, crf=crf):
         accumulator.add(batch, pred)
         accumulator.report_progress(out_of=sum(map(len, batches)))
         session.progress.mark()

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -103,82 +104,74 @@ def trimap_scores(evaluation: Evaluation) -> dict[int, Scores]:
     return {width: scores(confusion) for width, confusion in bands if confusion.any()}
 
 
-def to_json(evaluation: Evaluation, class_names: Sequence[str]) -> dict[str, Any]:
-    """Scores and confusion matrix as plain values; a class without ground truth has null."""
-    result = scores(evaluation.confusion)
-    iou = {name: None if math.isnan(x) else x for name, x in zip(class_names, result.iou.tolist(), strict=True)}
-    return {
-        "num_images": evaluation.num_images,
-        "mIoU": result.miou,
-        "pixel_accuracy": result.pixel_accuracy,
-        "mean_accuracy": result.mean_accuracy,
-        "fwIoU": result.fwiou,
-        "iou": iou,
-        "absent_classes": [name for name, value in iou.items() if value is None],
-        "trimap_mIoU": {str(width): band.miou for width, band in trimap_scores(evaluation).items()},
-        "confusion": evaluation.confusion.tolist(),
-    }
+@dataclass(frozen=True)
+class Report:
+    """An evaluation and what its report says beside the scores.
 
-
-def write_report(
-    evaluation: Evaluation,
-    class_names: Sequence[str],
-    folder: Path,
-    *,
-    about: Mapping[str, Any] | None = None,
-    best: Sequence[Panel] = (),
-    worst: Sequence[Panel] = (),
-) -> list[Path]:
-    """Write the numbers and the figures; return the files.
-
-    about: plain values that go into metrics.json first. best, worst: panels for best.png and worst.png.
+    class_names: in the order of the labels. about: plain values, first in metrics.json. best, worst: panels for
+    best.png and worst.png.
     """
-    numbers = write_numbers(evaluation, class_names, folder, about=about)
-    return numbers + write_figures(evaluation, class_names, folder, best=best, worst=worst)
+
+    evaluation: Evaluation
+    class_names: Sequence[str]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    best: Sequence[Panel] = ()
+    worst: Sequence[Panel] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """`about`, scores and confusion matrix as plain values; a class without ground truth has null."""
+        result = scores(self.evaluation.confusion)
+        values = zip(self.class_names, result.iou.tolist(), strict=True)
+        iou = {name: None if math.isnan(x) else x for name, x in values}
+        return dict(self.about) | {
+            "num_images": self.evaluation.num_images,
+            "mIoU": result.miou,
+            "pixel_accuracy": result.pixel_accuracy,
+            "mean_accuracy": result.mean_accuracy,
+            "fwIoU": result.fwiou,
+            "iou": iou,
+            "absent_classes": [name for name, value in iou.items() if value is None],
+            "trimap_mIoU": {str(width): band.miou for width, band in trimap_scores(self.evaluation).items()},
+            "confusion": self.evaluation.confusion.tolist(),
+        }
 
 
-def write_numbers(
-    evaluation: Evaluation, class_names: Sequence[str], folder: Path, *, about: Mapping[str, Any] | None = None
-) -> list[Path]:
-    """Write metrics.json, classes.csv and images.csv, in milliseconds; return the files. See `write_report`."""
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """Write the numbers and the figures; return the files."""
+    return write_numbers(report, folder) + write_figures(report, folder)
+
+
+def write_numbers(report: Report, folder: Path) -> list[Path]:
+    """Write metrics.json, classes.csv and images.csv, in milliseconds; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "metrics.json", folder / "classes.csv", folder / "images.csv"]
-    content = dict(about or {}) | to_json(evaluation, class_names)
-    files[0].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _write_csv(
-        files[1], ["class", "iou", "accuracy", "label_pixels", "predicted_pixels"], _class_rows(evaluation, class_names)
-    )
-    _write_csv(files[2], ["key", "iou"], [[image.key, _cell(image.miou)] for image in evaluation.images])
+    files[0].write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    _write_csv(files[1], ["class", "iou", "accuracy", "label_pixels", "predicted_pixels"], _class_rows(report))
+    _write_csv(files[2], ["key", "iou"], [[image.key, _cell(image.miou)] for image in report.evaluation.images])
     return files
 
 
-def write_figures(
-    evaluation: Evaluation,
-    class_names: Sequence[str],
-    folder: Path,
-    *,
-    best: Sequence[Panel] = (),
-    worst: Sequence[Panel] = (),
-) -> list[Path]:
+def write_figures(report: Report, folder: Path) -> list[Path]:
     """Draw confusion.png, iou.png, trimap.png and the panels that there are, in a second or two; return the files."""
     from dist_deeplab.evaluation import figures  # matplotlib takes 0.3 s to import
 
-    result, ignore_label = scores(evaluation.confusion), evaluation.ignore_label
+    evaluation, class_names = report.evaluation, report.class_names
+    result = scores(evaluation.confusion)
     drawn = {
         "confusion.png": figures.confusion_figure(evaluation.confusion, class_names),
         "iou.png": figures.iou_figure(result, class_names),
     }
     if evaluation.trimap is not None:
         drawn["trimap.png"] = figures.trimap_figure(trimap_scores(evaluation), result)
-    for name, panels in (("panels.png", evaluation.panels), ("best.png", best), ("worst.png", worst)):
+    for name, panels in (("panels.png", evaluation.panels), ("best.png", report.best), ("worst.png", report.worst)):
         if panels:
-            drawn[name] = figures.panels_figure(panels, class_names, ignore_label=ignore_label)
+            drawn[name] = figures.panels_figure(panels, class_names, ignore_label=evaluation.ignore_label)
     for name, figure in drawn.items():
         figure.savefig(folder / name, dpi=figures.DPI)
     return [folder / name for name in drawn]
 
 
-def write_series(evaluation: Evaluation, class_names: Sequence[str], folder: Path) -> dict[str, Path]:
+def write_series(report: Report, folder: Path) -> dict[str, Path]:
     """{series: image file} of what is worth watching over the steps, after `write_figures`; writes the panels."""
     from PIL import Image
 
@@ -186,18 +179,18 @@ def write_series(evaluation: Evaluation, class_names: Sequence[str], folder: Pat
 
     (folder / "panels").mkdir(parents=True, exist_ok=True)
     series = {"iou": folder / "iou.png", "confusion": folder / "confusion.png"}
-    for key, image in figures.panel_images(evaluation, class_names).items():
+    for key, image in figures.panel_images(report.evaluation, report.class_names).items():
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", key)
         series[f"panels/{name}"] = folder / "panels" / f"{name}.png"
         Image.fromarray(image).save(series[f"panels/{name}"])
     return series
 
 
-def _class_rows(evaluation: Evaluation, class_names: Sequence[str]) -> list[list[Any]]:
-    confusion, result = evaluation.confusion, scores(evaluation.confusion)
+def _class_rows(report: Report) -> list[list[Any]]:
+    confusion, result = report.evaluation.confusion, scores(report.evaluation.confusion)
     in_label, in_pred = confusion.sum(1).tolist(), confusion.sum(0).tolist()
     rows = []
-    for c, (name, iou) in enumerate(zip(class_names, result.iou.tolist(), strict=True)):
+    for c, (name, iou) in enumerate(zip(report.class_names, result.iou.tolist(), strict=True)):
         accuracy = confusion[c, c] / in_label[c] if in_label[c] else math.nan
         rows.append([name, _cell(iou), _cell(accuracy), in_label[c], in_pred[c]])
     return rows

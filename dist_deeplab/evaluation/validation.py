@@ -12,7 +12,7 @@ from dist_deeplab.distributed.session import Session
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.crf import open_crf
-from dist_deeplab.evaluation.evaluator import EvaluationStopped, evaluate
+from dist_deeplab.evaluation.evaluator import EvaluationStopped, Loading, evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.logs import format_count, format_duration
 from dist_deeplab.tracking.tracker import Tracker
@@ -36,6 +36,7 @@ def score(validation: Validation, predictor: Predictor, *, step: int) -> float |
     None where a rank was asked to stop meanwhile: then nothing was recorded.
     """
     config, val_set, tracker = validation.config, validation.val_set, validation.tracker
+    log.info("evaluating at step %d, on %s", step, format_count(val_set.num_samples, "image"))
     started = time.perf_counter()
     if config.model.batch_norm == "local":
         share_buffers(predictor.net)
@@ -45,8 +46,7 @@ def score(validation: Validation, predictor: Predictor, *, step: int) -> float |
                 predictor,
                 val_set,
                 validation.session,
-                num_workers=config.data.num_workers,
-                batch_size=config.eval.batch_size,
+                loading=Loading(config.data.num_workers, config.eval.batch_size),
                 num_panels=config.eval.num_panels,
                 crf=crf,
             )
@@ -55,11 +55,12 @@ def score(validation: Validation, predictor: Predictor, *, step: int) -> float |
     result, names = scores(evaluation.confusion), val_set.class_names
     seconds = time.perf_counter() - started
     tracker.log(step, report.metric_values(result, names) | {"time/eval_s": seconds})
+    scored = report.Report(evaluation, names)
     folder = config.run_dir / "eval" / f"step_{step:08d}"
-    tracker.log_files(step, lambda: report.write_numbers(evaluation, names, folder))
+    tracker.log_files(step, lambda: report.write_numbers(scored, folder))
     # Drawn beside the next steps: the other ranks would wait for the main one.
-    tracker.log_files(step, lambda: report.write_figures(evaluation, names, folder), in_background=True)
-    tracker.log_images(step, lambda: report.write_series(evaluation, names, folder), in_background=True)
+    tracker.log_files(step, lambda: report.write_figures(scored, folder), in_background=True)
+    tracker.log_images(step, lambda: report.write_series(scored, folder), in_background=True)
     text = report.describe(result, names, per_class=config.eval.table == "classes")
     images = format_count(evaluation.num_images, "image")
     log.info("evaluation at step %d: %s in %s, %s", step, images, format_duration(seconds), text)

@@ -8,6 +8,7 @@ from pathlib import Path
 from dist_deeplab.data.batch import BadSample, Batch
 from dist_deeplab.distributed.process_group import DistEnv, broadcast_from_main, gather_to_all
 from dist_deeplab.errors import TrainingError
+from dist_deeplab.files import NonEssentialWrites, replace_text
 
 FILE = "bad_samples.jsonl"
 
@@ -22,6 +23,7 @@ class BadSamples:
         self.limit = limit
         self.env = env
         self.known = set(known)
+        self._writing = NonEssentialWrites(f"the list of bad samples, {path},")
 
     @classmethod
     def open(cls, run_dir: Path, limit: int, env: DistEnv, *, start: int) -> "BadSamples":
@@ -58,10 +60,11 @@ class BadSamples:
         return {"data/bad_samples": float(len(self.known))} if self.limit else {}
 
     def _list(self, step: int, found: Sequence[BadSample]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            for bad in found:
-                log.warning("another sample was taken in place of a bad one: %s", bad.problem)
-                file.write(json.dumps({"step": step, "sample": bad.sample, "problem": bad.problem}) + "\n")
+        for bad in found:
+            log.warning("another sample was taken in place of a bad one: %s", bad.problem)
+        lines = [json.dumps({"step": step, "sample": bad.sample, "problem": bad.problem}) + "\n" for bad in found]
+        with self._writing(), self.path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
 
 
 def _keep_before(path: Path, start: int) -> list[str]:
@@ -75,5 +78,6 @@ def _keep_before(path: Path, start: int) -> list[str]:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):  # cut off by a kill
             continue
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    with NonEssentialWrites(f"the list of bad samples, {path},")():
+        replace_text(path, "".join(f"{line}\n" for line in kept))
     return kept

@@ -12,14 +12,20 @@ from dist_deeplab.checkpointing.checkpoint import read_checkpoint
 from dist_deeplab.config import RunConfig
 from dist_deeplab.config.section import Location
 from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.data.shards.cache import build_cache
+from dist_deeplab.data.shards.manifest import load_manifest
+from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
-from dist_deeplab.logs import format_duration
+from dist_deeplab.logs import format_count, format_duration
 from dist_deeplab.tracking.journal import read_records
 from dist_deeplab.training.memory import CPU_SHARE, GPU_SPARE, free_memory_bytes
 from dist_deeplab.training.memory_estimate import MemoryEstimate, estimate_memory, gib, images_that_fit
+from dist_deeplab.training.summary import evaluations_left
 
 STEPS = 6
 _SETTLE = 2  # of them, in which libraries load and choose algorithms
+
+_MEASURED = 50  # validation images whose sizes are read
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +54,6 @@ def _shortened(config: RunConfig, folder: Path) -> RunConfig:
             "max_steps": STEPS,
             "resume": "auto",
             "model": config.model.model_copy(update={"init": init}),
-            "data": config.data.model_copy(update={"val": Location()}),
             "checkpoint": config.checkpoint.model_copy(update={"every": STEPS}),
             "tracking": config.tracking.model_copy(
                 update={"uri": Location("none"), "log_every": 1, "system_metrics": False}
@@ -66,19 +71,49 @@ def _report(config: RunConfig, short: RunConfig, env: DistEnv) -> None:
     saved = read_checkpoint(short.run_dir / "checkpoints" / f"step_{STEPS:08d}.pt")
     estimate = estimate_memory(saved.config, saved.variant)
     peak = max(of("memory/peak_gib")) * 2**30
-    log.info("%s", forecast(config, of("time/step_s"), of("time/data_s")))
+    log.info("%s", forecast(config, of("time/step_s"), of("time/data_s"), image_area=_image_area(config)))
     largest = BatchSplit(config.batch.global_size, saved.micro_size, env.world_size).largest
     log.info("%s", memory_report(saved.config, estimate, peak, micro_size=largest, device=env.device))
 
 
-def forecast(config: RunConfig, step_s: Sequence[float], data_s: Sequence[float]) -> str:
-    """A sentence on the whole run, from seconds a step and seconds of it spent waiting for data."""
+def forecast(
+    config: RunConfig, step_s: Sequence[float], data_s: Sequence[float], *, image_area: tuple[int, float] = (0, 0.0)
+) -> str:
+    """A sentence on the whole run, from seconds a step and seconds of it spent waiting for data.
+
+    image_area: number of validation images, and their mean area in pixels. An evaluation is estimated by them: a pixel
+    that is scored costs a third of one that is trained on (forward and backward), times the scales' areas and the flip.
+    """
     seconds = statistics.median(step_s)
-    return (
-        f"dry run: {config.batch.global_size / seconds:.3g} images/s, {seconds:.3g} s a step, "
-        f"{100 * sum(data_s) / sum(step_s):.0f}% of it waiting for data; {config.max_steps} steps would take "
-        f"{format_duration(config.max_steps * seconds)} and the evaluations on top; nothing was kept"
+    images_per_s = config.batch.global_size / seconds
+    count, area = image_area
+    passes = sum(scale**2 for scale in config.eval.scales) * (2 if config.eval.flip else 1)
+    evaluation_s = count * area * passes / (3 * config.data.crop_size**2 * images_per_s)
+    num_evaluations = evaluations_left(config, 0)
+    crf = ", the CRF not counted" if config.eval.crf else ""
+    scored = (
+        f", and {format_count(num_evaluations, 'evaluation')} some {format_duration(evaluation_s)} each (estimated by "
+        f"the speed of training{crf})"
+        if count
+        else ""
     )
+    return (
+        f"dry run: {images_per_s:.3g} images/s, {seconds:.3g} s a step, "
+        f"{100 * sum(data_s) / sum(step_s):.0f}% of it waiting for data; {config.max_steps} steps would take "
+        f"{format_duration(config.max_steps * seconds)}{scored}; nothing was kept"
+    )
+
+
+def _image_area(config: RunConfig) -> tuple[int, float]:
+    """Number of validation images, and the mean area in pixels of some of them, evenly spread."""
+    if not config.data.val:
+        return 0, 0.0
+    cache = build_cache(config.data.cache_dir, config.data.cache_gib)
+    manifest = load_manifest(config.data.val.real, cache=cache, check_shards=False)
+    reader = ShardReader(manifest)
+    some = range(0, manifest.num_samples, max(1, manifest.num_samples // _MEASURED))
+    sizes = [reader.image_size(index) for index in some]
+    return manifest.num_samples, sum(height * width for height, width in sizes) / len(sizes)
 
 
 def memory_report(

@@ -10,6 +10,7 @@ from torch.profiler import record_function
 
 from dist_deeplab.config import RunConfig
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all
+from dist_deeplab.errors import UserError
 from dist_deeplab.model.numerics import allow_tf32, autocast, common_dtype, fastest_dtype
 from dist_deeplab.training.optim import update_unless
 
@@ -23,7 +24,12 @@ def choose_precision(config: RunConfig, env: DistEnv, *, before: str | None) -> 
         config: the run's.
         env: this rank.
         before: what the run that is resumed was decided to compute in, on whatever machine; None: a new run.
+
+    Raises:
+        UserError: fp16 on a CPU, which has no use for it: it is emulated, slower than fp32, and overflows.
     """
+    if config.precision.dtype == "fp16" and env.device.type == "cpu":
+        raise UserError("precision.dtype=fp16 is for GPUs; on a CPU set precision.dtype=auto, fp32 or bf16")
     if config.precision.dtype != "auto":
         return config
     if before not in (None, "auto"):

@@ -16,7 +16,7 @@ from dist_deeplab.logs import format_duration
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.flops import training_flops
-from dist_deeplab.training.builders import build_augmentation
+from dist_deeplab.training.data_builders import build_augmentation
 from dist_deeplab.training.precision import Precision
 
 _REPEATS = 5

@@ -12,8 +12,8 @@ import torch
 from dist_deeplab.config import RunConfig, changed_from_defaults, flatten
 from dist_deeplab.data.shards.checks import count_shared
 from dist_deeplab.data.shards.manifest import Manifest
-from dist_deeplab.distributed.process_group import DistEnv, gather_to_all
-from dist_deeplab.logs import format_duration
+from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks_on_host
+from dist_deeplab.logs import format_count, format_duration
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.redaction import redact
 from dist_deeplab.tracking.provenance import git_revision, host_name, library_versions, summarize
@@ -21,6 +21,7 @@ from dist_deeplab.training.memory_estimate import estimate_memory
 from dist_deeplab.training.optim import describe_groups
 from dist_deeplab.training.run import Run
 from dist_deeplab.training.state import TrainState
+from dist_deeplab.workers import num_cores
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +47,23 @@ def describe(run: Run, state: TrainState) -> None:
         log.info("no model.init: all weights are random; the published scores start from ImageNet or COCO weights")
     if variant.note:
         log.warning("NOTE on these weights: %s", variant.note)
-    validated = f", validated on {val_set.num_samples}" if val_set else "; no data.val, so there will be no score"
+    missing = "a dry run does not score them" if config.data.val else "no data.val, so there will be no score"
+    validated = f", validated on {val_set.num_samples}" if val_set else f"; {missing}"
     log.info("data %s: %d samples%s", train_set.path, train_set.num_samples, validated)
     for note in (*train_set.notes, *(val_set.notes if val_set else ())):
         log.info("  %s", note)
-    if shared := shared_images(train_set, val_set):
+    if shared := env.on_main(shared_images, train_set, val_set):
         log.warning(
             "WARNING: %d of the %d validation images are training images too: their scores are not validation scores",
             shared,
             val_set.num_samples if val_set else 0,
+        )
+    if config.data.num_workers * ranks_on_host() > num_cores():
+        log.info(
+            "data.num_workers=%d for each of %s here is more than the %d cores that may be used",
+            config.data.num_workers,
+            format_count(ranks_on_host(), "rank"),
+            num_cores(),
         )
     if weights := config.loss.class_weights:
         named = sorted(zip(map(float, weights), train_set.class_names, strict=True))
@@ -88,9 +97,14 @@ def window_values(run: Run, state: TrainState, rates: Mapping[str, torch.Tensor]
     return values | run.session.rank_times.record(state.step, values)
 
 
-def log_progress(step: int, max_steps: int, values: dict[str, float]) -> None:
-    """Log one line of progress."""
-    remaining = format_duration((max_steps - step) * values["time/step_s"])
+def log_progress(run: Run, step: int, values: dict[str, float]) -> None:
+    """Log one line of progress; the remaining time counts the evaluations to come, as long as the last one each."""
+    max_steps = run.config.max_steps
+    num_evaluations = evaluations_left(run.config, step) if run.val_set else 0
+    seconds = (max_steps - step) * values["time/step_s"] + num_evaluations * (run.session.meter.evaluation_s or 0.0)
+    remaining = format_duration(seconds)
+    if num_evaluations and run.session.meter.evaluation_s is None:
+        remaining += f" and {format_count(num_evaluations, 'evaluation')}"
     share = 100 * values["time/data_s"] / values["time/step_s"]
     log.info(
         "step %*d/%d  loss %.4f  lr %.3g  %.1f images/s  data wait %.0f%%  ETA %s",
@@ -103,6 +117,12 @@ def log_progress(step: int, max_steps: int, values: dict[str, float]) -> None:
         share,
         remaining,
     )
+
+
+def evaluations_left(config: RunConfig, step: int) -> int:
+    """Number of evaluations after step `step`: each `eval.every` steps, and one at the end."""
+    last, every = config.max_steps, config.eval.every
+    return 0 if step >= last else 1 + ((last - 1) // every - step // every if every else 0)
 
 
 def run_info(run: Run) -> dict[str, Any]:

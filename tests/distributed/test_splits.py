@@ -151,7 +151,6 @@ def test_class_weights_and_images_means_do_not_depend_on_the_split(trained: Trai
     assert relative_error(expected["grads"], plain["grads"]) > 1e-2, "the weights change nothing"
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_evaluation_is_the_same_on_any_number_of_ranks(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
     """7 images in this process and on 3 ranks, that take 3, 2 and 2: each once, so the scores are identical."""
     checkpoint = write_checkpoint(tmp_path / "best.pt", checkpoint_of(discerning_network(21)))

@@ -115,7 +115,6 @@ def test_a_finished_run_has_nothing_to_do(undisturbed: Path, sample_shards: Path
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_evaluate_gives_the_scores_of_the_training_run(undisturbed: Path, sample_shards: Path, capsys: Any) -> None:
     """In one process, those of a training on two ranks."""
     checkpoint = undisturbed / "checkpoints" / "step_00000012.pt"
@@ -307,14 +306,14 @@ def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:
     ("arguments", "says"),
     [
         ([], ["no training data", " shards --voc-root", "data.train="]),
-        (["data.train=nowhere/train.json"], ["no manifest at nowhere/train.json", "make_shards.py"]),
+        (["data.train=nowhere/train.json"], ["no manifest at nowhere/train.json", " shards` makes one"]),
         (["data.train={shards}/train.json", "data.num_classes=5"], ["21 classes", "data.num_classes=21"]),
         (["data.train={shards}/train.json", "data.ignore_label=0"], ["255, not 0", "data.ignore_label=255"]),
         (["data.train={shards}/train.json", "model.init=nowhere.pth"], ["no weights file at nowhere.pth"]),
         (["data.train={shards}/train.json", "model.sync_bn=torch"], ["CUDA only", "model.sync_bn=own"]),
         (["data.train={shards}/train.json", "resume=nowhere.pt"], ["no checkpoint at nowhere.pt"]),
         (["optim.learning_rate=1"], ["unknown configuration key", "'optim.lr'"]),
-        (["--config", "nowhere.yaml"], ["nowhere.yaml", "configs/"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "recipes of the package: quickstart"]),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(

@@ -11,7 +11,8 @@ from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights import SCRATCH
-from dist_deeplab.training.builders import build_augmentation, build_loss, build_model, network_variant
+from dist_deeplab.training.builders import build_loss, build_model, network_variant
+from dist_deeplab.training.data_builders import build_augmentation
 from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
 from dist_deeplab.training.precision import Precision

@@ -222,3 +222,23 @@ def test_a_finished_network_is_asked_with_the_arithmetic_of_its_run(
         assert exit_code(main, first, *arguments) == 0
         assert not torch.backends.cudnn.allow_tf32
         assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_gpu_that_is_asked_for_must_be_there_and_a_cpu_is_not_asked_for_fp16(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runs("run", "max_steps=1", "device=cuda") == 2
+    assert "device=cuda, but torch" in capsys.readouterr().err
+    assert runs("run", "max_steps=1", "precision.dtype=fp16") == 2
+    assert "precision.dtype=fp16 is for GPUs" in capsys.readouterr().err
+    assert runs("run", "max_steps=1", "device=cpu") == 0
+
+
+def test_a_dry_run_with_a_validation_set_forecasts_its_evaluations(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runs("run", "max_steps=40", "eval.every=10", "--dry-run", validated=True) == 0
+    said = capsys.readouterr().out
+    assert "a dry run does not score them" in said and "there will be no score" not in said
+    assert "40 steps would take" in said and "and 4 evaluations some" in said

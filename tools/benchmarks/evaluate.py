@@ -26,7 +26,7 @@ from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.session import Session
 from dist_deeplab.errors import UserError
-from dist_deeplab.evaluation.evaluator import evaluate
+from dist_deeplab.evaluation.evaluator import Loading, evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
@@ -67,11 +67,11 @@ def run(arguments: argparse.Namespace) -> Report:
     net = place_model(DeepLabV2(arguments.backbone, 21, norm=norm_factory("frozen")), device).eval()
     with tempfile.TemporaryDirectory() as folder:
         manifest = load_manifest(arguments.data) if arguments.data else draw(Path(folder), arguments)
-        options = {"num_workers": arguments.workers, "batch_size": arguments.batch_size}
+        loading = Loading(arguments.workers, arguments.batch_size)
         competitors: dict[str, Callable[[], object]] = {
             "loop": partial(plain_loop, net, manifest, device, arguments.workers),
             **{
-                name: partial(evaluate, Predictor(net, CAFFE, **setting), manifest, Session(DistEnv()), **options)
+                name: partial(evaluate, Predictor(net, CAFFE, **setting), manifest, Session(DistEnv()), loading=loading)
                 for name, setting in _SETTINGS.items()
             },
         }

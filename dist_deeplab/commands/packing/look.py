@@ -18,7 +18,7 @@ from dist_deeplab.commands.packing.arguments import (
 )
 from dist_deeplab.commands.packing.printing import print_manifest, print_set, show_progress, size_of
 from dist_deeplab.data.packing.contact_sheet import contact_sheet
-from dist_deeplab.data.packing.import_tars import index_tars
+from dist_deeplab.data.packing.import_tars import IndexingOptions, index_tars
 from dist_deeplab.data.packing.labels import LabelSpace, read_class_names, refuse_class_named_as_void
 from dist_deeplab.data.packing.ordered_map import useful_workers
 from dist_deeplab.data.packing.verify import SampleContent, inspect_set, verify
@@ -68,18 +68,16 @@ def run_index(arguments: argparse.Namespace) -> None:
     else:
         names = numbered_names(arguments.num_classes, arguments.ignore_label)
     refuse_class_named_as_void(names, arguments.ignore_label)
-    manifest = index_tars(
-        arguments.tars,
-        split=arguments.split,
-        labels=LabelSpace(names, arguments.ignore_label),
+    labels = LabelSpace(names, arguments.ignore_label)
+    options = IndexingOptions(
         image=arguments.image,
         label=arguments.label,
-        overwrite=arguments.overwrite,
         check_readers=arguments.exif == "refuse",
+        overwrite=arguments.overwrite,
         workers=arguments.workers,
-        progress=show_progress("decoding"),
     )
-    print_manifest(manifest)
+    progress = show_progress("decoding")
+    print_manifest(index_tars(arguments.tars, split=arguments.split, labels=labels, options=options, progress=progress))
 
 
 def run_verify(arguments: argparse.Namespace) -> None:

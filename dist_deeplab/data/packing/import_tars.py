@@ -1,6 +1,7 @@
 """WebDataset tars made elsewhere become a set: index and manifest beside them, after every sample was decoded."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,32 @@ from dist_deeplab.data.shards.index import find_members
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
 
 
+@dataclass(frozen=True)
+class IndexingOptions:
+    """How the members of tars are found and checked.
+
+    image: what follows the key in an image's name; None: the first known one that is there. label: the same for labels.
+    check_readers: refuse images whose EXIF orientation, transparency or 16 bits some readers apply and others do not;
+    else they are trained on as they are stored. overwrite: replace a manifest of this name. workers: processes that
+    decode.
+    """
+
+    image: str | None = None
+    label: str | None = None
+    check_readers: bool = True
+    overwrite: bool = False
+    workers: int = 1
+
+
+DEFAULT_OPTIONS = IndexingOptions()
+
+
 def index_tars(
     tars: Sequence[Path],
     *,
     split: str,
     labels: LabelSpace,
-    image: str | None = None,
-    label: str | None = None,
-    overwrite: bool = False,
-    check_readers: bool = True,
-    workers: int = 1,
+    options: IndexingOptions = DEFAULT_OPTIONS,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Manifest:
     """Write index and manifest beside the tars, which stay as they are, and return the manifest.
@@ -30,12 +47,7 @@ def index_tars(
         tars: uncompressed, all in one folder; labels are 8-bit greyscale or palette PNGs of class indices.
         split: the set's name.
         labels: what labels may be.
-        image: what follows the key in an image's name; default: the first known one that is there.
-        label: the same for labels.
-        overwrite: replace a manifest of this name.
-        check_readers: refuse images whose EXIF orientation, transparency or 16 bits some readers apply and others do
-            not; else they are trained on as they are stored.
-        workers: processes that decode.
+        options: how it is done.
         progress: wraps the samples, to show how far this is.
 
     Raises:
@@ -50,16 +62,18 @@ def index_tars(
     if missing is not None:
         raise ShardError(f"there is no file {missing}")
     final = tars[0].parent / f"{split}.json"
-    if final.exists() and not overwrite:
+    if final.exists() and not options.overwrite:
         raise ShardError(f"{final} is there already; nothing was written (--overwrite replaces it)")
-    members = [find_members(tars[0], image=image, label=label)]
+    members = [find_members(tars[0], image=options.image, label=options.label)]
     draft = final.with_name(f".{split}.draft.json")
     nothing = np.zeros(len(labels.class_names), dtype=np.int64)
     try:
         # 1. A draft, by which samples can be read; 2. all of them decoded and counted; 3. the manifest.
         write_manifest(tars, draft, Draft(split, labels, nothing), members=members)
         class_pixels = nothing.copy()
-        found = inspect_set(load_manifest(draft), check_readers=check_readers, workers=workers, progress=progress)
+        found = inspect_set(
+            load_manifest(draft), check_readers=options.check_readers, workers=options.workers, progress=progress
+        )
         for seen in found:
             if not isinstance(seen, SampleContent):
                 raise seen

@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError
+from dist_deeplab.locks import file_lock
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.mlflow.images import ImageSeries
 from dist_deeplab.tracking.mlflow.pages import view_of_sweep
@@ -64,7 +63,8 @@ class MlflowRun:
             StoreError: the folder's run was deleted in the store.
         """
         parent = parent_run_id(self.run_dir, self.about, self.uri)
-        with FileLock(self.run_dir / ".mlflow_run.lock", timeout=20):  # a sweep's run is made by whoever needs it first
+        # A sweep's run is made by whoever needs it first.
+        with file_lock(self.run_dir / ".mlflow_run.lock", timeout_s=20):
             self.state.load()
             if not find_run(self.client, self.state, self.run_dir):
                 self._create(started, parent)

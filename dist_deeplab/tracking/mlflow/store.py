@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from filelock import FileLock
-
 from dist_deeplab.errors import UserError
+from dist_deeplab.locks import file_lock
 from dist_deeplab.redaction import redact, shown_url
 from dist_deeplab.tracking.mlflow.private import known_stores, private_folder
 
@@ -175,10 +174,10 @@ def store_lock(uri: str) -> AbstractContextManager[object]:
     path = sqlite_path(uri)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(f"{path}.lock", timeout=_LOCK_S)
+        return file_lock(Path(f"{path}.lock"), timeout_s=_LOCK_S)
     if urlsplit(uri).scheme in ("http", "https", "databricks", "databricks-uc"):
         return contextlib.nullcontext()
-    return FileLock(private_folder() / "mlflow-database.lock", timeout=_LOCK_S)
+    return file_lock(private_folder() / "mlflow-database.lock", timeout_s=_LOCK_S)
 
 
 def artifact_location(uri: str) -> str | None:

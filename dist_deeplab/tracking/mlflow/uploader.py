@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError
+from dist_deeplab.locks import file_lock
 from dist_deeplab.redaction import redact, shown_url
 from dist_deeplab.tracking.journal import JOURNAL, read_records
 from dist_deeplab.tracking.mlflow.process import BUSY, GIVE_UP_S
@@ -212,7 +213,7 @@ def main() -> int:
     os.nice(10)  # training goes first
     if arguments.follow is not None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm warns all processes of a step; this one outlives the run
-    lock = FileLock(arguments.run_dir / "mlflow.lock")
+    lock = file_lock(arguments.run_dir / "mlflow.lock")
     try:
         # The uploader of an attempt that was killed may still be sending; it ends as soon as it is done.
         with lock.acquire(timeout=_HANDOVER_S if arguments.once else GIVE_UP_S):

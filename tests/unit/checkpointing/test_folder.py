@@ -458,3 +458,18 @@ def test_kill_9_at_any_rename_leaves_a_sound_newest_and_best(tmp_path: Path) -> 
         if exit_code == 0:
             assert call >= 4, "file, best sidecar, best file, sidecar"
             return
+
+
+def test_a_checkpoint_without_its_sidecar_does_not_count_as_kept(tmp_path: Path) -> None:
+    """Killed between the two renames, step 20 has no sidecar: with keep_last=2 the whole one of step 10 must stay."""
+    folder = CheckpointFolder(tmp_path, keep_last=2, is_writer=True)
+    for step in (10, 20, 30):
+        folder.save(content_of(step), step=step, is_best=False, wait=True)
+        if step == 20:
+            (tmp_path / "step_00000020.json").unlink()
+    assert sorted(path.stem for path in tmp_path.glob("step_*.json")) == ["step_00000010", "step_00000030"]
+    flip_a_bit(tmp_path / "step_00000030.pt")
+    assert folder.newest() == tmp_path / "step_00000010.pt"
+    folder.save(content_of(40), step=40, is_best=False, wait=True)
+    folder.save(content_of(50), step=50, is_best=False, wait=True)
+    assert sorted(path.stem for path in tmp_path.glob("step_*.pt")) == ["step_00000040", "step_00000050"]

@@ -411,6 +411,7 @@ OTHER_VALUES: dict[str, Any] = {
     "output_dir": "elsewhere",
     "resume": "never",
     "resume_anyway": True,
+    "device": "cpu",
     "deterministic": True,
     "max_hours": 2.5,
     "data.train": "x.json",
@@ -504,7 +505,7 @@ MAY_CHANGE = {
     *("distributed.startup_timeout_s", "distributed.hang_timeout_s"),
     *("tracking.uri", "tracking.experiment", "tracking.log_every"),
     *("tracking.system_metrics", "tracking.log_model", "tracking.register_as", "tracking.parent", "tracking.on_event"),
-    *("deterministic", "optim.implementation", "precision.max_nonfinite_steps"),
+    *("device", "deterministic", "optim.implementation", "precision.max_nonfinite_steps"),
 }
 """What a resumed run may change: nothing here alters what an optimizer step computes from a given state and data."""
 

@@ -23,7 +23,7 @@ from dist_deeplab.distributed.stop_request import StopRequest
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.evaluation import evaluator
 from dist_deeplab.evaluation.accumulator import TRIMAP_WIDTHS
-from dist_deeplab.evaluation.evaluator import EvaluationStopped, draw_panels, evaluate
+from dist_deeplab.evaluation.evaluator import EvaluationStopped, Loading, draw_panels, evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
@@ -133,7 +133,9 @@ def _slow_distance(label: np.ndarray) -> np.ndarray:
 def test_evaluate_equals_a_plain_loop(
     net: DeepLabV2, manifest: Manifest, folder: Path, preprocessing: Preprocessing
 ) -> None:
-    evaluation = evaluate(Predictor(net, preprocessing), manifest, Session(ALONE), num_workers=0, num_panels=5)
+    evaluation = evaluate(
+        Predictor(net, preprocessing), manifest, Session(ALONE), loading=Loading(num_workers=0), num_panels=5
+    )
     near = np.zeros((len(TRIMAP_WIDTHS), NUM_CLASSES, NUM_CLASSES), dtype=np.int64)
     expected = np.zeros((NUM_CLASSES, NUM_CLASSES), dtype=np.int64)
     for index, panel in enumerate(evaluation.panels):
@@ -163,8 +165,8 @@ def test_evaluate_equals_a_plain_loop(
 
 
 def test_worker_processes_and_panels_change_nothing_of_the_score(net: DeepLabV2, manifest: Manifest) -> None:
-    plain = evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), num_workers=0)
-    other = evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), num_workers=2, num_panels=3)
+    plain = evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), loading=Loading(num_workers=0))
+    other = evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), loading=Loading(num_workers=2), num_panels=3)
     np.testing.assert_array_equal(other.confusion, plain.confusion)
 
 
@@ -173,8 +175,8 @@ def test_batches_of_several_images_change_nothing_of_the_score(
     net: DeepLabV2, repeated: Manifest, align_corners: bool
 ) -> None:
     predictor = Predictor(net, CAFFE, align_corners=align_corners)
-    single = evaluate(predictor, repeated, Session(ALONE), num_workers=0, batch_size=1)
-    batched = evaluate(predictor, repeated, Session(ALONE), num_workers=0, batch_size=3)
+    single = evaluate(predictor, repeated, Session(ALONE), loading=Loading(num_workers=0, batch_size=1))
+    batched = evaluate(predictor, repeated, Session(ALONE), loading=Loading(num_workers=0, batch_size=3))
     np.testing.assert_array_equal(batched.confusion, single.confusion)
     assert batched.images == single.images
     assert [image.key for image in batched.images] == [f"image_{n}" for n in range(12)]
@@ -197,7 +199,7 @@ def test_panels_of_chosen_images_come_in_the_order_asked_for(net: DeepLabV2, man
     predictor = Predictor(net, CAFFE)
     panels = draw_panels(predictor, manifest, ALONE, [3, 0, 4])
     assert [panel.key for panel in panels] == ["image_3", "image_0", "image_4"]
-    scored = evaluate(predictor, manifest, Session(ALONE), num_workers=0)
+    scored = evaluate(predictor, manifest, Session(ALONE), loading=Loading(num_workers=0))
     assert [panel.iou for panel in panels] == [scored.images[index].miou for index in (3, 0, 4)]
     assert draw_panels(predictor, manifest, ALONE, []) == []
 
@@ -240,7 +242,9 @@ def test_panels_of_several_ranks_come_in_the_order_asked_for_on_each(
 
 @pytest.mark.parametrize(("num_panels", "shown"), [(0, 0), (2, 2), (9, 5)])
 def test_panels_are_spread_over_the_set(net: DeepLabV2, manifest: Manifest, num_panels: int, shown: int) -> None:
-    panels = evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), num_workers=0, num_panels=num_panels).panels
+    panels = evaluate(
+        Predictor(net, CAFFE), manifest, Session(ALONE), loading=Loading(num_workers=0), num_panels=num_panels
+    ).panels
     indices = [n * len(SIZES) // shown for n in range(shown)]
     assert [panel.key for panel in panels] == [f"image_{n}" for n in indices]
     for panel, size in zip(panels, [SIZES[n] for n in indices], strict=True):
@@ -252,7 +256,7 @@ def test_panels_are_spread_over_the_set(net: DeepLabV2, manifest: Manifest, num_
 def test_images_that_no_rank_has_seen_are_an_error(net: DeepLabV2, manifest: Manifest) -> None:
     missing_peer = Session(DistEnv(0, 0, 2, "torchrun"))  # one of two ranks, but alone: it sees images 0, 2 and 4
     with pytest.raises(TrainingError, match=r"saw 3 images, but .* has 5"):
-        evaluate(Predictor(net, CAFFE), manifest, missing_peer, num_workers=0)
+        evaluate(Predictor(net, CAFFE), manifest, missing_peer, loading=Loading(num_workers=0))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -262,12 +266,12 @@ def test_the_network_is_left_as_it_was(net: DeepLabV2, manifest: Manifest, batch
     own.load_state_dict(net.state_dict())
     own.train(training)
     before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
-    evaluation = evaluate(Predictor(own, CAFFE), manifest, Session(ALONE), num_workers=0)
+    evaluation = evaluate(Predictor(own, CAFFE), manifest, Session(ALONE), loading=Loading(num_workers=0))
     assert own.training is training
     assert all(module.training is training for module in own.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
     assert all(p.grad is None for p in own.parameters())
-    plain = evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), num_workers=0)
+    plain = evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), loading=Loading(num_workers=0))
     np.testing.assert_array_equal(evaluation.confusion, plain.confusion)  # stored statistics, in any mode
 
 
@@ -291,7 +295,7 @@ def test_an_all_void_image_counts_as_an_image_and_not_in_the_score(
     net: DeepLabV2, write_one: Callable[[np.ndarray], Manifest]
 ) -> None:
     manifest = write_one(np.full(SIZES[0], IGNORE, dtype=np.uint8))
-    evaluation = evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), num_workers=0)
+    evaluation = evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), loading=Loading(num_workers=0))
     assert evaluation.num_images == 1
     assert evaluation.confusion.sum() == 0
 
@@ -301,7 +305,7 @@ def test_a_sample_that_cannot_be_read_is_an_error(net: DeepLabV2, write_one: Cal
     shard = manifest.path.parent / manifest.shards[0].name
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(ShardError, match=shard.name):
-        evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), num_workers=0)
+        evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), loading=Loading(num_workers=0))
 
 
 def test_asked_to_stop_it_leaves_off_without_a_result(net: torch.nn.Module, manifest: Manifest) -> None:
@@ -314,5 +318,5 @@ def test_asked_to_stop_it_leaves_off_without_a_result(net: torch.nn.Module, mani
 
     session = Session(ALONE, stop=SecondTime())
     with pytest.raises(EvaluationStopped):
-        evaluate(Predictor(net, CAFFE), manifest, session, num_workers=1)
+        evaluate(Predictor(net, CAFFE), manifest, session, loading=Loading(num_workers=1))
     assert len(asked) == session.progress.count == 2

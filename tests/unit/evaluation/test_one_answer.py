@@ -26,7 +26,7 @@ from dist_deeplab.data.shards.manifest import load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.session import Session
-from dist_deeplab.evaluation.evaluator import draw_panels, evaluate
+from dist_deeplab.evaluation.evaluator import Loading, draw_panels, evaluate
 from dist_deeplab.evaluation.inference import Predictor, inference_settings
 from dist_deeplab.evaluation.prediction import classes_of_one
 from dist_deeplab.evaluation.serving import SegmentationModel
@@ -131,7 +131,7 @@ def test_evaluation_prediction_scoring_and_serving_give_one_mask(
             mask = np.asarray(Image.open(io.BytesIO(served.predict(frame)["mask"][0])))
             np.testing.assert_array_equal(mask, np.asarray(Image.open(out / f"{Path(name).stem}.png")), err_msg=name)
 
-    whole = evaluate(predictor, manifest, Session(ALONE), num_workers=0, batch_size=3)
+    whole = evaluate(predictor, manifest, Session(ALONE), loading=Loading(num_workers=0, batch_size=3))
     arguments = [str(out), str(world / "masks"), "--json", str(tmp_path / "scores.json")]
     assert score.main(arguments) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["confusion"] == whole.confusion.tolist()

@@ -13,7 +13,7 @@ from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.evaluation.accumulator import TRIMAP_WIDTHS
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.evaluator import Evaluation, ImageScore, Panel
-from dist_deeplab.evaluation.report import describe, iou_table, metric_values, render, to_json, write_report
+from dist_deeplab.evaluation.report import Report, describe, iou_table, metric_values, render, write_report
 
 TABLES = ["metrics.json", "classes.csv", "images.csv"]
 NAMES = ("background", "cat", "unicorn")
@@ -63,7 +63,7 @@ def test_brackets_in_names_are_no_markup() -> None:
 
 
 def test_json_is_strict_json_with_null_for_an_absent_class() -> None:
-    text = json.dumps(to_json(_evaluation(), NAMES), allow_nan=False)
+    text = json.dumps(Report(_evaluation(), NAMES).to_json(), allow_nan=False)
     assert json.loads(text) == {
         "num_images": 7,
         "mIoU": pytest.approx(0.625),
@@ -83,7 +83,7 @@ def test_another_number_of_names_than_classes_is_an_error(count: int) -> None:
     with pytest.raises(ValueError, match="zip"):
         metric_values(scores(CONFUSION), names)
     with pytest.raises(ValueError, match="zip"):
-        to_json(_evaluation(), names)
+        Report(_evaluation(), names).to_json()
 
 
 def _rows(text: str) -> dict[str, list[str]]:
@@ -136,11 +136,11 @@ def _image(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("num_panels", [0, 2])
 def test_a_report_is_its_files_with_figures_to_look_at(tmp_path: Path, num_panels: int) -> None:
     folder = tmp_path / "eval" / "step_00000001"
-    files = write_report(_evaluation(num_panels), NAMES, folder)
+    files = write_report(Report(_evaluation(num_panels), NAMES), folder)
     names = [*TABLES, "confusion.png", "iou.png", "trimap.png"] + ["panels.png"] * bool(num_panels)
     assert files == [folder / name for name in names]
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
-    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == to_json(_evaluation(), NAMES)
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == Report(_evaluation(), NAMES).to_json()
     for path in files[3:]:
         pixels = _image(path)
         height, width = pixels.shape[:2]
@@ -152,7 +152,7 @@ def test_a_report_is_its_files_with_figures_to_look_at(tmp_path: Path, num_panel
 def test_figures_of_21_classes_and_no_correct_pixel_are_drawn_too(tmp_path: Path) -> None:
     confusion = np.zeros((21, 21), dtype=np.int64)
     confusion[0, 1:] = 5
-    files = write_report(_evaluation(1, confusion), CLASS_NAMES, tmp_path)
+    files = write_report(Report(_evaluation(1, confusion), CLASS_NAMES), tmp_path)
     assert [path.name for path in files] == [*TABLES, "confusion.png", "iou.png", "trimap.png", "panels.png"]
     assert _image(tmp_path / "confusion.png").shape[0] >= 800  # room for 21 names
 
@@ -162,20 +162,20 @@ def test_panels_show_wrong_pixels_in_red_but_neither_right_nor_void_ones(tmp_pat
     image = np.full((40, 40, 3), 128, dtype=np.uint8)
     red_pixels = {}
     for case, label in (("right", right), ("wrong", right + 1), ("void", right + 255)):
-        write_report(Evaluation(CONFUSION, 1, 255, [Panel("image", image, label, right)]), NAMES, tmp_path)
+        write_report(Report(Evaluation(CONFUSION, 1, 255, [Panel("image", image, label, right)]), NAMES), tmp_path)
         red_pixels[case] = int((_image(tmp_path / "panels.png") == (214, 40, 40)).all(axis=2).sum())
     assert red_pixels["right"] == red_pixels["void"]  # the legend's patch
     assert red_pixels["wrong"] - red_pixels["right"] > 10_000  # the whole of an image
 
 
 def test_writing_a_report_again_replaces_it(tmp_path: Path) -> None:
-    write_report(_evaluation(), NAMES, tmp_path)
-    write_report(_evaluation(confusion=np.diag([1, 1, 0])), NAMES, tmp_path)
+    write_report(Report(_evaluation(), NAMES), tmp_path)
+    write_report(Report(_evaluation(confusion=np.diag([1, 1, 0])), NAMES), tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["mIoU"] == 1.0
 
 
 def test_the_tables_in_csv_say_the_same_and_leave_unknown_values_empty(tmp_path: Path) -> None:
-    write_report(_evaluation(), NAMES, tmp_path)
+    write_report(Report(_evaluation(), NAMES), tmp_path)
     assert (tmp_path / "classes.csv").read_text().splitlines() == [
         "class,iou,accuracy,label_pixels,predicted_pixels",
         "background,0.750000,0.750000,80,60",
@@ -188,11 +188,11 @@ def test_the_tables_in_csv_say_the_same_and_leave_unknown_values_empty(tmp_path:
 def test_a_report_says_what_it_is_about_and_shows_the_best_and_worst_images(tmp_path: Path) -> None:
     panels = _evaluation(3).panels
     about = {"checkpoint": "best.pt", "notes": ["trained on it"]}
-    files = write_report(_evaluation(), NAMES, tmp_path, about=about, best=panels[:1], worst=panels[1:])
+    files = write_report(Report(_evaluation(), NAMES, about, best=panels[:1], worst=panels[1:]), tmp_path)
     assert [path.name for path in files[-2:]] == ["best.png", "worst.png"]
     assert _image(files[-1]).shape[0] > _image(files[-2]).shape[0]
     content = json.loads((tmp_path / "metrics.json").read_text())
-    assert content == about | to_json(_evaluation(), NAMES)
+    assert content == about | Report(_evaluation(), NAMES).to_json()
 
 
 def test_notes_stand_below_the_table() -> None:

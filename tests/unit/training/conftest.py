@@ -73,11 +73,12 @@ def make_step() -> Callable[..., TrainStep]:
         dtype: str = "fp32",
         clip_norm: float = 0.0,
         optim: OptimConfig | None = None,
+        loss: CrossEntropy | None = None,
     ) -> TrainStep:
         optimizer = build_optimizer(net, optim or OptimConfig())
         precision = Precision(dtype, torch.device("cpu"))
         if dtype == "fp16":  # torch starts at 2^16 and skips updates until the scale fits; here every step counts
             precision.scaler.load_state_dict(precision.scaler.state_dict() | {"scale": 2.0**10})
-        return TrainStep(MultiScale(net, scales), optimizer, precision, CAFFE, CrossEntropy(IGNORE), clip_norm)
+        return TrainStep(MultiScale(net, scales), optimizer, precision, CAFFE, loss or CrossEntropy(IGNORE), clip_norm)
 
     return make_step

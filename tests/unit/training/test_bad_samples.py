@@ -62,3 +62,16 @@ def test_a_resumed_run_knows_those_of_before_and_forgets_those_that_come_again(t
 
 def test_without_permission_there_is_no_metric(tmp_path: Path) -> None:
     assert BadSamples.open(tmp_path, 0, ALONE, start=0).values() == {}
+
+
+def test_a_list_that_cannot_be_written_is_one_warning_and_the_samples_still_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = BadSamples.open(tmp_path, 2, ALONE, start=0)
+    (tmp_path / FILE).symlink_to("/dev/full")
+    take(bad, 1, batch("a"))
+    take(bad, 2, batch("b"))
+    assert bad.values() == {"data/bad_samples": 2.0}
+    assert len([message for message in caplog.messages if "is not written (" in message]) == 1
+    with pytest.raises(TrainingError, match="3 samples are bad"):
+        take(bad, 3, batch("c"))

@@ -13,7 +13,8 @@ from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.preprocessing import CAFFE_ROUNDED, TORCHVISION
 from dist_deeplab.model.weights import SCRATCH
-from dist_deeplab.training.builders import build_loss, build_network, follow_manifest, network_variant
+from dist_deeplab.training.builders import build_loss, build_network, network_variant
+from dist_deeplab.training.data_builders import follow_manifest
 from dist_deeplab.training.loss import CrossEntropy, balanced_weights
 
 

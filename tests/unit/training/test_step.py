@@ -11,6 +11,7 @@ from dist_deeplab.data.batch import blank_batch
 from dist_deeplab.data.loader import Batch, collate
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
+from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.optim import poly_lr, set_lr
 from dist_deeplab.training.step import TrainStep
 
@@ -77,6 +78,30 @@ def test_accumulation_equals_one_large_batch(
         assert relative_error(gradients[size], gradients[8]) <= 1e-5
         for name, loss in losses[size].items():
             assert float(loss) == pytest.approx(float(losses[8][name]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        CrossEntropy(IGNORE, (0.1, 2.0, 0.5, 7.0, 1.0)),
+        CrossEntropy(IGNORE, average="images"),
+        CrossEntropy(IGNORE, (0.1, 2.0, 0.5, 7.0, 1.0), "images"),
+    ],
+    ids=["class weights", "images", "both"],
+)
+def test_weights_of_pixels_do_not_depend_on_the_split(
+    make_net: MakeNet, make_batch: MakeBatch, make_step: MakeStep, loss: CrossEntropy
+) -> None:
+    batch, scales = make_batch(UNEQUAL_VOID), (1.0, 0.75, 0.5)
+    whole, plain = make_net(), make_net()
+    expected = make_step(whole, scales=scales, loss=loss)([batch]).losses
+    make_step(plain, scales=scales)([batch])
+    assert relative_error(gradient(plain), gradient(whole)) > 0.02, "the weights change nothing"
+    for size in (3, 1):
+        net = make_net()
+        losses = make_step(net, scales=scales, loss=loss)(cut(batch, size)).losses
+        assert relative_error(gradient(net), gradient(whole)) <= 1e-5
+        assert [float(value) for value in losses.values()] == pytest.approx(list(map(float, expected.values())), 1e-5)
 
 
 @pytest.mark.quick("P2")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dist_deeplab.data import voc
 from dist_deeplab.data.packing.contact_sheet import contact_sheet
-from dist_deeplab.data.packing.import_tars import index_tars
+from dist_deeplab.data.packing.import_tars import IndexingOptions, index_tars
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.verify import SampleContent, inspect_set, verify
 from dist_deeplab.data.shards.index import find_members
@@ -93,7 +93,7 @@ def test_unusual_names_can_be_given_and_are_listed(tmp_path: Path) -> None:
     tar = write(tmp_path / "a.tar", {"k": {"left.jpg": JPEG, "gt_fine.png": PNG}})
     with pytest.raises(ShardError, match=r"the endings there are: gt_fine\.png, left\.jpg; see --image and --label"):
         find_members(tar)
-    manifest = index_tars([tar], split="x", labels=LABELS, image="left.jpg", label="gt_fine.png")
+    manifest = index_tars([tar], split="x", labels=LABELS, options=IndexingOptions("left.jpg", "gt_fine.png"))
     assert ShardReader(manifest).read(0) == ("k", JPEG, PNG)
 
 
