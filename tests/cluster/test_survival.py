@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,16 +58,6 @@ def processes_of_step(job: str) -> list[int]:
     return found
 
 
-def daemons_of(job: str) -> list[int]:
-    """The daemons that hold a job's steps on its nodes."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (folder / "cmdline").read_bytes().startswith(f"slurmstepd: [{job}.".encode()):
-                found.append(int(folder.name))
-    return found
-
-
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -85,7 +76,7 @@ def lose_node(rank: int) -> None:
 
 def test_a_job_survives_a_warning_a_lost_node_and_a_requeue(slurm, environ, arguments, tmp_path):
     # How long srun waits for a lost node; how long torchrun on the other one does (where it held the rendezvous itself)
-    patience = {"SRUN_OPTIONS": "--wait=5", "PET_RDZV_CONF": "join_timeout=15"}
+    patience = {"SRUN_OPTIONS": "--wait=5", "PET_RDZV_CONF": "join_timeout=40"}
     job = slurm.run(
         "sbatch",
         "--parsable",
@@ -106,8 +97,8 @@ def test_a_job_survives_a_warning_a_lost_node_and_a_requeue(slurm, environ, argu
             nonlocal hurried
             if slurm.job_field(job, "JobState") == "PENDING" and restarts and not hurried:
                 # What is left of the attempt before must be gone: Slurm itself waits two minutes.
-                wait_until(lambda: not processes_of_step(job) and not daemons_of(job), STEP_TIMEOUT_S)
-                wait_until(lambda: slurm.run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * 2, STEP_TIMEOUT_S)
+                wait_until(lambda: not processes_of_step(job), STEP_TIMEOUT_S)
+                time.sleep(8)  # slurmd's own records of it
                 with contextlib.suppress(RuntimeError):  # it has started by now
                     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
                 hurried = True
