@@ -201,6 +201,7 @@ def test_all_benchmarks_become_one_report_and_those_without_time_are_named(tmp_p
     assert run_benchmark("all", "--out", tmp_path, "--minutes", 0).returncode == 2
 
 
+@pytest.mark.quick("P10")
 def test_scale_counts_what_travels_and_it_stays_flat_beyond_a_node(tmp_path: Path) -> None:
     file = tmp_path / "scale.json"
     done = run_benchmark("scale", "--crop", 33, "--rounds", 1, "--ranks", 8, 64, 1024, "--json", file)
