@@ -111,6 +111,7 @@ def test_two_ranks_make_the_step_of_one_process(run_ranks: Run, sample_shards: P
         gradients.train(DistEnv(), str(manifest), tmp_path / "alone.pt", *alone.split(","))
         expected, got = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("alone", split))
         assert got["seen"] == expected["seen"]
+        assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert relative_error(got["grads"], expected["grads"]) < 1e-5
         assert relative_error(got["moved"], expected["moved"]) < 1e-3, "but for what float32 rounds off a weight"
         assert relative_error(got["model"], expected["model"]) < 1e-6
