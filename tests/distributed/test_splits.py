@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from dist_deeplab import evaluate
+from dist_deeplab.distributed.process_group import DistEnv
 from tests.conftest import Run
+from tests.distributed.workers import gradients
 from tests.networks import checkpoint_of, discerning_network, write_checkpoint
 
 pytestmark = pytest.mark.distributed
@@ -96,6 +98,23 @@ def test_every_split_of_a_batch_has_the_same_samples_gradient_and_weights(traine
         assert relative_error(got["grads"], expected["grads"]) < 1e-5
         assert relative_error(got["model"], expected["model"]) < 1e-4
         assert relative_error(got["moved"], expected["moved"]) < 1e-3
+
+
+@pytest.mark.quick("P2")
+def test_two_ranks_make_the_step_of_one_process(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
+    """Accumulated with frozen batch norm, and with statistics over both ranks."""
+    manifest = sample_shards / "train.json"
+    splits = {"2,frozen,1": "8,frozen,1", "4,sync,1": "8,sync,1"}
+    result = run_ranks(2, WORKERS / "gradients.py", manifest, tmp_path, *splits)
+    assert result.returncode == 0, result.stderr
+    for split, alone in splits.items():
+        gradients.train(DistEnv(), str(manifest), tmp_path / "alone.pt", *alone.split(","))
+        expected, got = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("alone", split))
+        assert got["seen"] == expected["seen"]
+        assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert relative_error(got["grads"], expected["grads"]) < 1e-5
+        assert relative_error(got["moved"], expected["moved"]) < 1e-3, "but for what float32 rounds off a weight"
+        assert relative_error(got["model"], expected["model"]) < 1e-6
 
 
 def test_sync_batch_norm_makes_ranks_equal_one_process(trained: Trained) -> None:
