@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_deeplab.commands import sample_voc, shards
 
@@ -44,6 +45,14 @@ SLOW = (
 Tests of a group share what is started once (a Slurm cluster, an MLflow server, a trained run) or a GPU. Those without a
 group go to whichever worker is free.
 """
+
+
+def pytest_configure() -> None:
+    """One thread, as the commands of `command_environ` have: the order of sums depends on their number.
+
+    Beside other workers, and in networks as small as these, a second one costs more than it brings.
+    """
+    torch.set_num_threads(1)
 
 
 @pytest.hookimpl(optionalhook=True)

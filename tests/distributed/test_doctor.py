@@ -38,6 +38,7 @@ def test_a_sound_machine_passes_and_a_missing_shard_is_found(
     assert "train-000001.tar" in line
 
 
+@pytest.mark.quick("P9")
 @pytest.mark.parametrize(("broken", "named"), [("batch_norm", "batch norm over all ranks"), ("head", "ASPP head")])
 def test_a_kernel_that_computes_wrongly_is_named(run_ranks: Run, tmp_path: Path, broken: str, named: str) -> None:
     worker = REPO / "tests/distributed/workers/broken_kernel.py"

@@ -51,6 +51,7 @@ def run(tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.quick("P9")
 @pytest.mark.parametrize("fault", ["damaged", "oom"])
 def test_train(sample_shards: Path, damaged: Path, tmp_path: Path, fault: str) -> None:
     data = [f"data.train={sample_shards}/train.json", f"output_dir={tmp_path}", "tracking.uri=none", "name=run"]

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from dist_deeplab import evaluate
+from dist_deeplab.distributed.process_group import DistEnv
 from tests.conftest import Run
+from tests.distributed.workers import gradients
 from tests.networks import checkpoint_of, discerning_network, write_checkpoint
 
 pytestmark = pytest.mark.distributed
@@ -57,10 +60,10 @@ def test_a_bad_sample_of_one_rank_skips_the_update_of_all_and_a_rank_that_differ
 WEIGHTED = (",classes", ",images,1.0,0.75,0.5", ",images,classes,1.0,0.75,0.5")
 WEIGHTED_WHOLE, WEIGHTED_PARTS = (tuple(f"{size},frozen,1{options}" for options in WEIGHTED) for size in (8, 1))
 SPLITS = {
-    1: ("8,frozen,10", "3,frozen,10", "8,sync,1", "8,frozen,1,1.0,0.75,0.5", *WEIGHTED_WHOLE),
-    2: ("4,frozen,10", "2,frozen,10", "4,sync,1", "4,local,1"),
-    3: ("2,frozen,10", "1,frozen,10", "3,sync,1", "1,frozen,1,1.0,0.75,0.5", *WEIGHTED_PARTS),
-    4: ("1,frozen,10",),
+    1: ("8,frozen,4", "3,frozen,4", "8,sync,1", "8,frozen,1,1.0,0.75,0.5", *WEIGHTED_WHOLE),
+    2: ("4,frozen,4", "2,frozen,4", "4,sync,1", "4,local,1"),
+    3: ("2,frozen,4", "1,frozen,4", "3,sync,1", "1,frozen,1,1.0,0.75,0.5", *WEIGHTED_PARTS),
+    4: ("1,frozen,4",),
 }
 """Per number of ranks, 8 images a step: the most at once on a rank, batch norm, steps, input scales, weights."""
 
@@ -86,15 +89,32 @@ def test_every_split_of_a_batch_has_the_same_samples_gradient_and_weights(traine
 
     On three ranks the parts are 2 2 1 1 1 1 or, one by one, nine for eight images: one of them is empty.
     """
-    expected = trained(1, "8,frozen,10")
-    assert sorted(expected["seen"]) == list(range(80))
+    expected = trained(1, "8,frozen,4")
+    assert sorted(expected["seen"]) == list(range(32))
     for ranks, micro_size in ((1, 3), (2, 4), (2, 2), (4, 1), (3, 2), (3, 1)):
-        got = trained(ranks, f"{micro_size},frozen,10")
+        got = trained(ranks, f"{micro_size},frozen,4")
         assert got["seen"] == expected["seen"], "other samples, or other pixels of them"
         assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert relative_error(got["grads"], expected["grads"]) < 1e-5
         assert relative_error(got["model"], expected["model"]) < 1e-4
         assert relative_error(got["moved"], expected["moved"]) < 1e-3
+
+
+@pytest.mark.quick("P2")
+def test_two_ranks_make_the_step_of_one_process(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
+    """Accumulated with frozen batch norm, and with statistics over both ranks."""
+    manifest = sample_shards / "train.json"
+    splits = {"2,frozen,1": "8,frozen,1", "4,sync,1": "8,sync,1"}
+    result = run_ranks(2, WORKERS / "gradients.py", manifest, tmp_path, *splits)
+    assert result.returncode == 0, result.stderr
+    for split, alone in splits.items():
+        gradients.train(DistEnv(), str(manifest), tmp_path / "alone.pt", *alone.split(","))
+        expected, got = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("alone", split))
+        assert got["seen"] == expected["seen"]
+        assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert relative_error(got["grads"], expected["grads"]) < 1e-5
+        assert relative_error(got["moved"], expected["moved"]) < 1e-3, "but for what float32 rounds off a weight"
+        assert relative_error(got["model"], expected["model"]) < 1e-6
 
 
 def test_sync_batch_norm_makes_ranks_equal_one_process(trained: Trained) -> None:
@@ -128,20 +148,18 @@ def test_class_weights_and_images_means_do_not_depend_on_the_split(trained: Trai
     expected, got = trained(1, f"8,frozen,1{options}"), trained(3, f"1,frozen,1{options}")
     assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert relative_error(got["grads"], expected["grads"]) < 1e-5
-    plain = trained(1, "8,frozen,1,1.0,0.75,0.5") if "0.75" in options else trained(1, "8,frozen,10")
+    plain = trained(1, "8,frozen,1,1.0,0.75,0.5") if "0.75" in options else trained(1, "8,frozen,4")
     assert relative_error(expected["grads"], plain["grads"]) > 1e-2, "the weights change nothing"
 
 
 def test_evaluation_is_the_same_on_any_number_of_ranks(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
-    """7 images on 1, 2 and 3 ranks: each once, so the confusion matrices are identical."""
+    """7 images in this process and on 3 ranks, that take 3, 2 and 2: each once, so the scores are identical."""
     checkpoint = write_checkpoint(tmp_path / "best.pt", checkpoint_of(discerning_network(21)))
-    reports = []
-    for ranks in (1, 2, 3):
-        file = tmp_path / f"{ranks}.json"
-        target = checkpoint, "--data", sample_shards / "val.json", "--json", file, "--out", tmp_path / "report"
-        scored = run_ranks(ranks, "-m", "dist_deeplab.evaluate", *target, "--no-mlflow")
-        assert scored.returncode == 0, scored.stderr
-        reports.append(json.loads(file.read_text()))
-    assert reports[0]["num_images"] == 7
-    assert reports[1] == reports[0]
-    assert reports[2] == reports[0]
+    reports = [tmp_path / "1.json", tmp_path / "3.json"]
+    arguments = [checkpoint, "--data", sample_shards / "val.json", "--out", tmp_path / "report", "--no-mlflow"]
+    assert evaluate.main([*map(str, arguments), "--json", str(reports[0])]) == 0
+    scored = run_ranks(3, "-m", "dist_deeplab.evaluate", *arguments, "--json", reports[1])
+    assert scored.returncode == 0, scored.stderr
+    alone, together = (json.loads(report.read_text()) for report in reports)
+    assert alone["num_images"] == 7
+    assert together == alone

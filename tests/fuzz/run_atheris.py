@@ -3,14 +3,17 @@
     python tests/fuzz/run_atheris.py --seconds 60                      # each target for a minute
     python tests/fuzz/run_atheris.py weights_npy manifest --seconds 600 --corpus ~/fuzz_corpus
 
-Needs `pip install atheris` (Linux). Each target runs in a process of its own. An input that breaks a reader is kept as
+Needs `pip install atheris` (Linux). Each target runs in a process of its own, as many at a time as there are cores.
+An input that breaks a reader is kept as
 tests/fuzz/corpus/<target>/crash-<SHA-1>, where the tests find it from then on. Exit code: 1 if there is one.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
@@ -32,16 +35,20 @@ def main() -> int:
         fuzz(arguments.targets[0], arguments.seconds, arguments.corpus)
     from tests.fuzz.harness import all_targets
 
-    failed = []
-    for name in arguments.targets or [target.name for target in all_targets()]:
+    def is_sound(name: str) -> bool:
         with tempfile.TemporaryDirectory(prefix="fuzz_corpus_") as temporary:
             folder = arguments.corpus / name if arguments.corpus else Path(temporary)
             options = ["--here", "--seconds", str(arguments.seconds), "--corpus", str(folder)]
-            done = subprocess.run([sys.executable, __file__, name, *options], cwd=REPO)
+            done = subprocess.run(
+                [sys.executable, __file__, name, *options], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
         if done.returncode:
-            failed.append(name)
+            print(done.stdout.decode(errors="replace"))
         print(f"{name}: {'BROKEN' if done.returncode else 'nothing found'} in {arguments.seconds} s", flush=True)
-    return 1 if failed else 0
+        return done.returncode == 0
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return 0 if all(list(pool.map(is_sound, arguments.targets or [target.name for target in all_targets()]))) else 1
 
 
 def fuzz(name: str, seconds: int, folder: Path) -> None:

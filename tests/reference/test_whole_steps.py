@@ -54,6 +54,7 @@ def _relative_error(values: dict[str, torch.Tensor], reference: dict[str, torch.
     return (difference / sum(float(value.square().sum()) for value in reference.values())) ** 0.5
 
 
+@pytest.mark.quick("P7")
 @pytest.mark.parametrize(
     ("batch_norm", "scales", "voids", "num_steps"),
     [

@@ -2,13 +2,11 @@
 
 import multiprocessing
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 from PIL import Image
 
@@ -21,15 +19,6 @@ from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 # The same examples on every machine, however slow it is: a failure is a change of the code.
 settings.register_profile("unit", derandomize=True, deadline=None, database=None)
 settings.load_profile("unit")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """A second thread costs the small networks of these tests more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pytest_sessionfinish() -> None:

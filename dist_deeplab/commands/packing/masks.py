@@ -6,13 +6,14 @@ from pathlib import Path
 
 from dist_deeplab.command_line import command_name
 from dist_deeplab.commands.packing.arguments import parser_of
-from dist_deeplab.commands.packing.printing import counted, print_note
+from dist_deeplab.commands.packing.printing import print_note
 from dist_deeplab.data import voc
 from dist_deeplab.data.folders import describe_left_out, list_folder
 from dist_deeplab.data.packing.annotations import AnnotatedImage, class_names_in, draw_mask, read_annotations
 from dist_deeplab.data.packing.labels import read_class_names
 from dist_deeplab.data.shards.manifest import ShardError
 from dist_deeplab.files import prepare_folder, replace_text
+from dist_deeplab.logs import format_count
 
 COMMANDS = ("masks",)
 
@@ -38,7 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
     targets = {file: (arguments.out / file.relative_to(arguments.images)).with_suffix(".png") for _, file in paired}
     there = [target for target in targets.values() if target.exists()]
     if there and not arguments.overwrite:
-        raise ShardError(f"{counted(len(there), 'mask')} there already, e.g. {there[0]}; --overwrite replaces them")
+        raise ShardError(
+            f"{format_count(len(there), 'mask')} there already, e.g. {there[0]}; --overwrite replaces them"
+        )
     prepare_folder(arguments.out, remedy="choose another --out")
     for image, file in paired:
         targets[file].parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     unlisted = sorted(file for file in files.values() if file not in known)
     print_note(describe_left_out(unlisted, why="images without annotations"))
     out = arguments.out
-    print(f"{counted(len(paired), 'mask')} of {len(names)} classes in {out}: look at them, then pack them by")
+    print(f"{format_count(len(paired), 'mask')} of {len(names)} classes in {out}: look at them, then pack them by")
     print(f"  {command_name('shards')} --list {out}/list.txt --class-names {out}/names.txt --split train --out DIR")
 
 

@@ -12,6 +12,7 @@ from dist_deeplab.data.packing.label_statistics import LabelStatistics
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.repeat import RepeatFactors
 from dist_deeplab.data.shards.manifest import Manifest
+from dist_deeplab.logs import format_count
 
 T = TypeVar("T")
 
@@ -45,12 +46,7 @@ def print_manifest(manifest: Manifest) -> None:
 
 def size_of(manifest: Manifest) -> str:
     """Numbers of samples and shards."""
-    return f"{counted(manifest.num_samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and its noun, e.g. 1 shard or 1,464 samples."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    return f"{format_count(manifest.num_samples, 'sample')} in {format_count(len(manifest.shards), 'shard')}"
 
 
 def print_note(text: str) -> None:
@@ -67,15 +63,15 @@ def _class_table(labels: LabelSpace, pixels: np.ndarray, images: np.ndarray, tit
         table.columns[column].justify = "right"
     classes = [value for value in range(len(labels.class_names)) if value != labels.ignore_label]
     total = max(1, int(pixels[classes].sum()))
-    for value in classes:
-        share = f"{pixels[value] / total:.2%}" if pixels[value] else "none"
+    for value in (value for value in classes if pixels[value]):
+        share = "< 0.01%" if pixels[value] < 1e-4 * total else f"{pixels[value] / total:.2%}"
         table.add_row(str(value), labels.class_names[value], share, f"{int(images[value]):,}")
     void = int(pixels[labels.ignore_label])
     table.add_row(str(labels.ignore_label), "(void)", f"{void / max(1, int(pixels.sum())):.2%} of all", "")
     console.print(table)
     absent = [labels.class_names[value] for value in classes if not pixels[value]]
     if absent:
-        absent_classes = "1 class" if len(absent) == 1 else f"{len(absent)} classes"
+        absent_classes = format_count(len(absent), "class", "classes")
         _warn(console, f"no pixel of {absent_classes}: {', '.join(absent)}")
     if void > 0.5 * pixels.sum():
         _warn(console, "more than half of all pixels are void: is the void label right?")

@@ -252,6 +252,8 @@ def _explain(error: ValidationError, path: Path) -> str:
         )
     value = json.dumps(problems[0]["input"], default=str)
     reason = problems[0]["msg"].removeprefix("Value error, ")
+    if problems[0]["type"] == "string_pattern_mismatch":
+        reason = "neither the name of a file beside it nor a digest of 64 hexadecimal digits"
     return f"the manifest {path} has {where[0]} = {value[:80]}: {reason}; make the shards again"
 
 

@@ -196,6 +196,7 @@ def replace_sidecar(path: Path) -> None:
     path.with_suffix(".json").write_text("[]")
 
 
+@pytest.mark.quick("P5")
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, empty, remove_sidecar, truncate_sidecar, replace_sidecar])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_warning(
     damage: Callable[[Path], None],
@@ -304,6 +305,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", path], check=True)
 
 
+@pytest.mark.quick("P5")
 def test_a_full_disk_costs_that_checkpoint_only_and_at_the_end_it_is_an_error(small_disk: Path) -> None:
     folder = CheckpointFolder(small_disk / "checkpoints", keep_last=2, is_writer=True)
     folder.save(content_of(1), step=1, is_best=True, wait=True)
@@ -435,6 +437,7 @@ def save_until_killed(folder: CheckpointFolder, call: int) -> int | None:
     return process.exitcode
 
 
+@pytest.mark.quick("P5")
 def test_kill_9_at_any_rename_leaves_a_sound_newest_and_best(tmp_path: Path) -> None:
     names = ("step_00000001", "step_00000002", "best")
     pairs = {f"{name}.{ending}" for name in names for ending in ("pt", "json")}

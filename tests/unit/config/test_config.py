@@ -158,6 +158,7 @@ def test_an_unknown_key_in_a_file_is_named_with_the_file_and_the_nearest_key(tmp
     assert "'optim.momentum'" in message
 
 
+@pytest.mark.quick("P6")
 @pytest.mark.parametrize(
     ("override", "nearest"),
     [
@@ -321,6 +322,7 @@ def test_a_crop_must_stay_on_the_grid_at_every_scale_or_a_size_that_does_is_name
         assert load_config(None, [f"data.crop_size={remedy}", overrides[1]])
 
 
+@pytest.mark.quick("P6")
 def test_all_wrong_values_are_reported_at_once() -> None:
     message = message_of("optim.lr=0", "max_steps=0", "data.crop_size=8")
     assert all(key in message for key in ("optim.lr", "max_steps", "data.crop_size"))

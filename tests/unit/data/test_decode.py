@@ -74,6 +74,7 @@ def test_a_grey_image_is_repeated_on_three_channels(photo: np.ndarray) -> None:
     assert image.shape == (20, 30, 3)
 
 
+@pytest.mark.quick("P8")
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_exif_orientation_is_applied_or_not_as_told(orientation: int, form: str, photo: np.ndarray) -> None:
@@ -256,6 +257,7 @@ def test_an_encoded_label_is_an_8_bit_single_channel_png_to_any_reader(label: np
     assert (cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) == label).all()
 
 
+@pytest.mark.quick("P8")
 @given(label=labels)
 def test_a_palette_png_gives_indices_and_never_colours(label: np.ndarray) -> None:
     assert (decode_label(with_palette(label)) == label).all()

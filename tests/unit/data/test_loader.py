@@ -93,6 +93,7 @@ def expected(shard_set: Manifest, voc_root: Path) -> list[Pixels]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("P1")
 @pytest.mark.parametrize(
     ("world_size", "micro_size", "workers"),
     [
@@ -107,6 +108,7 @@ def test_every_split_and_number_of_workers_gives_the_same_pixels(
     assert stream_of(shard_set, world_size=world_size, micro_size=micro_size, workers=workers) == expected
 
 
+@pytest.mark.quick("P1")
 @pytest.mark.parametrize("start", [1, 3, NUM_STEPS])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_resumed_at_any_step_is_the_rest_of_the_undisturbed_one(
@@ -222,6 +224,7 @@ def test_a_worker_killed_for_its_memory_ends_the_run_with_an_error_and_no_hang(s
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("P4")
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 0), (2, 1), (3, 0), (3, 2), (11, 0), (11, 1)])
 def test_evaluation_shows_each_image_once_at_any_number_of_ranks(
     world_size: int, workers: int, shard_set: Manifest, voc_root: Path

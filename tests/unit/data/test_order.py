@@ -82,6 +82,7 @@ def test_numbers_never_change_between_versions() -> None:
     assert [FullShuffle(10_582, 0).sample_at(p) for p in range(105_820, 105_825)] == GOLDEN_ORDER_VOC
 
 
+@pytest.mark.quick("P1")
 def test_another_process_computes_the_same_numbers() -> None:
     code = (
         "from dist_deeplab.data.order import FullShuffle, uniforms; order = FullShuffle(13, 7); "
@@ -113,6 +114,7 @@ def test_order_and_augmentation_share_no_number() -> None:
 # --- permutations -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("P1")
 @given(size=st.integers(1, 700), seed=seeds, epoch=st.integers(0, 10**6))
 def test_every_epoch_shows_every_sample_exactly_once(size: int, seed: int, epoch: int) -> None:
     samples = epoch_of(size, seed, epoch)
@@ -126,6 +128,7 @@ def test_every_epoch_is_a_permutation_around_powers_of_two_too(size: int) -> Non
         assert (np.sort(epoch_of(size, 0, epoch)) == np.arange(size)).all()
 
 
+@pytest.mark.quick("P10")
 @pytest.mark.parametrize("size", [10**6 + 3, 10**9, 2**31, 2**40 + 1])
 def test_huge_sets_are_permuted_without_a_list(size: int) -> None:
     rng = np.random.default_rng(0)
@@ -186,6 +189,7 @@ def parts_of(split: BatchSplit, step: int) -> list[list[int]]:
     return [ranks[r][a].tolist() for a in range(split.accumulation) for r in range(split.world_size)]
 
 
+@pytest.mark.quick("P1")
 @given(split=splits(), step=st.integers(0, 10**9))
 def test_positions_equal_cutting_the_step_into_equal_parts_dealt_to_the_ranks_in_turns_or_rank_by_rank(
     split: BatchSplit, step: int

@@ -63,6 +63,7 @@ def test_confusion_matrix_equals_the_slow_reference(label_maps: tuple[np.ndarray
             np.testing.assert_array_equal(banded[image, number].numpy(), expected)
 
 
+@pytest.mark.quick("P4")
 @given(_label_maps())
 def test_scores_equal_the_slow_reference(label_maps: tuple[np.ndarray, np.ndarray, int, int]) -> None:
     label, pred, num_classes, ignore_label = label_maps
@@ -83,6 +84,7 @@ def test_scores_equal_the_slow_reference(label_maps: tuple[np.ndarray, np.ndarra
     assert result.num_absent == num_classes - len(present)
 
 
+@pytest.mark.quick("P4")
 def test_what_is_predicted_on_void_pixels_does_not_matter() -> None:
     label = torch.tensor([[[0, 1, 255, 255]]])
     matrices = [

@@ -128,6 +128,7 @@ def _slow_distance(label: np.ndarray) -> np.ndarray:
     return 1 + np.maximum(abs(rows[..., None] - ys), abs(columns[..., None] - xs)).min(-1)
 
 
+@pytest.mark.quick("P4")
 @pytest.mark.parametrize("preprocessing", [CAFFE, RGB_WITH_STD])
 def test_evaluate_equals_a_plain_loop(
     net: DeepLabV2, manifest: Manifest, folder: Path, preprocessing: Preprocessing

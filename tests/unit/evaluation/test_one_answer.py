@@ -84,6 +84,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.quick("P8")
 def test_a_shard_holds_the_pixels_that_prediction_sees_for_every_reader(world: Path) -> None:
     reader = ShardReader(load_manifest(world / "val.json"))
     files = {Path(name).stem: world / "images" / name for name in KINDS}
@@ -102,6 +103,7 @@ def test_a_shard_holds_the_pixels_that_prediction_sees_for_every_reader(world: P
     assert kept == {"plain", "palette"}
 
 
+@pytest.mark.quick("P8")
 @pytest.mark.parametrize("windows", [[], ["eval.window=41", "eval.overlap=9"]], ids=["whole", "in windows"])
 def test_evaluation_prediction_scoring_and_serving_give_one_mask(
     world: Path, windows: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -113,6 +113,7 @@ def _train_once(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> dict
     return {"output": y.detach(), "input.grad": x.grad, **gradients, **_buffers(layer)}
 
 
+@pytest.mark.quick("P3")
 def test_sync_in_one_process_is_batch_norm_forward_backward_and_statistics() -> None:
     x, weight = _input(4, 3, 5, 6), _input(4, 3, 5, 6, seed=2)
     ours = _train_once(_fill(SyncBatchNorm(3).double()), x, weight)
@@ -122,6 +123,7 @@ def test_sync_in_one_process_is_batch_norm_forward_backward_and_statistics() -> 
         torch.testing.assert_close(ours[name], value, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.quick("P3")
 @pytest.mark.parametrize("gather_ranks", [1, 8], ids=["summed", "gathered"])
 @pytest.mark.parametrize("kernels", [False, True])
 @settings(max_examples=30, deadline=None)
@@ -186,6 +188,7 @@ class CountingWorld(ThreadWorld):
             self.received += 2 * tensor.nbytes - self.size * tensor.nbytes
 
 
+@pytest.mark.quick("P10")
 def test_what_travels_does_not_grow_with_the_ranks() -> None:
     x = _input(1, 8, 3, 3, dtype=torch.float32)
     received = {}
@@ -218,6 +221,7 @@ def test_sync_refuses_a_single_value_per_channel_over_all_ranks(kernels: bool) -
         ThreadWorld(2, kernels=kernels).run(lambda rank: layers[rank](parts[rank]))
 
 
+@pytest.mark.quick("P3")
 @pytest.mark.parametrize("mode", ["sync", "local", "frozen"])
 def test_eval_uses_stored_statistics_and_leaves_every_buffer_bit_identical(mode: str) -> None:
     layer = _fill(norm_factory(mode)(3)).eval()
@@ -231,6 +235,7 @@ def test_eval_uses_stored_statistics_and_leaves_every_buffer_bit_identical(mode:
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.quick("P3")
 def test_frozen_stays_frozen_through_train() -> None:
     frozen = _fill(FrozenBatchNorm(3))
     net = nn.Sequential(nn.Conv2d(2, 3, 1), frozen)

@@ -46,6 +46,7 @@ def _state_and_step(batch_norm: str, *, recompute: bool, clip_norm: float) -> tu
     return state, TrainStep(model, optimizer, precision, CAFFE, loss, clip_norm)
 
 
+@pytest.mark.quick("P10")
 @pytest.mark.parametrize(
     ("batch_norm", "recompute", "clip_norm"), [("sync", False, 1.0), ("local", True, 0.0), ("frozen", True, 1.0)]
 )

@@ -30,6 +30,7 @@ def test_the_label_of_a_321_crops_logits_is_every_8th_pixel() -> None:
     assert torch.equal(sampled, label[:, ::8, ::8].long())
 
 
+@pytest.mark.quick("P7")
 @given(rows=st.integers(1, 60), columns=st.integers(1, 60))
 def test_sizes_of_8k_plus_1_have_no_drift(rows: int, columns: int) -> None:
     label = _label(1, 8 * rows + 1, 8 * columns + 1)
@@ -127,6 +128,7 @@ def test_lower_precisions_are_widened_before_the_sum(dtype: torch.dtype) -> None
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.quick("P7")
 def test_loss_and_gradient_are_torchs_cross_entropy() -> None:
     logits = (5 * torch.randn(2, 21, 41, 41, generator=torch.Generator().manual_seed(0))).requires_grad_()
     other = logits.detach().clone().requires_grad_()

@@ -44,6 +44,7 @@ def _assert_identical(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert same, name
 
 
+@pytest.mark.quick("P5")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("batch_norm", ["sync", "frozen"])
 def test_a_saved_and_restored_run_makes_a_bit_identical_next_step(

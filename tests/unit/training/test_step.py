@@ -62,6 +62,7 @@ def slow_losses(net: DeepLabV2, batch: Batch, scales: tuple[float, ...]) -> dict
 # --- any split, one gradient ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("P2")
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("void_shares", [[0.0] * 8, UNEQUAL_VOID], ids=["no void", "unequal void"])
 def test_accumulation_equals_one_large_batch(
@@ -103,6 +104,7 @@ def test_weights_of_pixels_do_not_depend_on_the_split(
         assert [float(value) for value in losses.values()] == pytest.approx(list(map(float, expected.values())), 1e-5)
 
 
+@pytest.mark.quick("P2")
 def test_a_mean_of_means_would_be_another_gradient(
     make_net: MakeNet, make_batch: MakeBatch, make_step: MakeStep
 ) -> None:

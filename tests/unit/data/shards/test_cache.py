@@ -133,7 +133,7 @@ def test_a_set_that_was_made_again_under_its_url_is_seen(server: FileServer, tmp
     (server.root / "train.json").write_text(json.dumps(values | {"split": "renamed"}))
     assert cached(server, tmp_path / "cache").split == "renamed"
     (server.root / "train.json").write_text(json.dumps(values | {"index": "../../etc/passwd"}))
-    with pytest.raises(ShardError, match=r"index = .*not the name of an index"):
+    with pytest.raises(ShardError, match=r"index = .*neither the name of a file beside it"):
         cached(server, tmp_path / "cache")
 
 
