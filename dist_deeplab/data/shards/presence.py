@@ -29,7 +29,7 @@ class SetContents:
         self._rows = bytearray()
 
     def add(self, class_pixels: np.ndarray) -> None:
-        """Count one sample, of so many pixels per class, int64 [num_classes]."""
+        """Count one sample, given its pixels of each class, int64 [num_classes]."""
         self.class_pixels += class_pixels
         self.num_samples += 1
         self._rows += np.packbits(class_pixels > 0, bitorder="little").tobytes()
