@@ -28,9 +28,15 @@ Shards made elsewhere; is a set sound; what is in it (with a contact sheet to lo
     dist-deeplab shards verify data/voc/train.json
     dist-deeplab shards info data/voc/train.json --sheet train.png
 
-Writes OUT/SPLIT-000000.tar ..., OUT/SPLIT.index.npy and, last, OUT/SPLIT.json, the manifest that `data.train` and
-`data.val` name. Every sample is decoded and checked before it is written; a killed run leaves no manifest.
-Exit codes: 0 done, 2 wrong arguments or data.
+How often images of rare classes come in an epoch with data.repeat_threshold=0.1; the file of which classes each sample
+contains, which that needs, for a set packed before there was one:
+
+    dist-deeplab shards info data/voc/train.json --repeat-threshold 0.1
+    dist-deeplab shards add-classes data/voc/train.json
+
+Writes OUT/SPLIT-000000.tar ..., OUT/SPLIT.index.npy, OUT/SPLIT.classes.npy and, last, OUT/SPLIT.json, the manifest that
+`data.train` and `data.val` name. Every sample is decoded and checked before it is written; a killed run leaves no
+manifest. Exit codes: 0 done, 2 wrong arguments or data.
 """
 
 import sys

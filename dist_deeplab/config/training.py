@@ -47,6 +47,8 @@ class DataConfig(Section):
     """shuffle=blocks: shards among whose samples is shuffled; a cache holds 3 windows of each of a node's groups."""
     canonical_groups: Annotated[Positive, RECIPE] = 16
     """shuffle=blocks: parts of the set that are read side by side; a multiple of the numbers of nodes you will use."""
+    repeat_threshold: Annotated[float, Field(ge=0, le=1), RECIPE] = 0.0
+    """Repeat images of classes that fewer than this share of images contain (repeat factors of LVIS); 0: once each."""
     cache_dir: Annotated[Text, EXECUTION_EVERYWHERE] = ""
     """Folder on a disk of each node, in which shards of data.train and data.val that are URLs get a subfolder."""
     cache_gib: Annotated[float, Field(gt=0), EXECUTION_EVERYWHERE] = 200.0
@@ -58,6 +60,14 @@ class DataConfig(Section):
     def _blocks_are_indexed(self) -> "DataConfig":
         if self.access == "stream" and self.shuffle == "blocks":
             raise ValueError("data.access=stream has a shuffle of its own: leave out data.shuffle=blocks")
+        return self
+
+    @model_validator(mode="after")
+    def _repeats_are_shuffled_in_full(self) -> "DataConfig":
+        if self.repeat_threshold and (self.access, self.shuffle) != ("indexed", "full"):
+            raise ValueError(
+                "data.repeat_threshold needs data.access=indexed and data.shuffle=full: set these, or leave it at 0"
+            )
         return self
 
     @model_validator(mode="after")

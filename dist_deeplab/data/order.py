@@ -2,9 +2,9 @@
 
 The training stream is endless. Its *global position* `p` counts samples from 0; step `s` of global batch size `G`
 takes the positions `[sG, (s+1)G)`. An epoch is `N` positions, so a batch may straddle two epochs; each epoch has an
-order of its own, in which every sample comes once: see `FullShuffle` here and `BlockShuffle` in blocks.py. World size,
-micro-batch size and loader workers only decide who processes a position, never which sample it is or how it is
-augmented.
+order of its own, in which every sample comes once: see `FullShuffle` here and `BlockShuffle` in blocks.py. (In
+`RepeatShuffle` of repeat.py some come several times.) World size, micro-batch size and loader workers only decide who
+processes a position, never which sample it is or how it is augmented.
 
 All randomness here is a hash of integers (splitmix64), so it is the same under every version of Python and numpy. It
 is computed one position at a time, some 5 microseconds each: on so few numbers numpy would be ten times as slow.
@@ -20,9 +20,9 @@ import numpy as np
 from dist_deeplab.errors import UserError
 
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 2  # first part of each hash, so that the streams share no number
+ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 2  # first part of each hash, so that the streams share no number
 _MASK = 2**64 - 1
-_OPEN_SHARDS = 64
+OPEN_SHARDS = 64
 _FEISTEL_ROUNDS = 8  # 4 suffice for pseudo-randomness in theory (Luby-Rackoff); 8 also for the tiny domains of tests
 
 
@@ -39,6 +39,15 @@ def hash_integers(*parts: int) -> int:
     for part in parts:
         state = _mix((state * _GOLDEN + int(part) + _GOLDEN) & _MASK)
     return state
+
+
+def hash_each(numbers: np.ndarray, *parts: int) -> np.ndarray:
+    """`hash_integers(*parts, number)` for each of `numbers`, uint64 of the same shape."""
+    state = hash_integers(*parts) * _GOLDEN + _GOLDEN & _MASK
+    mixed = numbers.astype(np.uint64) + np.uint64(state)
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 def uniforms(seed: int, position: int, count: int) -> np.ndarray:
@@ -100,12 +109,12 @@ class FullShuffle:
 
     def open_shards(self, split: "BatchSplit", rank: int) -> int:
         """See `SampleOrder`: any shard may be next, so as many as cost little."""
-        return _OPEN_SHARDS
+        return OPEN_SHARDS
 
     def sample_at(self, position: int) -> int:
         """See `SampleOrder`."""
         epoch, index = divmod(int(position), self.num_samples)
-        return permute(index, size=self.num_samples, keys=round_keys(_ORDER, self.seed, epoch))
+        return permute(index, size=self.num_samples, keys=round_keys(ORDER, self.seed, epoch))
 
 
 def replacement_at(position: int, attempt: int, *, num_samples: int, seed: int) -> int:

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,34 @@ def test_what_is_to_be_frozen_is_in_a_real_run(runs: Runs, first: Path, argument
     assert {name for name in before if torch.equal(before[name], after[name])} == set(filter(stands_still, before))
     assert 2 in runs.journal("second", "lr/head_weight")
     assert "network resnet_tiny, frozen batch norm" in (runs.folder / "second" / "logs" / "rank_0.log").read_text()
+
+
+def test_images_of_rare_classes_are_repeated_and_a_resumed_run_continues_the_order(runs: Runs) -> None:
+    repeat = "data.repeat_threshold=0.8"
+    assert runs("plain", "max_steps=6") == 0
+    assert runs("whole", "max_steps=6", repeat) == 0
+    assert runs("resumed", "max_steps=6", repeat, "checkpoint.every=1", "max_hours=1e-9") == STOPPED_EARLY
+    assert runs("resumed", "max_steps=6", repeat, "checkpoint.every=1") == 0
+    weights = [runs.saved(name, 6)["model"] for name in ("plain", "whole", "resumed")]
+    assert all(torch.equal(value, weights[2][name]) for name, value in weights[1].items())
+    assert not all(torch.equal(value, weights[0][name]) for name, value in weights[1].items())
+    said = (runs.folder / "whole/logs/rank_0.log").read_text()
+    assert re.search(r"data\.repeat_threshold=0\.8: 16 images come some \d+ times in an epoch", said)
+    assert runs("resumed", "max_steps=8", "data.repeat_threshold=0.7") == 2, "it is a part of the recipe"
+
+
+def test_a_set_without_the_samples_classes_is_refused_only_where_they_are_needed(
+    runs: Runs, sample_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.shards = shutil.copytree(sample_shards, tmp_path / "old")
+    manifest = runs.shards / "train.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({key: value for key, value in values.items() if not key.startswith("classes")}))
+    (runs.shards / "train.classes.npy").unlink()
+    assert runs("run", "max_steps=1") == 0
+    assert runs("refused", "max_steps=1", "data.repeat_threshold=0.1") == 2
+    assert "add-classes train.json" in capsys.readouterr().err
+    assert not (runs.folder / "refused/metrics.jsonl").exists()
 
 
 def test_system_metrics_are_recorded_where_wanted_and_not_of_a_dry_run(

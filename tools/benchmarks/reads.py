@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from benchmarks.harness import Report, Row
@@ -27,6 +26,7 @@ from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.writer import Draft, write_manifest
 from dist_deeplab.data.shards.cache import ShardCache
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
+from dist_deeplab.data.shards.presence import SetContents
 from dist_deeplab.data.shards.reader import ShardReader
 
 
@@ -157,7 +157,7 @@ def make_set(folder: Path, *, num_shards: int, per_shard: int) -> Manifest:
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     labels = LabelSpace(("background", "thing"), 255)
-    write_manifest(tars, folder / "train.json", Draft("train", labels, np.zeros(2, dtype=np.int64)))
+    write_manifest(tars, folder / "train.json", Draft("train", labels, SetContents(2)))
     return load_manifest(folder / "train.json")
 
 

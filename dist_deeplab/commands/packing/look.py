@@ -1,11 +1,10 @@
-"""Shards that are there: index those made elsewhere, verify a set, show what is in one."""
+"""Shards that are there: index those made elsewhere, verify a set, show what is in one, add its samples' classes."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
-import numpy as np
 
 from dist_deeplab.commands.packing.arguments import (
     add_label_arguments,
@@ -16,15 +15,17 @@ from dist_deeplab.commands.packing.arguments import (
     parser_of,
     require_plain_name,
 )
-from dist_deeplab.commands.packing.printing import print_manifest, print_set, show_progress, size_of
+from dist_deeplab.commands.packing.printing import print_manifest, print_repeats, print_set, show_progress, size_of
 from dist_deeplab.data.packing.contact_sheet import contact_sheet
-from dist_deeplab.data.packing.import_tars import IndexingOptions, index_tars
+from dist_deeplab.data.packing.import_tars import IndexingOptions, add_presence, index_tars
 from dist_deeplab.data.packing.labels import LabelSpace, read_class_names, refuse_class_named_as_void
 from dist_deeplab.data.packing.ordered_map import useful_workers
 from dist_deeplab.data.packing.verify import SampleContent, inspect_set, verify
+from dist_deeplab.data.repeat import repeat_factors
 from dist_deeplab.data.shards.manifest import ShardError, load_manifest
+from dist_deeplab.data.shards.presence import SetContents
 
-COMMANDS = ("index", "verify", "info")
+COMMANDS = ("index", "verify", "info", "add-classes")
 _MAX_PROBLEMS = 50
 
 
@@ -44,9 +45,11 @@ def parse_arguments(argv: Sequence[str], *, manual: str) -> argparse.Namespace:
     if command == "info":
         parser.add_argument("--sheet", type=Path, metavar="PNG", help="contact sheet (default: beside the manifest)")
         parser.add_argument("--num-samples", type=int, default=24, metavar="N", help="samples on the sheet")
+        parser.add_argument("--repeat-threshold", type=_share, metavar="T", help="show data.repeat_threshold's effect")
     add_workers(parser)
     arguments = parser.parse_args(rest)
-    arguments.run = {"index": run_index, "verify": run_verify, "info": run_info}[command]
+    runs = {"index": run_index, "verify": run_verify, "info": run_info, "add-classes": run_add_classes}
+    arguments.run = runs[command]
     if command == "index":
         require_plain_name(parser, arguments.split)
         check_label_arguments(parser, arguments)
@@ -54,6 +57,21 @@ def parse_arguments(argv: Sequence[str], *, manual: str) -> argparse.Namespace:
             parser.error("say what the labels mean by --class-names FILE or --num-classes N")
     check_workers(parser, arguments)
     return arguments
+
+
+def _share(text: str) -> float:
+    """A number from 0 to 1.
+
+    Raises:
+        ArgumentTypeError: not one.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share of the images, from 0 to 1")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -96,20 +114,31 @@ def run_verify(arguments: argparse.Namespace) -> None:
     print(f"{arguments.manifest} is sound: {size_of(manifest)}")
 
 
+def run_add_classes(arguments: argparse.Namespace) -> None:
+    """Add the file of which classes each sample contains to a set."""
+    manifest = load_manifest(arguments.manifest)
+    workers = useful_workers(arguments.workers, manifest.num_samples)
+    print_manifest(add_presence(manifest, workers=workers, progress=show_progress("reading")))
+
+
 def run_info(arguments: argparse.Namespace) -> None:
     """Print what is in the set and write the contact sheet."""
     manifest = load_manifest(arguments.manifest)
     sizes, num_void = [], 0
-    images = np.zeros(manifest.num_classes, dtype=np.int64)
+    contents = SetContents(manifest.num_classes)
     for seen in inspect_set(
         manifest, workers=useful_workers(arguments.workers, manifest.num_samples), progress=show_progress("reading")
     ):
         if not isinstance(seen, SampleContent):
             raise seen
         sizes.append(seen.size)
-        images += seen.class_pixels > 0
+        contents.add(seen.class_pixels)
         num_void += seen.num_void
-    print_set(manifest, sizes, images, num_void)
+    threshold = arguments.repeat_threshold or 0.0
+    factors = repeat_factors(contents.presence, num_classes=manifest.num_classes, threshold=threshold)
+    print_set(manifest, sizes, factors.images, num_void)
+    if threshold:
+        print_repeats(manifest, factors, threshold=threshold)
     sheet = contact_sheet(manifest, num_samples=max(1, arguments.num_samples))
     target = arguments.sheet or arguments.manifest.with_name(f"{manifest.split}_sheet.png")
     written = target.suffix.lower() == ".png" and cv2.imwrite(str(target), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))

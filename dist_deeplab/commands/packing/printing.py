@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dist_deeplab.data.packing.label_statistics import LabelStatistics
 from dist_deeplab.data.packing.labels import LabelSpace
+from dist_deeplab.data.repeat import RepeatFactors
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.logs import format_count
 
@@ -93,6 +94,23 @@ def print_set(manifest: Manifest, sizes: Sequence[tuple[int, int]], images: np.n
     middle = sorted(sizes, key=lambda size: size[0] * size[1])[len(sizes) // 2]
     low, high = (tuple(f(size[axis] for size in sizes) for axis in (0, 1)) for f in (min, max))
     print(f"images (height x width): median {_by(middle)}, smallest sides {_by(low)}, largest {_by(high)}")
+
+
+def print_repeats(manifest: Manifest, factors: RepeatFactors, *, threshold: float) -> None:
+    """Print how often the images of each class come in an epoch with data.repeat_threshold."""
+    console = Console(markup=False)
+    table = Table("label", "class", "images", "share", "repeat factor")
+    for column in (0, 2, 3, 4):
+        table.columns[column].justify = "right"
+    rows = zip(manifest.class_names, factors.images.tolist(), factors.classes.tolist(), strict=True)
+    for label, (name, images, factor) in enumerate(rows):
+        share = images / manifest.num_samples
+        table.add_row(str(label), name, f"{images:,}", f"{share:.2%}", f"{factor:.2f}" if images else "")
+    console.print(table)
+    text = f"data.repeat_threshold={threshold:g}: {factors.describe(manifest.class_names)}"
+    console.print(text, soft_wrap=True, highlight=False)
+    if not manifest.classes:
+        _warn(console, "training with it needs the file that `dist-deeplab shards add-classes` adds to this set")
 
 
 def _by(size: Sequence[int]) -> str:

@@ -1,16 +1,18 @@
-"""WebDataset tars made elsewhere become a set: index and manifest beside them, after every sample was decoded."""
+"""WebDataset tars made elsewhere become a set: index and manifest beside them, after every sample was decoded.
+
+A set that has no file of its samples' classes gets one (`add_presence`).
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.verify import SampleContent, inspect_set
 from dist_deeplab.data.packing.writer import Draft, write_manifest
 from dist_deeplab.data.shards.index import find_members
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
+from dist_deeplab.data.shards.presence import SetContents, save_with_presence
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,38 @@ def index_tars(
         raise ShardError(f"{final} is there already; nothing was written (--overwrite replaces it)")
     members = [find_members(tars[0], image=options.image, label=options.label)]
     draft = final.with_name(f".{split}.draft.json")
-    nothing = np.zeros(len(labels.class_names), dtype=np.int64)
+    unknown, contents = SetContents(len(labels.class_names)), SetContents(len(labels.class_names))
     try:
         # 1. A draft, by which samples can be read; 2. all of them decoded and counted; 3. the manifest.
-        write_manifest(tars, draft, Draft(split, labels, nothing), members=members)
-        class_pixels = nothing.copy()
+        write_manifest(tars, draft, Draft(split, labels, unknown), members=members)
         found = inspect_set(
             load_manifest(draft), check_readers=options.check_readers, workers=options.workers, progress=progress
         )
         for seen in found:
             if not isinstance(seen, SampleContent):
                 raise seen
-            class_pixels += seen.class_pixels
-        write_manifest(tars, final, Draft(split, labels, class_pixels), members=members)
+            contents.add(seen.class_pixels)
+        write_manifest(tars, final, Draft(split, labels, contents), members=members)
     finally:
         draft.unlink(missing_ok=True)
         draft.with_suffix(".index.npy").unlink(missing_ok=True)
     return load_manifest(final)
+
+
+def add_presence(
+    manifest: Manifest, *, workers: int = 1, progress: Callable[[Iterable[int]], Iterable[int]] = iter
+) -> Manifest:
+    """Write the file of which classes each sample contains beside a set's manifest, and name it there.
+
+    Raises:
+        ShardError: a sample is damaged, or the classes' pixels are not those of the manifest.
+    """
+    contents = SetContents(manifest.num_classes)
+    for seen in inspect_set(manifest, workers=workers, progress=progress):
+        if not isinstance(seen, SampleContent):
+            raise seen
+        contents.add(seen.class_pixels)
+    if tuple(contents.class_pixels.tolist()) != manifest.class_pixels:
+        raise ShardError(f"the pixels of the classes are not those that {manifest.path} says; make the shards again")
+    save_with_presence(manifest, contents)
+    return load_manifest(manifest.path)

@@ -11,6 +11,7 @@ from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.ordered_map import ordered_map
 from dist_deeplab.data.shards.keys import keys_digest
 from dist_deeplab.data.shards.manifest import Manifest, ShardError
+from dist_deeplab.data.shards.presence import SetContents, read_presence
 from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.errors import UserError
 from dist_deeplab.files import sha256
@@ -31,7 +32,7 @@ def verify(
     """Yield every problem of the set, one sentence each; nothing where it is sound.
 
     Checked: each shard's and the index's SHA-256; each sample's checksums, headers, decodability, sizes, labels; the
-    manifest's numbers of samples and pixels and its digest of the keys.
+    manifest's numbers of samples and pixels, its digest of the keys, and its file of the samples' classes.
     """
     if sha256(manifest.index_path) != manifest.index_sha256:
         yield f"the index {manifest.index_path} does not have the SHA-256 of the manifest"
@@ -39,21 +40,27 @@ def verify(
         if manifest.cache is None and sha256(manifest.path.with_name(shard.name)) != shard.sha256:
             yield f"the shard {manifest.shard_name(number)} does not have the SHA-256 of the manifest"
     keys = []
-    class_pixels = np.zeros(manifest.num_classes, dtype=np.int64)
+    contents = SetContents(manifest.num_classes)
     for seen in inspect_set(manifest, check_readers=True, workers=workers, progress=progress):
         if isinstance(seen, UserError):
             yield str(seen)
         else:
             keys.append(seen.key)
-            class_pixels += seen.class_pixels
+            contents.add(seen.class_pixels)
     if len(keys) < manifest.num_samples:  # already named: the sums below can't be right
         return
     if keys_digest(keys) != manifest.keys_sha256:
         yield f"the keys do not have the digest that {manifest.path} says"
     if len(set(keys)) != len(keys):
         yield f"{len(keys) - len(set(keys))} keys come more than once"
-    if tuple(class_pixels.tolist()) != manifest.class_pixels:
+    if tuple(contents.class_pixels.tolist()) != manifest.class_pixels:
         yield f"the pixels of the classes are not those that {manifest.path} says"
+    if manifest.classes:
+        try:
+            if not np.array_equal(read_presence(manifest), contents.presence):
+                yield f"the classes of the samples are not those that {manifest.classes_path} says"
+        except ShardError as error:
+            yield str(error)
 
 
 def inspect_set(

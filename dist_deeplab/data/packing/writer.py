@@ -7,14 +7,12 @@ The bytes depend on the samples and the size of a shard alone, not on the number
 
 import functools
 import glob
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import webdataset
 
 from dist_deeplab.command_line import command_name
@@ -23,9 +21,10 @@ from dist_deeplab.data.packing.ordered_map import ordered_map
 from dist_deeplab.data.packing.samples import AS_THEY_ARE, Packed, PackedFile, Reading, pack_sample
 from dist_deeplab.data.packing.sources import SourceSample
 from dist_deeplab.data.shards.index import OURS, MemberNames, build_index
-from dist_deeplab.data.shards.manifest import Manifest, Shard, ShardError, load_manifest
+from dist_deeplab.data.shards.manifest import Manifest, Shard, ShardError, load_manifest, save_manifest
+from dist_deeplab.data.shards.presence import SetContents, save_with_presence
 from dist_deeplab.data.windows import Windows
-from dist_deeplab.files import fsync, replace_file, replace_text, sha256
+from dist_deeplab.files import fsync, replace_file, sha256
 
 _MTIME = 0  # one fixed time for all members: the same input gives the same bytes; as a float it would need PAX headers
 
@@ -145,8 +144,9 @@ def write_shards(
             ),
             counts,
         )
-        class_pixels = _write_tars(packed, scratch, split=split, options=options)
-        draft = Draft(split, labels, class_pixels, counts.sentences(options.reading), options.reading.tiles)
+        contents = SetContents(len(labels.class_names))
+        _write_tars(packed, scratch, contents, split=split, options=options)
+        draft = Draft(split, labels, contents, counts.sentences(options.reading), options.reading.tiles)
         write_manifest(sorted(scratch.glob("*.tar")), scratch / final.name, draft)
         _publish(scratch, final)
     finally:
@@ -182,10 +182,11 @@ def _counted(files: Iterable[PackedFile], counts: PackingCounts) -> Iterator[Pac
         yield from file.samples
 
 
-def _write_tars(packed: Iterable[Packed], folder: Path, *, split: str, options: PackingOptions) -> np.ndarray:
-    """Write the samples to `<split>-000000.tar ...` and return the pixels of each class, int64 [num_classes]."""
+def _write_tars(
+    packed: Iterable[Packed], folder: Path, contents: SetContents, *, split: str, options: PackingOptions
+) -> None:
+    """Write the samples to `<split>-000000.tar ...`, and add what each one contains to `contents`."""
     pattern = str(folder / split).replace("%", "%%") + "-%06d.tar"
-    class_pixels: np.ndarray = np.zeros(1, dtype=np.int64)
     max_count, max_bytes = options.samples_per_shard, options.max_shard_bytes
     with webdataset.ShardWriter(pattern, maxcount=max_count, maxsize=2**62, mtime=_MTIME, verbose=0) as writer:
         for sample in packed:
@@ -193,23 +194,25 @@ def _write_tars(packed: Iterable[Packed], folder: Path, *, split: str, options: 
             if max_bytes and writer.count and writer.size + num_bytes > max_bytes:
                 writer.next_stream()
             writer.write({"__key__": sample.key, **sample.members})
-            class_pixels = class_pixels + sample.class_pixels
-    return class_pixels
+            contents.add(sample.class_pixels)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What a manifest says beside what its tars show: see `Manifest`."""
+    """What a manifest says beside what its tars show: see `Manifest`.
+
+    contents: of all samples, or of none where they are not known yet; then there is no file of classes.
+    """
 
     split: str
     labels: LabelSpace
-    class_pixels: np.ndarray
+    contents: SetContents
     notes: tuple[str, ...] = ()
     tiles: Windows | None = None
 
 
 def write_manifest(tars: Sequence[Path], path: Path, draft: Draft, *, members: Sequence[MemberNames] = OURS) -> None:
-    """Write the manifest `path`, `<name>.json`, and before it `<name>.index.npy`, beside the tars.
+    """Write the manifest `path`, `<name>.json`, beside the tars; before it `<name>.index.npy` and `<name>.classes.npy`.
 
     Raises:
         ShardError: see `build_index`; or the tars hold no samples.
@@ -225,7 +228,7 @@ def write_manifest(tars: Sequence[Path], path: Path, draft: Draft, *, members: S
         num_classes=len(draft.labels.class_names),
         ignore_label=draft.labels.ignore_label,
         class_names=draft.labels.class_names,
-        class_pixels=tuple(int(n) for n in draft.class_pixels),
+        class_pixels=tuple(draft.contents.class_pixels.tolist()),
         keys_sha256=indexed.keys_sha256,
         index=index_path.name,
         index_sha256=sha256(index_path),
@@ -240,7 +243,10 @@ def write_manifest(tars: Sequence[Path], path: Path, draft: Draft, *, members: S
     )
     for tar in tars:
         fsync(tar)
-    replace_text(path, json.dumps(manifest.to_json(), indent=1) + "\n")
+    if draft.contents.num_samples:
+        save_with_presence(manifest, draft.contents)
+    else:
+        save_manifest(manifest)
 
 
 def _tars_of(final: Path) -> list[Path]:

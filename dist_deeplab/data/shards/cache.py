@@ -72,8 +72,8 @@ class ShardCache:
             log.warning("%s; using the copy of last time", error)
             return kept
 
-    def fetch_index(self, url: str, name: str, *, sha256: str) -> Path:
-        """The index `name` that lies beside the manifest at `url`, fetched to beside the manifest's copy.
+    def fetch_beside(self, url: str, name: str, *, sha256: str) -> Path:
+        """The file `name` that lies beside the manifest at `url`, fetched to beside the manifest's copy.
 
         Raises:
             DownloadError: not there, or other bytes than the manifest says.

@@ -42,7 +42,7 @@ class IndexFile:
         self._file = -1
         try:
             with path.open("rb") as file:
-                shape, self.dtype, self._start = _read_header(file)
+                shape, self.dtype, self._start = read_npy_header(file)
                 size = os.fstat(file.fileno()).st_size
                 self._file = os.dup(file.fileno())
         except Exception as error:  # numpy parses the header as Python, and lets through whatever that raises
@@ -96,7 +96,7 @@ class IndexFile:
             yield self.rows(start, min(start + _CHUNK_ROWS, len(self)))
 
 
-def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
+def read_npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape, type and position of the records in a `.npy` file.
 
     Raises:

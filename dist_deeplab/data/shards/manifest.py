@@ -1,7 +1,8 @@
 """What a set of WebDataset shards is: its manifest and its index.
 
 A set `train` is made of `train-000000.tar ...` (standard WebDataset: `<key>.jpg` and `<key>.png` side by side),
-`train.index.npy` (where each member's bytes lie) and `train.json` (the manifest, written last). `reader.py` reads
+`train.index.npy` (where each member's bytes lie), `train.classes.npy` (which classes each sample contains; see
+`presence.py`; optional) and `train.json` (the manifest, written last). `reader.py` reads
 samples by position, which is what makes the sample order a pure function and a run resumable at any step. A manifest
 may also be a URL: index and shards then lie beside it, and come through a `ShardCache`.
 
@@ -21,6 +22,7 @@ from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.cache import ShardCache
 from dist_deeplab.data.shards.index_file import IndexFile, ShardError
 from dist_deeplab.downloads import is_url, join_url, shown
+from dist_deeplab.files import replace_text
 
 FORMAT: Final = "dist_deeplab.shards/2"
 MAX_KEY_HASHES = 2**20  # 8 MiB in a checkpoint
@@ -31,6 +33,8 @@ _PlainName = Annotated[
     str, Field(pattern=r"^([^./\x00][^/\x00]*|\.[^./\x00][^/\x00]*)$")
 ]  # not "", ".", "..", nor a path
 _IndexName = Annotated[str, Field(pattern=r"^[^/\x00]+\.npy$")]  # nothing that could be the manifest's copy in a cache
+_OptionalName = Annotated[str, Field(pattern=r"^([^/\x00]+\.npy)?$")]
+_OptionalDigest = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _STRICT = ConfigDict(strict=True, extra="forbid")
@@ -53,7 +57,8 @@ class ManifestFile:
     """What a manifest file holds. `keys_sha256` (of the sorted keys) is the set's identity, however it is sharded.
 
     `notes`: sentences on what packing did to the images. `tile_side`, `tile_overlap`: pixels of the tiles that larger
-    images were cut into; 0: images are whole.
+    images were cut into; 0: images are whole. `classes`, `classes_sha256`: the file of which classes each sample
+    contains; "": the set has none.
     """
 
     __pydantic_config__ = _STRICT
@@ -72,6 +77,8 @@ class ManifestFile:
     notes: tuple[str, ...] = ()
     tile_side: _Count = 0
     tile_overlap: _Count = 0
+    classes: _OptionalName = ""
+    classes_sha256: _OptionalDigest = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +101,11 @@ class Manifest(ManifestFile):
     def index_path(self) -> Path:
         """Where the index lies on this machine."""
         return self.path.with_name(self.index)
+
+    @property
+    def classes_path(self) -> Path:
+        """Where the file `classes` lies on this machine, if the set has one."""
+        return self.path.with_name(self.classes)
 
     def shard_name(self, number: int) -> str:
         """Where a shard comes from, for messages: its path, or its URL."""
@@ -132,7 +144,7 @@ class Manifest(ManifestFile):
     def to_json(self) -> dict[str, Any]:
         """What the manifest file holds."""
         values = asdict(self)
-        optional = ("notes", "tile_side", "tile_overlap")
+        optional = ("notes", "tile_side", "tile_overlap", "classes", "classes_sha256")
         names = [field.name for field in fields(ManifestFile)]
         return {name: values[name] for name in names if values[name] or name not in optional}
 
@@ -162,7 +174,7 @@ def load_manifest(path: str | Path, *, cache: ShardCache | None = None, check_sh
             )
         file = cache.fetch_manifest(str(path))
         content = parse_manifest(file)
-        cache.fetch_index(str(path), content.index, sha256=content.index_sha256)
+        cache.fetch_beside(str(path), content.index, sha256=content.index_sha256)
         manifest = Manifest(**vars(content), path=file, url=str(path), cache=cache)
     else:
         file = Path(path).expanduser()
@@ -213,6 +225,8 @@ def parse_manifest(path: Path) -> ManifestFile:
         (len(content.class_pixels) != content.num_classes, f"{len(content.class_pixels)} class_pixels"),
         (len(names) != len(content.shards), "a shard named twice"),
         (counted != content.num_samples, f"{counted} samples in its shards"),
+        (bool(content.classes) != bool(content.classes_sha256), "one alone of classes and classes_sha256"),
+        (content.classes == content.index, "one file for index and classes"),
     ):
         if wrong:
             raise ShardError(
@@ -241,6 +255,11 @@ def _explain(error: ValidationError, path: Path) -> str:
     if problems[0]["type"] == "string_pattern_mismatch":
         reason = "neither the name of a file beside it nor a digest of 64 hexadecimal digits"
     return f"the manifest {path} has {where[0]} = {value[:80]}: {reason}; make the shards again"
+
+
+def save_manifest(manifest: Manifest) -> None:
+    """Write the manifest's file, whole or not at all."""
+    replace_text(manifest.path, json.dumps(manifest.to_json(), indent=1) + "\n")
 
 
 def require_fit(manifest: Manifest, *, num_classes: int, ignore_label: int) -> None:

@@ -105,7 +105,7 @@ def test_every_command_in_the_manual_is_accepted() -> None:
     assert tool.__doc__ is not None
     manual = tool.__doc__.replace("\\\n", " ")
     commands = re.findall(r"dist-deeplab shards (.*)", manual)
-    assert len(commands) == 9
+    assert len(commands) == 11
     for command in commands:
         arguments = shlex.split(command)
         part = {"masks": masks}.get(arguments[0], look if arguments[0] in look.COMMANDS else pack)

@@ -1,5 +1,7 @@
 """Data as people have it: each kind is packed as what it is, or refused in one sentence before anything is written."""
 
+import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -302,3 +304,47 @@ def test_labels_of_0_and_255_are_not_scored_as_void(root: Path, capsys: pytest.C
     (root / "map.txt").write_text("0 background\n255 blob\n")
     assert score.main([*arguments, "--label-map", str(root / "map.txt"), "--json", str(root / "s.json")]) == 0
     assert '"blob": 0.0' in (root / "s.json").read_text()
+
+
+# --- repeat factors ---------------------------------------------------------------------------------------------------
+
+
+def test_info_shows_what_a_repeat_threshold_does_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten images of road, one of which shows a tram: with a threshold of 0.4 that one comes twice an epoch."""
+    for number in range(10):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / f"{number}.jpg")
+        mask = np.zeros((9, 9), np.uint8)
+        mask[:2] = 1 if number == 4 else 0
+        Image.fromarray(mask).save(tmp_path / f"{number}.png")
+    (tmp_path / "names.txt").write_text("road\ntram\nship\n")
+    (tmp_path / "list.txt").write_text("".join(f"{number}.jpg {number}.png\n" for number in range(10)))
+    packing = ["--list", tmp_path / "list.txt", "--data-root", tmp_path, "--class-names", tmp_path / "names.txt"]
+    assert run(*packing, "--split", "train", "--out", tmp_path / "out") == 0
+    manifest = tmp_path / "out/train.json"
+    capsys.readouterr()
+    assert run("info", manifest) == 0
+    assert "repeat factor" not in capsys.readouterr().out
+    assert run("info", manifest, "--repeat-threshold", "0.4") == 0
+    words = re.sub(r"[│┃\s]+", " ", capsys.readouterr().out)
+    assert "0 road 10 100.00% 1.00" in words
+    assert "1 tram 1 10.00% 2.00" in words
+    assert "2 ship 0 0.00% " in words
+    assert "data.repeat_threshold=0.4: 10 images come some 11 times in an epoch, those of tram x2" in words
+    assert "add-classes" not in words
+
+    values = json.loads(manifest.read_text())
+    expected = manifest.with_name("train.classes.npy").read_bytes(), manifest.read_bytes()
+    manifest.with_name("train.classes.npy").unlink()
+    manifest.write_text(json.dumps({key: value for key, value in values.items() if not key.startswith("classes")}))
+    assert run("info", manifest, "--repeat-threshold", "0.4") == 0
+    assert "note: training with it needs the file that" in capsys.readouterr().out
+    assert run("add-classes", manifest) == 0
+    assert (manifest.with_name("train.classes.npy").read_bytes(), manifest.read_bytes()) == expected
+
+
+@pytest.mark.parametrize("threshold", ["-0.1", "1.5", "nan", "often"])
+def test_a_threshold_that_is_not_a_share_is_refused(threshold: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", "train.json", f"--repeat-threshold={threshold}") == 2
+    assert "is not a share of the images, from 0 to 1" in capsys.readouterr().err

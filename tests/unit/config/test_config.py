@@ -428,6 +428,7 @@ OTHER_VALUES: dict[str, Any] = {
     "data.shuffle": "blocks",
     "data.window_shards": 2,
     "data.canonical_groups": 8,
+    "data.repeat_threshold": 0.1,
     "data.cache_dir": "/tmp/shards",
     "data.cache_gib": 1.5,
     "data.max_bad_samples": 3,

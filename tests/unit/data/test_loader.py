@@ -31,6 +31,7 @@ from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.writer import Draft, write_manifest
 from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
+from dist_deeplab.data.shards.presence import SetContents
 from dist_deeplab.data.transforms import Augmentation
 from tests.unit.data import order_by_numpy
 
@@ -197,7 +198,8 @@ RUN_THAT_LOSES_A_WORKER = textwrap.dedent(
     import multiprocessing, os, signal, sys
     from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
     from dist_deeplab.data.order import BatchSplit
-    from dist_deeplab.data.shards.manifest import load_manifest
+    from dist_deeplab.data.shards.presence import SetContents
+from dist_deeplab.data.shards.manifest import load_manifest
     from dist_deeplab.data.transforms import Augmentation
 
     dataset = TrainDataset(
@@ -269,7 +271,7 @@ def own_manifest(folder: Path, members: dict[str, tuple[bytes, bytes]]) -> Manif
     with webdataset.TarWriter(str(tar)) as writer:
         for key, (image, label) in members.items():
             writer.write({"__key__": key, "jpg": image, "png": label})
-    draft = Draft("mine", LabelSpace(("a", "b", "c"), 255), np.zeros(3, dtype=np.int64))
+    draft = Draft("mine", LabelSpace(("a", "b", "c"), 255), SetContents(3))
     write_manifest([tar], folder / "mine.json", draft)
     return load_manifest(folder / "mine.json")
 

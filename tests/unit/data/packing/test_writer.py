@@ -100,7 +100,7 @@ def test_samples_fill_one_shard_after_the_other(
     manifest = pack(samples, tmp_path, per_shard=per_shard)
     assert [shard.num_samples for shard in manifest.shards] == sizes
     assert [shard.name for shard in manifest.shards] == [f"train-{i:06d}.tar" for i in range(len(sizes))]
-    written = {"train.json", "train.index.npy"} | {shard.name for shard in manifest.shards}
+    written = {"train.json", "train.index.npy", "train.classes.npy"} | {shard.name for shard in manifest.shards}
     assert set(os.listdir(tmp_path)) == written, "nothing else is left"
 
 
@@ -399,7 +399,7 @@ def run_until_killed(voc_root: Path, out: Path, place: str, count: int) -> int |
 
 @pytest.mark.parametrize(
     ("place", "count", "old_set_survives"),
-    [("writing", 4, True), ("replacing", 1, True), ("replacing", 2, False), ("replacing", 5, False)],
+    [("writing", 4, True), ("replacing", 2, True), ("replacing", 3, False), ("replacing", 7, False)],
 )
 def test_kill_9_leaves_the_old_set_or_none_and_the_next_run_a_whole_one(
     place: str, count: int, old_set_survives: bool, voc_root: Path, own_set: Path, tmp_path: Path
