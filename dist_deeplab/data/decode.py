@@ -151,10 +151,23 @@ def encode_label(label: np.ndarray) -> bytes:
 def _opencv(data: bytes, flags: int) -> "np.ndarray | None":
     import cv2
 
+    if not data or (data.startswith(_PNG_SIGNATURE) and not _chunks_fit(data)):
+        return None
     try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:  # e.g. a header that claims more pixels than OpenCV takes
         return None
+
+
+def _chunks_fit(data: bytes) -> bool:
+    """Whether a PNG's chunks lie within its bytes: OpenCV 5 allocates what a chunk claims, up to 4 GiB, and then fails.
+
+    A chunk is its length (4 bytes), kind, content and checksum (PNG, third edition, section 5.3).
+    """
+    at = len(_PNG_SIGNATURE)
+    while at + 8 <= len(data) and data[at + 4 : at + 8] != b"IEND":
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return at <= len(data)
 
 
 def _turn_back(pixels: np.ndarray, file: Image.Image, orientation: int, options: DecodeOptions) -> np.ndarray:

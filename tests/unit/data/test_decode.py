@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import resource
 import struct
 import subprocess
 import zlib
@@ -330,3 +331,14 @@ def test_a_flipped_bit_never_changes_a_label_unnoticed(encode: Callable[[np.ndar
             if not np.array_equal(decode_label(bytes(damaged)), LABEL):
                 changed.append((place, bit))
     assert changed == [], f"byte and bit, of {len(data)} bytes"
+
+
+def test_a_png_whose_chunk_claims_gigabytes_is_refused_without_taking_them() -> None:
+    whole = encode_label(np.zeros((8, 8), np.uint8))
+    at = whole.index(b"IDAT")
+    claims = whole[: at - 4] + (0xF1000030).to_bytes(4, "big") + whole[at:]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for decode in (decode_label, decode_packed):
+        with pytest.raises(DecodeError):
+            decode(claims)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19, "KiB: half a GiB"
