@@ -21,12 +21,13 @@ from dist_deeplab.command_line import command_name
 from dist_deeplab.comparison import report
 from dist_deeplab.comparison.record import RunRecord, children, read_folder
 from dist_deeplab.comparison.store import Store
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, one_line_errors
 from dist_deeplab.files import prepare_file
 from dist_deeplab.tracking.run_files import RUN_FILE
 from dist_deeplab.tracking.tracker import resolve_uri
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=command_name("compare"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -35,20 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--uri", default="", help="MLflow store")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also save a figure, e.g. comparison.png")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.out:
-            prepare_file(arguments.out, remedy="choose another --out")
-            if not arguments.out.suffix:
-                raise UserError(
-                    f"the figure {arguments.out} needs an ending that says its kind, e.g. {arguments.out}.png"
-                )
-        records = collect(arguments.runs, arguments.uri)
-        report.print_report(records, Console(width=None if sys.stdout.isatty() else 160))
-        if arguments.out:
-            print(f"figure: {report.save_figure(records, arguments.out)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    if arguments.out:
+        prepare_file(arguments.out, remedy="choose another --out")
+        if not arguments.out.suffix:
+            raise UserError(f"the figure {arguments.out} needs an ending that says its kind, e.g. {arguments.out}.png")
+    records = collect(arguments.runs, arguments.uri)
+    report.print_report(records, Console(width=None if sys.stdout.isatty() else 160))
+    if arguments.out:
+        print(f"figure: {report.save_figure(records, arguments.out)}")
     return 0
 
 

@@ -3,9 +3,12 @@
 0 done, 1 error, 2 wrong arguments, configuration or data, 75 stopped early but saved.
 """
 
+import functools
 import sys
 from collections.abc import Callable
+from typing import ParamSpec
 
+P = ParamSpec("P")
 STOPPED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
@@ -30,10 +33,15 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def run_tool(work: Callable[[], int | None]) -> int:
-    """Exit code of a tool that is one process: 0 or what `work` returns; a user's mistake is one line on stderr."""
-    try:
-        return work() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+def one_line_errors(main: Callable[P, int]) -> Callable[P, int]:
+    """A `main` of one process that prints a user's mistake as one line on stderr and gives its exit code."""
+
+    @functools.wraps(main)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+
+    return checked

@@ -31,7 +31,7 @@ import dist_deeplab
 from dist_deeplab.checkpointing.checkpoint import Checkpoint, find_best, read_checkpoint
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import config_from_dict
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, one_line_errors
 from dist_deeplab.evaluation import serving
 from dist_deeplab.redaction import redact, shown_url
 from dist_deeplab.tracking.mlflow.run import find_run
@@ -63,6 +63,7 @@ _ASK = (
 """A Python program that sends an image and saves its mask; needs nothing but Python."""
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=command_name("log-model"),
@@ -80,9 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.update(environment())
         address = log_best(arguments.run_dir, uri=uri, register_as=arguments.register_as)
         print(f"{address}\n\n{how_to_serve(address, uri)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    except UserError:
+        raise
     except Exception as error:  # whatever MLflow, its database or the network raises
         print(f"error: MLflow did not take the model: {explain(error)}", file=sys.stderr)
         return 1

@@ -32,7 +32,7 @@ from dist_deeplab.comparison.record import read_folder
 from dist_deeplab.config import RunConfig
 from dist_deeplab.config.grid import expand
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.errors import STOPPED_EARLY, UserError
+from dist_deeplab.errors import STOPPED_EARLY, UserError, one_line_errors
 from dist_deeplab.files import prepare_folder
 from dist_deeplab.logs import format_count, setup_logging
 from dist_deeplab.packaged import mlflow_ui
@@ -62,27 +62,24 @@ class Sweep:
     children: tuple[Child, ...]
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        sweep = plan(arguments.config, arguments.overrides)
-        if not arguments.report:
-            refuse_other_recipes(sweep)
-        if arguments.count:
-            print(len(sweep.children))
-            return 0
-        if arguments.child is not None:
-            if not 0 <= arguments.child < len(sweep.children):
-                raise UserError(f"--child {arguments.child}: the grid's runs are 0 to {len(sweep.children) - 1}")
-            prepare(sweep)
-            sys.stdout.write("".join(f"{argument}\0" for argument in sweep.children[arguments.child].arguments))
-            return 0
-        setup_logging(to_terminal=True, rank=0, folder=None)
-        code = 0 if arguments.report else run_all(sweep, num_processes=arguments.nproc_per_node)
-        return STOPPED_EARLY if code == STOPPED_EARLY else conclude(sweep)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    sweep = plan(arguments.config, arguments.overrides)
+    if not arguments.report:
+        refuse_other_recipes(sweep)
+    if arguments.count:
+        print(len(sweep.children))
+        return 0
+    if arguments.child is not None:
+        if not 0 <= arguments.child < len(sweep.children):
+            raise UserError(f"--child {arguments.child}: the grid's runs are 0 to {len(sweep.children) - 1}")
+        prepare(sweep)
+        sys.stdout.write("".join(f"{argument}\0" for argument in sweep.children[arguments.child].arguments))
+        return 0
+    setup_logging(to_terminal=True, rank=0, folder=None)
+    code = 0 if arguments.report else run_all(sweep, num_processes=arguments.nproc_per_node)
+    return STOPPED_EARLY if code == STOPPED_EARLY else conclude(sweep)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2,8 +2,8 @@
 #
 # Run the tests, in the active environment or in .venv, which is set up first:
 #
-#     ./launch/test.sh                                # everything, on all cores: 10 minutes on two
-#     ./launch/test.sh --quick                        # each promise in its smallest form: 2 minutes
+#     ./launch/test.sh                                # everything, on all cores
+#     ./launch/test.sh --quick                        # each promise in its smallest form
 #     ./launch/test.sh tests/unit -k order -x         # arguments go to pytest
 #     ./launch/test.sh -n 0 --pdb tests/unit          # in this process, for a debugger
 #     ./launch/test.sh -m "not slurm and not browser" # without the tests that need system packages

@@ -22,7 +22,7 @@ from benchmarks import batch_norm, crf, evaluate, everything, loader, scale, sca
 from benchmarks.harness import machine, show, write_json
 
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.errors import run_tool
+from dist_deeplab.errors import one_line_errors
 from dist_deeplab.files import prepare_file
 
 COMMANDS = {
@@ -37,9 +37,10 @@ COMMANDS = {
 }
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    return run_tool(lambda: measure(arguments))
+    measure(parse_arguments(argv))
+    return 0
 
 
 def measure(arguments: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from dist_deeplab.checkpointing.file import FORMAT, write_sidecar, write_tensors
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data import voc
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, one_line_errors
 from dist_deeplab.files import prepare_file
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
@@ -118,27 +118,24 @@ def write_checkpoint(net: DeepLabV2, weights: Weights, path: Path, class_names: 
         raise UserError(f"cannot write {path}: {error}") from None
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        if arguments.target.exists() and not arguments.overwrite:
-            raise UserError(f"{arguments.target} is there already; choose another name, or add --overwrite")
-        prepare_file(arguments.target, remedy="choose another OUT")
-        weights = load_weights(arguments.source)
-        net, report = network_of(weights)
-        random = {name.rpartition(".")[0] for name in report.missing if name.startswith("backbone.")}
-        if random:
-            raise UserError(f"{weights.path} lacks {', '.join(sorted(random)[:3])}; what is written out must be whole")
-        has_head = any(name.startswith("head.") for name in report.loaded)
-        tensors = {name: v for name, v in net.state_dict().items() if has_head or not name.startswith("head.")}
-        if arguments.to == CHECKPOINT:
-            write_checkpoint(net, weights, arguments.target, arguments.class_names)
-            notes = []
-        else:
-            notes = export(tensors, weights.variant, arguments.target, to=arguments.to)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    if arguments.target.exists() and not arguments.overwrite:
+        raise UserError(f"{arguments.target} is there already; choose another name, or add --overwrite")
+    prepare_file(arguments.target, remedy="choose another OUT")
+    weights = load_weights(arguments.source)
+    net, report = network_of(weights)
+    random = {name.rpartition(".")[0] for name in report.missing if name.startswith("backbone.")}
+    if random:
+        raise UserError(f"{weights.path} lacks {', '.join(sorted(random)[:3])}; what is written out must be whole")
+    has_head = any(name.startswith("head.") for name in report.loaded)
+    tensors = {name: v for name, v in net.state_dict().items() if has_head or not name.startswith("head.")}
+    if arguments.to == CHECKPOINT:
+        write_checkpoint(net, weights, arguments.target, arguments.class_names)
+        notes = []
+    else:
+        notes = export(tensors, weights.variant, arguments.target, to=arguments.to)
     if arguments.report:
         print(*report.lines(), sep="\n")
     print(report)

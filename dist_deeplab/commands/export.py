@@ -31,7 +31,7 @@ from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import EvalConfig, RunConfig
 from dist_deeplab.data.transforms import next_grid_size, pad_to
-from dist_deeplab.errors import TrainingError, UserError
+from dist_deeplab.errors import TrainingError, UserError, one_line_errors
 from dist_deeplab.evaluation.exportable import Exportable
 from dist_deeplab.evaluation.images import find_images, read_image
 from dist_deeplab.evaluation.inference import Predictor
@@ -46,32 +46,29 @@ _EXAMPLE = (2, 3, 100, 75)
 _NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    prepare(arguments)
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    predictor = Predictor.from_checkpoint(checkpoint, one_scale(checkpoint.config), torch.device("cpu"))
+    sources = find_images(arguments.check, outside=Path("/nowhere")) if arguments.check else []
+    metadata = describe(checkpoint)
+    images = {f"drawn {width} x {height}": draw(height, width) for height, width in _SIZES}
+    images |= {str(source.path): read_image(source.path) for source in sources}
+    write = write_onnx if arguments.out.suffix == ".onnx" else write_program
+    exportable = Exportable(predictor.net, predictor.preprocessing).eval()
+
+    def fill(temporary: Path) -> float:
+        return compare(write(exportable, temporary, metadata), predictor, images)
+
     try:
-        prepare(arguments)
-        checkpoint = read_checkpoint(arguments.checkpoint)
-        predictor = Predictor.from_checkpoint(checkpoint, one_scale(checkpoint.config), torch.device("cpu"))
-        sources = find_images(arguments.check, outside=Path("/nowhere")) if arguments.check else []
-        metadata = describe(checkpoint)
-        images = {f"drawn {width} x {height}": draw(height, width) for height, width in _SIZES}
-        images |= {str(source.path): read_image(source.path) for source in sources}
-        write = write_onnx if arguments.out.suffix == ".onnx" else write_program
-        exportable = Exportable(predictor.net, predictor.preprocessing).eval()
-
-        def fill(temporary: Path) -> float:
-            return compare(write(exportable, temporary, metadata), predictor, images)
-
-        try:
-            worst = replace_file(arguments.out, fill)  # a file that differs never gets the name
-        except OSError as error:
-            raise UserError(f"cannot write {arguments.out}: {error.strerror or error}") from None
-        size = arguments.out.stat().st_size / 2**20
-        print(f"{arguments.out}: {size:.1f} MiB, checked on {len(images)} images, relative error {worst:.1e}")
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        worst = replace_file(arguments.out, fill)  # a file that differs never gets the name
+    except OSError as error:
+        raise UserError(f"cannot write {arguments.out}: {error.strerror or error}") from None
+    size = arguments.out.stat().st_size / 2**20
+    print(f"{arguments.out}: {size:.1f} MiB, checked on {len(images)} images, relative error {worst:.1e}")
+    return 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

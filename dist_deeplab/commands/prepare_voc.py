@@ -40,7 +40,7 @@ from dist_deeplab.data.packing.voc_download import Archive
 from dist_deeplab.data.packing.writer import PackingOptions, write_shards
 from dist_deeplab.data.shards.manifest import ShardError, load_manifest
 from dist_deeplab.downloads import Progress
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, one_line_errors
 from dist_deeplab.files import prepare_folder
 
 
@@ -60,13 +60,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         prepare(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except OSError as error:
         where = error.filename or arguments.out
         print(f"error: {error.strerror}: {where}; the same command resumes from here", file=sys.stderr)

@@ -33,7 +33,7 @@ from dist_deeplab.data.packing.labels import (
 )
 from dist_deeplab.data.packing.sources import common_suffix, masks_by_stem
 from dist_deeplab.data.packing.text_files import read_lines
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, one_line_errors
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.accumulator import NUM_BANDS, band_map
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious, scores
@@ -41,32 +41,29 @@ from dist_deeplab.evaluation.evaluator import Evaluation, ImageScore
 from dist_deeplab.files import prepare_file, prepare_folder
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        names = read_class_names(arguments.class_names) if arguments.class_names else None
-        void = voc.IGNORE_LABEL if arguments.ignore_label is None else arguments.ignore_label
-        label_map = None
-        if arguments.label_map:
-            label_map, names = read_label_map(arguments.label_map, class_names=names, ignore_label=void)
-        names = names or voc.CLASS_NAMES
-        if arguments.json:
-            prepare_file(arguments.json, remedy="choose another --json")
-        if arguments.out:
-            prepare_folder(arguments.out, remedy="choose another --out")
-        pairs = find_pairs(arguments.predictions, arguments.labels, arguments)
-        void_is_meant = arguments.ignore_label is not None
-        evaluation = score_files(pairs, LabelSpace(names, void), label_map, void_is_meant=void_is_meant)
-        print(report.render(report.iou_table(scores(evaluation.confusion), names)))
-        scored = report.Report(evaluation, names)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(scored.to_json(), indent=1) + "\n", encoding="utf-8")
-        if arguments.out:
-            report.write_report(scored, arguments.out)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    names = read_class_names(arguments.class_names) if arguments.class_names else None
+    void = voc.IGNORE_LABEL if arguments.ignore_label is None else arguments.ignore_label
+    label_map = None
+    if arguments.label_map:
+        label_map, names = read_label_map(arguments.label_map, class_names=names, ignore_label=void)
+    names = names or voc.CLASS_NAMES
+    if arguments.json:
+        prepare_file(arguments.json, remedy="choose another --json")
+    if arguments.out:
+        prepare_folder(arguments.out, remedy="choose another --out")
+    pairs = find_pairs(arguments.predictions, arguments.labels, arguments)
+    void_is_meant = arguments.ignore_label is not None
+    evaluation = score_files(pairs, LabelSpace(names, void), label_map, void_is_meant=void_is_meant)
+    print(report.render(report.iou_table(scores(evaluation.confusion), names)))
+    scored = report.Report(evaluation, names)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(scored.to_json(), indent=1) + "\n", encoding="utf-8")
+    if arguments.out:
+        report.write_report(scored, arguments.out)
+    return 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

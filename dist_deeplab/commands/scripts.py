@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_deeplab.command_line import command_name
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, one_line_errors
 from dist_deeplab.files import prepare_folder, replace_text
 from dist_deeplab.packaged import packaged_folder
 
@@ -24,6 +24,7 @@ OF_CLONES = ("test.sh", "Containerfile", "install_in_image.sh")
 """Scripts that need the repository."""
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=command_name("scripts"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -32,9 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         write_scripts(arguments.folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except OSError as error:
         print(f"error: {error.strerror}: {error.filename or arguments.folder}", file=sys.stderr)
         return 1

@@ -43,9 +43,10 @@ import sys
 from collections.abc import Sequence
 
 from dist_deeplab.commands.packing import look, masks, pack
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import one_line_errors
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argv[0] if argv else ""
@@ -53,9 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = command.parse_arguments(argv, manual=__doc__ or "")
     try:
         command.run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except OSError as error:
         where = error.filename or getattr(arguments, "out", None) or "the shards"
         print(f"error: {error.strerror}: {where}; nothing that looks finished was left", file=sys.stderr)

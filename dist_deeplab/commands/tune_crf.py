@@ -29,7 +29,7 @@ from dist_deeplab.data.loader import EvalDataset
 from dist_deeplab.data.shards.cache import build_cache
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import UserError, one_line_errors
 from dist_deeplab.evaluation.confusion import count_pixels, scores
 from dist_deeplab.evaluation.crf import open_crf, require_crf
 from dist_deeplab.evaluation.evaluator import content_of
@@ -44,33 +44,30 @@ _NO_AXIS = "crf.num_workers="  # no parameter of a CRF, wherever it stands
 Point = dict[str, float]
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        require_crf()
-        grid = parse_grid(arguments.grid or DEFAULT_GRID)
-        checkpoint = read_checkpoint(arguments.checkpoint)
-        settings = inference_settings(checkpoint, arguments.overrides)
-        manifest = load_manifest(arguments.data, cache=build_cache(settings.data.cache_dir, settings.data.cache_gib))
-        if tuple(manifest.class_names) != checkpoint.class_names:
-            raise UserError(f"{arguments.checkpoint} and {manifest.path} name other classes")
-        if arguments.json:
-            prepare_file(arguments.json, remedy="choose another --json")
-        points = [base_point(settings) | point for point in grid]
-        print(f"{len(points)} points on {min(arguments.num_images, manifest.num_samples)} images of {manifest.path}")
-        mious, without = search(checkpoint, settings, manifest, points, num_images=arguments.num_images)
-        order = sorted(range(len(points)), key=lambda number: -mious[number])
-        show([(grid[number], mious[number]) for number in order], without)
-        best = grid[order[0]]
-        print("best: " + " ".join(f"crf.{key}={value:g}" for key, value in best.items()))
-        if arguments.json:
-            rows = [points[number] | {"mIoU": mious[number]} for number in order]
-            content = {"mIoU_without_crf": without, "points": rows}
-            arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    require_crf()
+    grid = parse_grid(arguments.grid or DEFAULT_GRID)
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    settings = inference_settings(checkpoint, arguments.overrides)
+    manifest = load_manifest(arguments.data, cache=build_cache(settings.data.cache_dir, settings.data.cache_gib))
+    if tuple(manifest.class_names) != checkpoint.class_names:
+        raise UserError(f"{arguments.checkpoint} and {manifest.path} name other classes")
+    if arguments.json:
+        prepare_file(arguments.json, remedy="choose another --json")
+    points = [base_point(settings) | point for point in grid]
+    print(f"{len(points)} points on {min(arguments.num_images, manifest.num_samples)} images of {manifest.path}")
+    mious, without = search(checkpoint, settings, manifest, points, num_images=arguments.num_images)
+    order = sorted(range(len(points)), key=lambda number: -mious[number])
+    show([(grid[number], mious[number]) for number in order], without)
+    best = grid[order[0]]
+    print("best: " + " ".join(f"crf.{key}={value:g}" for key, value in best.items()))
+    if arguments.json:
+        rows = [points[number] | {"mIoU": mious[number]} for number in order]
+        content = {"mIoU_without_crf": without, "points": rows}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

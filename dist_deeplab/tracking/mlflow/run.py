@@ -20,7 +20,7 @@ from dist_deeplab.errors import UserError
 from dist_deeplab.locks import file_lock
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.mlflow.images import ImageSeries
-from dist_deeplab.tracking.mlflow.pages import view_of_sweep
+from dist_deeplab.tracking.mlflow.pages import shown_as, view_of_sweep
 from dist_deeplab.tracking.mlflow.state import UploadState
 from dist_deeplab.tracking.mlflow.store import StoreError, open_client, open_experiment
 from dist_deeplab.tracking.run_files import RUN_FILE, RunFile, inside, known_run_file, read_run_file
@@ -191,7 +191,7 @@ class MlflowRun:
     def _send_points(self, records: list[Record]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(r["key"], r["value"], _in_ms(r), r["step"]) for r in records]
+        metrics = [Metric(key, r["value"], _in_ms(r), r["step"]) for r in records for key in shown_as(r["key"])]
         if not metrics or self._unless_refused("", metrics=metrics):
             return
         if len(records) == 1:

@@ -157,7 +157,7 @@ def assert_usual(store: Store) -> None:
     run = store.run()
     assert run.info.status == "FINISHED"
     assert store.history("train/loss") == [(10, 2.5, in_ms(10)), (20, 1.25, in_ms(20))]
-    assert store.history("val/mIoU") == [(20, 0.5, in_ms(20))]
+    assert store.history("val/mIoU") == store.history("accuracy/mIoU") == [(20, 0.5, in_ms(20))]
     assert store.artifacts() == ["config.yaml", "eval/step_00000020/metrics.json"]
     assert run.data.params["optim.lr"] == "0.1"
     assert run.data.tags["world_size"] == "4"
