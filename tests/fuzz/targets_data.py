@@ -14,9 +14,11 @@ from dist_deeplab.data.decode import decode_image, decode_label, decode_packed, 
 from dist_deeplab.data.packing.label_map import LabelMap, read_label_map
 from dist_deeplab.data.packing.labels import decode_mask, read_class_names
 from dist_deeplab.data.packing.lists import read_pair_list
+from dist_deeplab.data.repeat import repeat_factors
 from dist_deeplab.data.shards.index import build_index
 from dist_deeplab.data.shards.keys import keys_digest
 from dist_deeplab.data.shards.manifest import FORMAT, load_manifest
+from dist_deeplab.data.shards.presence import read_presence
 from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.files import sha256
 from tests.fuzz.targets_weights import scratch
@@ -93,6 +95,20 @@ def fuzz_index(data: bytes) -> None:
 
 def seeds_index() -> list[bytes]:
     return [_shards()[1]]
+
+
+def fuzz_classes(data: bytes) -> None:
+    """Which classes each sample contains, with a manifest that has the digest of whatever this is."""
+    manifest = _file("train.json", _shards()[2])
+    content = {"classes": "train.classes.npy", "classes_sha256": sha256(_file("train.classes.npy", data))}
+    manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | content))
+    repeat_factors(read_presence(load_manifest(manifest)), num_classes=12, threshold=0.5)
+
+
+def seeds_classes() -> list[bytes]:
+    file = io.BytesIO()
+    np.save(file, np.array([[1, 8], [3, 0]], np.uint8))
+    return [file.getvalue()]
 
 
 def fuzz_tar(data: bytes) -> None:
