@@ -1,5 +1,6 @@
 """The largest micro-batch is found; running out of memory is explained."""
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -144,3 +145,21 @@ def test_what_is_set_already_is_not_proposed() -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="something else"), explained_out_of_memory(_config(), BatchSplit(8, 8, 1)):
         raise RuntimeError("something else")
+
+
+def test_a_trial_s_memory_is_free_before_the_allocator_gives_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error's traceback holds the activations: emptied inside the except clause, the cache would keep them."""
+    activations: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def fits(size: int) -> bool:
+        activation = torch.empty(size)
+        activations.append(weakref.ref(activation))
+        if size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return True
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(sum(ref() is not None for ref in activations)))
+    assert largest_fitting([4, 2, 1], fits) == 1
+    assert alive == [0, 0]
