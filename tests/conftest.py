@@ -62,18 +62,21 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(max(2, cores), MOST_WORKERS)
 
 
+def _place(item: pytest.Item) -> int:
+    return next((number for number, (where, _) in enumerate(SLOW) if item.nodeid.startswith(where)), len(SLOW))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Group the slow tests as they are found: pytest-xdist reads the groups before `pytest_collection_modifyitems`."""
+    place = _place(item)
+    if place < len(SLOW) and SLOW[place][1]:
+        item.add_marker(pytest.mark.xdist_group(SLOW[place][1]))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group the slow tests; on the workers of pytest-xdist put them first, so that none is left over at the end."""
-
-    def place(item: pytest.Item) -> int:
-        return next((number for number, (where, _) in enumerate(SLOW) if item.nodeid.startswith(where)), len(SLOW))
-
-    for item in items:
-        group = SLOW[place(item)][1] if place(item) < len(SLOW) else ""
-        if group:
-            item.add_marker(pytest.mark.xdist_group(group))
+    """On the workers of pytest-xdist put the slow tests first, so that none is left over at the end."""
     if hasattr(config, "workerinput"):
-        items.sort(key=place)
+        items.sort(key=_place)
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------
