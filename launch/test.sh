@@ -20,4 +20,4 @@ if [[ ${1:-} == --quick ]]; then
     set -- -m quick "${@:2}"
 fi
 # pytest-xdist: a worker for each core; which tests share one, and which come first, is in tests/conftest.py.
-exec python -m pytest -n auto --dist loadgroup --no-loadscope-reorder "$@"
+exec python -m pytest -n auto --dist loadscope --no-loadscope-reorder "$@"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,21 +63,31 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(max(2, cores), MOST_WORKERS)
 
 
-def _place(item: pytest.Item) -> int:
-    return next((number for number, (where, _) in enumerate(SLOW) if item.nodeid.startswith(where)), len(SLOW))
+def _place(nodeid: str) -> int:
+    return next((number for number, (where, _) in enumerate(SLOW) if nodeid.startswith(where)), len(SLOW))
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Group the slow tests as they are found: pytest-xdist reads the groups before `pytest_collection_modifyitems`."""
-    place = _place(item)
-    if place < len(SLOW) and SLOW[place][1]:
-        item.add_marker(pytest.mark.xdist_group(SLOW[place][1]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A scheduler of pytest-xdist by which the tests of a group share a worker.
+
+    Its own `--dist loadgroup` gives no test its group with pytest 9.2 (pytest-xdist 3.8 sets an attribute of items that
+    pytest no longer reads).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            place = _place(nodeid)
+            return (SLOW[place][1] if place < len(SLOW) else "") or nodeid
+
+    return GroupScheduling(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """On the workers of pytest-xdist put the slow tests first, so that none is left over at the end."""
     if hasattr(config, "workerinput"):
-        items.sort(key=_place)
+        items.sort(key=lambda item: _place(item.nodeid))
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------
