@@ -17,8 +17,8 @@ REPO = Path(__file__).resolve().parent.parent
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-for _name in [name for name in os.environ if name.startswith("PET_")]:
-    del os.environ[_name]  # what launch/test.sh would have torchrun do; a test says itself what it wants
+for _name in [name for name in os.environ if name.startswith("PET_") or name == "DIST_DEEPLAB_COMMAND"]:
+    del os.environ[_name]  # what launch/test.sh sets for a launcher's commands; a test says itself what it wants
 
 
 # --- which worker runs what ------------------------------------------------------------------------------------------
@@ -99,6 +99,15 @@ def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_environ() -> Iterator[None]:
+    """Undo what a test did to the environment: `mlflow.set_tracking_uri` sets a variable that others would read."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,12 @@ settings.register_profile("unit", derandomize=True, deadline=None, database=None
 settings.load_profile("unit")
 
 
+@pytest.fixture(autouse=True)
+def no_store_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the MLflow store that the shell, or a fixture of other tests on this worker, has named."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 def pytest_sessionfinish() -> None:
     """End loader workers that a failed test left behind: they are deaf to SIGTERM, and pytest would wait for them."""
     for child in multiprocessing.active_children():
