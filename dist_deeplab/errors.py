@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 class TrainingError(UserError):
-    """Training cannot go on although arguments and data were fine at the start, e.g. the loss became NaN."""
+    """Training cannot continue although arguments and data were fine at the start, e.g. the loss became NaN."""
 
     exit_code = 1
 

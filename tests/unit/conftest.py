@@ -28,7 +28,7 @@ def no_store_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """End loader workers that a failed test left behind: they are deaf to SIGTERM, and pytest would wait for them."""
+    """End loader workers that a failed test left behind: they ignore SIGTERM, and pytest would wait for them."""
     for child in multiprocessing.active_children():
         child.kill()
 
