@@ -164,8 +164,9 @@ def _chunks_fit(data: bytes) -> bool:
 
     A chunk is its length (4 bytes), kind, content and checksum (PNG, third edition, section 5.3).
     """
-    at = len(_PNG_SIGNATURE)
-    while at + 8 <= len(data) and data[at + 4 : at + 8] != b"IEND":
+    at, kind = len(_PNG_SIGNATURE), b""
+    while at + 8 <= len(data) and kind != b"IEND":
+        kind = data[at + 4 : at + 8]
         at += 12 + int.from_bytes(data[at : at + 4], "big")
     return at <= len(data)
 
