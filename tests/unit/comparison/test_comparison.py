@@ -232,5 +232,5 @@ def test_a_damaged_journal_or_folder_says_what_it_is(runs: list[Path]) -> None:
         journal.write(b"\0\0\n{half")
     assert read_folder(runs[0]).best == (20, 0.375)
     (runs[0] / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"no readable run\.json"):
+    with pytest.raises(UserError, match=r"run\.json is not what training writes"):
         read_folder(runs[0])
