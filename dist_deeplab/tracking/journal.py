@@ -40,8 +40,8 @@ _END_OF_TIME = 1e11  # seconds since 1970; MLflow keeps milliseconds in 64 bits
 class Journal:
     """The journal of a run's folder, opened by the one process that writes it.
 
-    points: {(key, step): value} of all attempts so far. attempt: the number of this attempt. periods: `log_every` of the
-    attempts before. On a full disk lines wait in memory, at the cost of one warning.
+    points: {(key, step): value} of all attempts so far. attempt: the number of this attempt. periods: `log_every` of
+    attempts before this one. On a full disk lines wait in memory, at the cost of one warning.
 
     Raises:
         OSError: the file can't be opened or made, or is not a regular file of its own (a link, a pipe).

@@ -241,11 +241,11 @@ class Histories(RuleBasedStateMachine):
         self.move_unreadable_away()
         whole = whole_checkpoints(self.run_dir)
         first = max(whole, default=0)
+        pending = len(content_of(whole[first])["losses"]["rows"]) if whole else 0
         self.is_exact = self.is_exact and split == "one rank"
         code, said = self.run(split, changes, fault)
         if begun := re.search(r"from step (\d+) to", said):
             assert int(begun[1]) == first, said
-            pending = len(content_of(whole[first])["losses"]["rows"]) if whole and whole[first].exists() else 0
             self.begun(Attempt(first, first - pending, changes["tracking.log_every"], changes["eval.every"]))
         self.check_exit(code, said, fault)
         self.check_checkpoints(first)
