@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncNormalize
 
 from benchmarks.harness import Report, Row, interleave, ratio_column, synchronizer
-from dist_deeplab.distributed.process_group import DistEnv, process_group
+from dist_deeplab.distributed.process_group import DistEnv, backend_of, process_group
 from dist_deeplab.model import batch_norm, sync_batch_norm
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 
