@@ -15,19 +15,17 @@ or none failed but some were stopped (max_hours): run it again.
 
 import argparse
 import logging
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
 from dist_deeplab import config as configuration
 from dist_deeplab.command_line import command_name
+from dist_deeplab.commands.stop_between import StopBetween
 from dist_deeplab.comparison import report
 from dist_deeplab.comparison.record import RunRecord, read_folder
 from dist_deeplab.config import RunConfig
@@ -221,32 +219,6 @@ def run_all(sweep: Sweep, *, num_processes: int) -> Ended:
             log.warning("%s failed, see above; continuing with the others", child.config.name)
             ended.failed.append(child.config.name)
     return ended
-
-
-class StopBetween:
-    """Ends the training when the sweep is to end, by SIGTERM, on which it saves; nothing is left on the GPUs.
-
-    On SIGINT, SIGTERM, and SIGHUP, which a dropped connection sends, unless that is ignored (`nohup`).
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._process: subprocess.Popen[bytes] | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._receive)
-
-    def run(self, command: Sequence[str]) -> int:
-        """Run a command to its end and return its exit code."""
-        with subprocess.Popen(command, start_new_session=True) as self._process:
-            if self.requested:
-                self._process.terminate()
-            return self._process.wait()
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
 
 
 def is_finished(child: Child) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import TrainingError, UserError
 from dist_deeplab.files import NonEssentialWrites, replace_text
 from dist_deeplab.redaction import redact, shown_url
 from dist_deeplab.tracking.background_files import BackgroundFiles
@@ -115,7 +115,8 @@ class JournalTracker(Tracker):
         self.uploader: UploaderProcess | None = None
         self.status = RunStatus(run_dir, attempt=self.journal.attempt)
         self._files = BackgroundFiles()
-        self._divergence, self._computed = Divergence(), _COMPUTED
+        self._divergence = Divergence()
+        self._computed: tuple[str, ...] = _COMPUTED
         self._cost: CostAtStep | None = CostAtStep(Cost(self.journal.points, world_size, running_s=running_s))
         self._describe: Callable[[], None] | None = None
         self._describe_if_possible = NonEssentialWrites("run.json, config.yaml")
@@ -123,7 +124,7 @@ class JournalTracker(Tracker):
     def start(self, **facts: object) -> None:
         """Record that an attempt begins. With another `log_every` than before, means over steps do not compare."""
         if self.journal.periods - {facts.get("log_every")}:
-            self._computed = tuple(set(_COMPUTED) - {"train/"})
+            self._computed = tuple(prefix for prefix in _COMPUTED if prefix != "train/")
         self._append({"status": "RUNNING", **facts, "attempt": self.journal.attempt})
         self.status.begin()
 
@@ -221,12 +222,18 @@ def open_tracker(
         run_info: plain values for `run.json`: name, parameters, tags, and what else `RunFile` has.
 
     Raises:
-        OSError: the journal can't be opened or made.
+        TrainingError: the journal can't be opened or made.
     """
     if reporting.system_metrics:
         env.on_each_node(start_system_metrics, run_dir, host_name())
     running_s = max(0.0, time.time() - psutil.Process().create_time())
-    tracker = env.on_main(lambda: JournalTracker(run_dir, env.world_size, running_s=running_s))
+    try:
+        tracker = env.on_main(lambda: JournalTracker(run_dir, env.world_size, running_s=running_s))
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write to {run_dir / JOURNAL} ({error.strerror or error}), without which there is no run; make "
+            "room or give permission, then the same command resumes"
+        ) from None
     if tracker is None:
         return Tracker()
     attempt, uri = tracker.journal.attempt, reporting.uri

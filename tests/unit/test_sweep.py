@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_deeplab import sweep as sweep_module
+from dist_deeplab.commands import stop_between
 from dist_deeplab.config import RunConfig, config_to_yaml, flatten, load_config
 from dist_deeplab.sweep import StopBetween, is_finished, main, plan
 
@@ -58,7 +58,7 @@ class Trainings:
 def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
     trainings = Trainings()
     monkeypatch.setattr(StopBetween, "run", lambda stop, command: trainings.run(stop, command))
-    monkeypatch.setattr(sweep_module.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(stop_between.signal, "signal", lambda number, handler: None)
     return trainings
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.errors import TrainingError
 from dist_deeplab.tracking import tracker as tracker_module
 from dist_deeplab.tracking.mlflow import process as uploader_process
 from dist_deeplab.tracking.mlflow.process import Upload, UploaderProcess
@@ -49,6 +50,12 @@ def open_here(run_dir: Path, **changes: Any) -> Tracker:
 
 
 # --- points -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_journal_that_cannot_be_opened_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl \(Is a directory\).* the same command resumes"):
+        open_here(tmp_path)
 
 
 @pytest.mark.parametrize(("periods", "compared"), [((3, 3), True), ((3, 1), False), ((3, 1, 3), False)])
