@@ -33,7 +33,7 @@ def check_collectives(env: DistEnv) -> None:
 def check_step(env: DistEnv) -> None:
     torch.manual_seed(0)
     net = DeepLabV2("resnet_tiny", 5, norm=norm_factory("sync"))
-    group = separate_group(env)
+    group = separate_group(env.device)
     use_group(net, group)
     model = prepare_model(MultiScale(net), env).train()
     image = torch.randn(2, 3, 65, 65, generator=torch.Generator().manual_seed(env.rank)).to(env.device)
