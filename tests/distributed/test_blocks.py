@@ -1,4 +1,4 @@
-"""A run with `data.shuffle=blocks` that is killed on one rank, then on two, continues to the weights of one that is not."""
+"""A run of `data.shuffle=blocks`, killed on one rank and on two, continues to the weights of an undisturbed one."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def weights_at(step: int, run_dir: Path) -> torch.Tensor:
 def test_a_run_of_blocks_killed_on_one_and_two_ranks_ends_as_an_undisturbed_one(
     run_ranks: Run, sample_shards: Path, tmp_path: Path
 ) -> None:
-    """On one rank again to the last bit; on two and three ranks with the same samples, so that only rounding differs."""
+    """On one rank to the last bit; on two and three ranks with the same samples, so that only rounding differs."""
     assert train.main(arguments(sample_shards, tmp_path / "undisturbed")) == 0
     undisturbed = tmp_path / "undisturbed/run"
 
