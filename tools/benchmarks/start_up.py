@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -51,6 +51,7 @@ def in_new_process(function: "partial[T]") -> T:
 
 
 def _quietly(function: "partial[T]") -> T:
+    set_start_method("fork", force=True)  # of loader workers, as in a run; a spawned process passes on its own
     with contextlib.redirect_stdout(io.StringIO()):  # what a run says about itself
         return function()
 
