@@ -62,8 +62,15 @@ def prepare_model(
 
 
 def separate_group(device: torch.device) -> "dist.ProcessGroup | None":
-    """Another process group of all ranks, for collectives that must not queue up behind DDP's; None for one rank."""
-    return dist.new_group(backend=backend_of(device)) if get_world_size() > 1 else None
+    """Another process group of all ranks, for collectives that must not queue up behind DDP's; None for one rank.
+
+    It has the default group's time limit: NCCL's own is 10 minutes, and the main rank may draw or save for longer.
+    """
+    if get_world_size() == 1:
+        return None
+    assert dist.group.WORLD is not None
+    limit = dist.group.WORLD._get_backend(device).options._timeout
+    return dist.new_group(backend=backend_of(device), timeout=limit)
 
 
 def _all_reduce_in_bf16(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
