@@ -12,7 +12,7 @@ import json
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -36,6 +36,7 @@ from dist_deeplab.distributed import process_group
 from dist_deeplab.distributed.meter import peak_memory_bytes
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.rendezvous import Member
+from dist_deeplab.training import builders
 from dist_deeplab.training.data_builders import build_train_loader
 from dist_deeplab.training.run import Run
 from dist_deeplab.training.state import TrainState
@@ -104,7 +105,7 @@ def simulated_ranks(ranks: int, received: list[float]) -> Iterator[None]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    init, new_group, gather = dist.init_process_group, dist.new_group, dist.all_gather
+    init, gather = dist.init_process_group, dist.all_gather
 
     def all_gather(parts: list[torch.Tensor], own: torch.Tensor, **options: Any) -> Any:
         received.append((ranks - 1) * own.nbytes)
@@ -120,16 +121,16 @@ def simulated_ranks(ranks: int, received: list[float]) -> Iterator[None]:
     with (
         mock.patch.dict("os.environ", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE="8"),
         mock.patch.object(dist, "init_process_group", lambda backend, **options: init("fake", **options)),
-        mock.patch.object(dist, "new_group", partial(new_group_of, new_group)),
+        mock.patch.object(builders, "separate_group", fake_group_for),
         mock.patch.object(dist, "all_gather", all_gather),
         mock.patch.object(process_group, "all_reduce_sum", all_reduce_sum),
     ):
         yield
 
 
-def new_group_of(new_group: Callable[..., T], **_: object) -> T:
-    """A group without connections."""
-    return new_group(backend="fake")
+def fake_group_for(device: torch.device) -> dist.ProcessGroup:
+    """What `separate_group` opens, without connections."""
+    return dist.new_group(backend="fake")
 
 
 def answer_for_the_others(port: int, ranks: int) -> None:
