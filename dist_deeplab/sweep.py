@@ -25,12 +25,12 @@ from rich.console import Console
 
 from dist_deeplab import config as configuration
 from dist_deeplab.command_line import command_name
-from dist_deeplab.commands.stop_between import StopBetween
 from dist_deeplab.comparison import report
 from dist_deeplab.comparison.record import RunRecord, read_folder
 from dist_deeplab.config import RunConfig
 from dist_deeplab.config.grid import expand
 from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.distributed.stop_between import StopBetween
 from dist_deeplab.errors import STOPPED_EARLY, UserError, one_line_errors
 from dist_deeplab.files import prepare_folder
 from dist_deeplab.logs import format_count, setup_logging

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_deeplab.commands import stop_between
 from dist_deeplab.config import RunConfig, config_to_yaml, flatten, load_config
+from dist_deeplab.distributed import stop_between
 from dist_deeplab.sweep import StopBetween, is_finished, main, plan
 
 GRID = ["name=poly", "optim.power=0.8,0.9,1.0", "max_steps=9", "tracking.uri=none"]

@@ -1,4 +1,4 @@
-"""Commands that run others one after the other, and what stops them."""
+"""What ends the commands that a command runs one after the other, when it is to end itself."""
 
 import signal
 import subprocess
