@@ -19,7 +19,7 @@ from tests.processes import ranks_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(420)]
 
-MAX_STEPS = 24
+MAX_STEPS = 12  # rounding doubles every two steps: more would be compared with more tolerance
 SMALL = [
     *("model.backbone=resnet_tiny", "precision.dtype=fp32", "data.crop_size=65", "data.num_workers=1"),
     *("data.shuffle=blocks", "data.window_shards=1", "data.canonical_groups=2"),  # three shards: several windows
@@ -61,13 +61,13 @@ def test_a_run_of_blocks_killed_on_one_and_two_ranks_ends_as_an_undisturbed_one(
     undisturbed = tmp_path / "undisturbed/run"
 
     one = arguments(sample_shards, tmp_path / "one")
-    kill_after(4, [sys.executable, "-m", "dist_deeplab.train", *one], tmp_path / "one/run")
+    kill_after(2, [sys.executable, "-m", "dist_deeplab.train", *one], tmp_path / "one/run")
     shutil.copytree(tmp_path / "one", tmp_path / "more")
     assert train.main(one) == 0
     assert weights_sha256(tmp_path / "one/run") == weights_sha256(undisturbed)
 
     more = ["-m", "dist_deeplab.train", *arguments(sample_shards, tmp_path / "more")]
-    kill_after(10, torchrun_command(2, *more), tmp_path / "more/run")
+    kill_after(6, torchrun_command(2, *more), tmp_path / "more/run")
     resumed = run_ranks(3, *more)
     assert resumed.returncode == 0, resumed.stderr
     expected = weights_at(MAX_STEPS, undisturbed)
