@@ -214,7 +214,10 @@ def _merge_in_place(
 
 
 def _require_two_values(input: torch.Tensor, count: torch.Tensor) -> None:
-    """Refuse a batch that has no variance, by the ranks' counts or their sum; only ranks with less than two values need to look (their host waits)."""
+    """Refuse a batch that has no variance; only ranks with less than two values need to look (their host waits).
+
+    count: number of values per channel, in all or of each rank.
+    """
     if input.numel() <= input.shape[1] and count.sum() < 2:
         raise ValueError("expected more than one value per channel over all ranks when training")
 
@@ -246,17 +249,16 @@ class _SyncNormalizeByKernels(torch.autograd.Function):
             mean, invstd = running_mean.new_zeros(channels), running_mean.new_ones(channels)
         num_values = input.numel() // channels
         if _gathers():
-            local = torch.cat([mean, invstd, mean.new_full((1,), num_values)])
+            local = torch.cat([mean, invstd, mean.new_full((1,), num_values or _NOTHING)])  # 0 of 0: NaN in the kernel
             means, invstds, counts = _gather(local, group).view(-1, local.numel()).split([channels, channels, 1], dim=1)
-            positive = counts.reshape(-1).clamp(min=_NOTHING)  # 0 of 0 values would be NaN in the kernel
+            counts = counts.reshape(-1)
         else:
             means, invstds, counts = _merge_in_place(mean, invstd, num_values, pivot=running_mean, eps=eps, group=group)
-            positive = counts
         _require_two_values(input, counts)
         mean, invstd = torch.batch_norm_gather_stats_with_counts(
-            input, means, invstds, running_mean, running_var, momentum, eps, positive
+            input, means, invstds, running_mean, running_var, momentum, eps, counts
         )
-        ctx.save_for_backward(input, weight, mean, invstd, counts.reshape(-1).to(torch.int32))
+        ctx.save_for_backward(input, weight, mean, invstd, counts.to(torch.int32))
         ctx.group = group
         if not input.numel():
             return torch.empty_like(input)
