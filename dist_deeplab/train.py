@@ -109,8 +109,8 @@ def train(run: Run, model: nn.Module, state: TrainState, *, trace: Path | None =
         return 0
 
     # --- 2. Data, update, tracking ------------------------------------------------------------------------------------
-    batches = build_train_loader(run, start=state.step)
-    update = build_step(run, state, model)
+    step = build_step(run, state, model)
+    inputs = step.inputs.ahead(build_train_loader(run, start=state.step), lambda: bool(stop))
     bad_samples = BadSamples.open(config.run_dir, config.data.max_bad_samples, run.env, start=state.step)
     run = replace(run, tracker=build_tracker(run))
 
@@ -119,13 +119,13 @@ def train(run: Run, model: nn.Module, state: TrainState, *, trace: Path | None =
         if state.pending_evaluation and evaluate_and_save(run, state):
             return stop_early(run, state)
         meter.start(images_per_s_at_peak(run, state.net))
-        for _, micro_batches in run.session.steps(profiled(batches, trace, num_steps=config.max_steps - state.step)):
+        for step_input in run.session.steps(profiled(inputs, trace, num_steps=config.max_steps - state.step)):
             rates = set_lr(state.optimizer, poly_lr(state.schedule_step, config.optim, max_steps=config.max_steps))
             with explained_out_of_memory(config, run.split):
-                result = update(micro_batches, stop=bool(stop))
+                result = step.update(step_input)
             meter.waited(result.wait_s)
-            state.advance(result, micro_batches)
-            bad_samples.take(state.step, micro_batches, result.num_bad)
+            state.advance(result, step_input.batches)
+            bad_samples.take(state.step, step_input.batches, result.num_bad)
             if state.step == config.max_steps or is_due(state.step, config.tracking.log_every):
                 values = window_values(run, state, rates)
                 run.tracker.log(state.step, values | bad_samples.values())

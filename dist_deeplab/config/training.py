@@ -214,6 +214,8 @@ class SpeedConfig(Section):
     """All-reduce gradients in bf16: half the traffic between nodes, rounded gradients."""
     static_graph: Annotated[bool, EXECUTION] = False
     """Promise DDP that the network never changes: the same gradients; no faster on two CPU ranks."""
+    cuda_graph: Annotated[bool, EXECUTION] = False
+    """Launch the network as CUDA graphs, which is compared with plain launches first. Not tried on a GPU yet."""
 
     @model_validator(mode="after")
     def _compile_or_recompute(self) -> "SpeedConfig":

@@ -112,7 +112,7 @@ def check_devices(env: DistEnv) -> list[Finding]:
 
 
 def check_open_files(env: DistEnv) -> Finding:
-    """Whether each process may open a connection to each other one, as gloo does."""
+    """Whether each process may open a connection to each other one, as gloo does and rank 0's store."""
     soft, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 4 * env.world_size + 256
     enough = soft == resource.RLIM_INFINITY or soft >= needed
     remedy = "" if enough else f"; {needed} may be needed: raise `ulimit -n`"

@@ -13,10 +13,11 @@ import psutil
 
 _ANY_PORT = 9  # discard; nothing is sent: connecting a UDP socket only chooses a route
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"  # NCCL chooses well by itself on most hosts
 
 
 def raise_file_limit() -> None:
-    """Raise the soft limit of open files to the hard one: gloo opens a connection to each other rank."""
+    """Raise the soft limit of open files to the hard one: rank 0's store, and gloo, have a connection to each rank."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # some systems refuse an unlimited number
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

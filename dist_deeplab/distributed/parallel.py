@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.distributed.process_group import DistEnv, backend_of, get_world_size
 from dist_deeplab.distributed.replicas import check_replicas
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -61,9 +61,16 @@ def prepare_model(
     return wrapped
 
 
-def separate_group(env: DistEnv) -> "dist.ProcessGroup | None":
-    """A second process group of all ranks, for collectives that must not queue up behind DDP's; None for one rank."""
-    return dist.new_group(backend="nccl" if env.device.type == "cuda" else "gloo") if env.world_size > 1 else None
+def separate_group(device: torch.device) -> "dist.ProcessGroup | None":
+    """Another process group of all ranks, for collectives that must not queue up behind DDP's; None for one rank.
+
+    It has the default group's time limit: NCCL's own is 10 minutes, and the main rank may draw or save for longer.
+    """
+    if get_world_size() == 1:
+        return None
+    assert dist.group.WORLD is not None
+    limit = dist.group.WORLD._get_backend(device).options._timeout
+    return dist.new_group(backend=backend_of(device), timeout=limit)
 
 
 def _all_reduce_in_bf16(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dist_deeplab.distributed.network import GLOO_INTERFACE, choose_gloo_interface, raise_file_limit
+from dist_deeplab.distributed.network import GLOO_INTERFACE, NCCL_INTERFACE, choose_gloo_interface, raise_file_limit
 from dist_deeplab.distributed.rendezvous import Rendezvous, rendezvous
 from dist_deeplab.distributed.time_limit import within
 from dist_deeplab.errors import UserError, first_line
@@ -26,6 +26,7 @@ STARTUP_TIMEOUT_S = 600.0
 HANG_TIMEOUT_S = 1800.0  # covers the main rank drawing figures or saving to a slow disk while others wait
 _LATER_S = 60.0  # collectives time out this much later than the watchdog, whose message says more
 _DESTROY_WAIT_S = 60.0
+_INTERFACES = {"gloo": GLOO_INTERFACE, "nccl": NCCL_INTERFACE}
 _SLURM_PORTS = (20000, 12000)  # first port and how many: below the ephemeral ones (32768 and up)
 
 T = TypeVar("T")
@@ -121,7 +122,7 @@ def _integer(environ: Mapping[str, str], name: str, default: int | None = None) 
 def process_group(
     env: DistEnv, *, startup_timeout_s: float = STARTUP_TIMEOUT_S, hang_timeout_s: float = HANG_TIMEOUT_S
 ) -> Iterator[dist.Store | None]:
-    """Hold the default process group open: gloo for CPU tensors, NCCL for CUDA tensors. Nothing at world size 1.
+    """Hold the default process group open: NCCL where the ranks have GPUs, else gloo. Nothing at world size 1.
 
     It is destroyed on success only. After an error the process must print it and end by `hard_exit`.
 
@@ -134,7 +135,7 @@ def process_group(
         hang_timeout_s: how long a collective may take.
 
     Raises:
-        UserError: more ranks on this node than GPUs; ranks that did not join; gloo cannot connect them.
+        UserError: more ranks on this node than GPUs; ranks that did not join, or that cannot connect.
     """
     device = env.device
     if device.type == "cuda":
@@ -156,26 +157,38 @@ def process_group(
 def _connect(env: DistEnv, device: torch.device, joined: Rendezvous, *, timeout_s: float) -> None:
     """Open the process group.
 
+    Without gloo where there are GPUs: it connects each rank with each other one, half a million pairs of 1,000.
+
     Raises:
-        UserError: gloo, which connects each rank with each other one, does not reach them.
+        UserError: the other ranks can't be reached.
     """
     raise_file_limit()
-    interface = choose_gloo_interface(joined.members[env.rank].address, [each.address for each in joined.members])
+    backend = backend_of(device)
+    interface = _INTERFACES[backend]
+    if backend == "gloo":
+        choose_gloo_interface(joined.members[env.rank].address, [each.address for each in joined.members])
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            backend,
             store=dist.PrefixStore("process_group", joined.store),
             rank=env.rank,
             world_size=env.world_size,
             timeout=datetime.timedelta(seconds=timeout_s),
         )
+        all_reduce_sum(torch.ones(1)).item()  # NCCL connects at the first collective
     except RuntimeError as error:
         host = joined.members[env.rank].host
+        more = "; NCCL_DEBUG=INFO says more" if backend == "nccl" else ""
         raise UserError(
-            f"rank {env.rank} on {host} can't connect to the other ranks by gloo over the interface "
-            f"{interface or 'of its host name'} ({first_line(error)}); set {GLOO_INTERFACE} on each node to the "
-            "interface that the others reach (`ip -brief address` lists them)"
+            f"rank {env.rank} on {host} can't connect to the other ranks by {backend} over the interface "
+            f"{os.environ.get(interface) or 'of its own choice'} ({first_line(error)}); set {interface} on each node "
+            f"to the interface that the others reach (`ip -brief address` lists them){more}"
         ) from None
+
+
+def backend_of(device: torch.device) -> str:
+    """The backend whose collectives take a device's tensors."""
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def _set_slurm_rendezvous() -> None:
@@ -217,8 +230,16 @@ def ranks_on_host(environ: Mapping[str, str] = os.environ) -> int:
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` over all ranks, in place, and return it."""
     if _active():
-        dist.all_reduce(tensor)
+        on_wire = _on_wire(tensor)
+        dist.all_reduce(on_wire)
+        if on_wire is not tensor:
+            tensor.copy_(on_wire)
     return tensor
+
+
+def _on_wire(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor where the process group takes it; NCCL takes none of the CPU, so there the host waits for a copy."""
+    return tensor.cuda() if dist.get_backend() == "nccl" else tensor
 
 
 def broadcast_from_main(value: T) -> T:
@@ -239,20 +260,21 @@ def gather_bytes(own: bytes) -> list[bytes]:
 def _gather_bytes(own: bytes, *, only_main: bool) -> list[bytes]:
     if not _active():
         return [own]
-    world_size = dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     sizes = torch.zeros(world_size, dtype=torch.int64)
-    if not only_main or dist.get_rank() == 0:
-        sizes[dist.get_rank()] = len(own)
-    dist.all_reduce(sizes)
+    if not only_main or rank == 0:
+        sizes[rank] = len(own)
+    all_reduce_sum(sizes)
     padded = torch.zeros(max(1, int(sizes.max())), dtype=torch.uint8)
-    if sizes[dist.get_rank()]:
+    if sizes[rank]:
         padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    on_wire = _on_wire(padded)
     if only_main:
-        dist.broadcast(padded, src=0)
-        return [padded[: int(sizes[0])].numpy().tobytes()]
-    everything = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(everything, padded)
-    return [tensor[:size].numpy().tobytes() for tensor, size in zip(everything, sizes.tolist(), strict=True)]
+        dist.broadcast(on_wire, src=0)
+        return [on_wire.cpu()[: int(sizes[0])].numpy().tobytes()]
+    everything = on_wire.new_empty(world_size, len(on_wire))
+    dist.all_gather(list(everything), on_wire)
+    return [row[:size].numpy().tobytes() for row, size in zip(everything.cpu(), sizes.tolist(), strict=True)]
 
 
 def _to_json(value: object) -> bytes:

@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 class RankTimes:
     """Writes `logs/rank_times.jsonl`: {"step", "data_s": [rank 0, rank 1 ...], "compute_s": ..., "wait_s": ...}.
 
-    Seconds per step as the host sees them: data is the wait for the loader; wait is the time from this rank's arrival
-    at a step to the last rank's; compute is the rest. (On a GPU the host runs ahead: there, a slow device shows as
-    `wait` of all the others.)
+    Seconds per step as the host sees them: data is the wait for the loader; wait is how long after this rank the last
+    one had its images of a step, which all wait for inside the step before; compute is the rest. (On a GPU the host
+    runs ahead: there, a slow device shows as `wait` of all the others.)
     """
 
     def __init__(self, env: DistEnv, folder: Path) -> None:
@@ -31,7 +31,7 @@ class RankTimes:
         self._writing = NonEssentialWrites(str(self.path))
 
     def record(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        """Share the meter's `time/*_s` values with all ranks (a small gloo all-reduce); every rank must call it.
+        """Share the meter's `time/*_s` values with all ranks (a small all-reduce); every rank must call it.
 
         Returns:
             The largest of each as metric points, where there are several ranks.

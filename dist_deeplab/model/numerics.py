@@ -40,10 +40,10 @@ def allow_tf32(dtype: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
 
 
-def autocast(dtype: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context in which a network computes in a `precision.dtype`."""
+def autocast(dtype: str, device: torch.device, *, cache: bool = True) -> AbstractContextManager[Any]:
+    """The context in which a network computes in a `precision.dtype`; `cache` the weights' copies until it is left."""
     lower = AUTOCAST.get(dtype)
-    return torch.autocast(device.type, dtype=lower, enabled=lower is not None)
+    return torch.autocast(device.type, dtype=lower, enabled=lower is not None, cache_enabled=cache)
 
 
 def fastest_dtype(device: torch.device, *, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

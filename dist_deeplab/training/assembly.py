@@ -19,6 +19,7 @@ from dist_deeplab.training.builders import (
     network_variant,
     starting_weights,
 )
+from dist_deeplab.training.cuda_graph import require_cuda_graph
 from dist_deeplab.training.memory import find_micro_batch_size
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import choose_precision
@@ -52,6 +53,8 @@ def assemble(
     weights = None if saved else starting_weights(config)
     variant = network_variant(config, saved.variant if saved else weights.variant if weights else SCRATCH)
     split = find_micro_batch_size(config, env, split, variant, saved.micro_size if saved else 0)
+    if config.speed.cuda_graph:
+        require_cuda_graph(config, env, split)
     run = Run(config, env, split, variant, train_set, val_set, session, checkpoints)
     net = build_network(config, split, variant, weights)
     model = build_model(config, env, net)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from dist_deeplab.checkpointing.folder import CheckpointFolder
 from dist_deeplab.config import RunConfig, config_to_dict, config_to_yaml
 from dist_deeplab.data.order import BatchSplit
-from dist_deeplab.distributed.parallel import prepare_model, separate_group
+from dist_deeplab.distributed.parallel import prepare_model, separate_group, unwrap
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.session import TrainingSession, training_session
 from dist_deeplab.errors import UserError
@@ -24,6 +24,7 @@ from dist_deeplab.model.weights import Variant, Weights, fit_weights, load_weigh
 from dist_deeplab.tracking.tracker import Reporting, Tracker, open_tracker, resolve_uri
 from dist_deeplab.training.apex import INSTEAD_OF_AMP, INSTEAD_OF_SGD, require_apex
 from dist_deeplab.training.apex_precision import ApexPrecision
+from dist_deeplab.training.cuda_graph import graph_network
 from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.loss_window import LossWindow
 from dist_deeplab.training.memory import explained_out_of_memory
@@ -150,7 +151,7 @@ def build_model(config: RunConfig, env: DistEnv, net: DeepLabV2) -> nn.Module:
     speed = config.speed
     # Measured algorithms would be other ones after a restart.
     torch.backends.cudnn.benchmark = speed.cudnn_benchmark and not config.deterministic
-    use_group(net, separate_group(env))
+    use_group(net, separate_group(env.device))
     return prepare_model(
         MultiScale(net, config.multi_scale.scales, full_grid=config.multi_scale.full_grid),
         env,
@@ -200,6 +201,9 @@ def build_step(run: Run, state: TrainState, model: nn.Module) -> TrainStep:
         TrainingError: out of memory.
     """
     config = run.config
+    if config.speed.cuda_graph:  # the weights are the run's now, and so is what the graph has computed of them
+        with explained_out_of_memory(config, run.split):
+            graph_network(unwrap(model), _random_images(config, run), config.precision.dtype)
     step = TrainStep(
         model,
         state.optimizer,
@@ -212,3 +216,9 @@ def build_step(run: Run, state: TrainState, model: nn.Module) -> TrainStep:
         with explained_out_of_memory(config, run.split):
             step.warm_up(micro_size=run.split.largest, crop_size=config.data.crop_size)
     return step
+
+
+def _random_images(config: RunConfig, run: Run) -> torch.Tensor:
+    """Normal numbers of the shape of a micro-batch, on the rank's device."""
+    shape = (run.split.largest, 3, config.data.crop_size, config.data.crop_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(run.env.device)

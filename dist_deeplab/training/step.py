@@ -1,6 +1,6 @@
 """One optimizer update: where accumulation, precision and gradient synchronisation meet, and nowhere else."""
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,16 @@ from torch.profiler import record_function
 
 from dist_deeplab.data.batch import Batch, blank_batch
 from dist_deeplab.distributed.parallel import gradient_sync, unwrap
-from dist_deeplab.distributed.process_group import all_reduce_sum, get_world_size
+from dist_deeplab.distributed.process_group import get_world_size
+from dist_deeplab.distributed.rank_sums import RankSums
 from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.preprocessing import Preprocessing
+from dist_deeplab.training.buffers import copy_buffers, restore_buffers
+from dist_deeplab.training.cuda_graph import is_graphed, zero_gradients
 from dist_deeplab.training.device_copy import DeviceCopier
-from dist_deeplab.training.loss import CrossEntropy, cross_entropy_sum, sample_label
+from dist_deeplab.training.loss import CrossEntropy, cross_entropy_sum
 from dist_deeplab.training.precision import Precision
+from dist_deeplab.training.step_input import MicroBatch, StepInput, StepInputs
 
 
 @dataclass
@@ -31,7 +35,7 @@ class StepResult:
     skipped: bool; whether no update was made, because the gradient was not finite.
     stop: whether a rank was asked to stop.
     num_bad: samples of the step, over all ranks, in whose place others had to be taken.
-    wait_s: how long this rank waited for the last one to arrive at the step.
+    wait_s: how long after this rank the last one had the step's batches.
     """
 
     losses: dict[str, torch.Tensor]
@@ -44,65 +48,67 @@ class StepResult:
     wait_s: float = 0.0
 
 
-@dataclass
 class TrainStep:
-    """Runs optimizer updates on a prepared model; holds no state of its own."""
+    """Runs optimizer updates on a prepared model; every rank makes the same calls.
 
-    model: nn.Module
-    optimizer: Optimizer
-    precision: Precision
-    preprocessing: Preprocessing
-    loss: CrossEntropy
-    clip_norm: float = 0.0
+    inputs: makes what an update takes from a loader's batches.
+    """
 
-    def __post_init__(self) -> None:
-        self.copy_to_device = DeviceCopier(self.precision.device)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        precision: Precision,
+        preprocessing: Preprocessing,
+        loss: CrossEntropy,
+        clip_norm: float = 0.0,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.precision = precision
+        self.preprocessing = preprocessing
+        self.ignore_label = loss.ignore_label
+        self.clip_norm = clip_norm
+        self.copy_to_device = DeviceCopier(precision.device)
+        network = unwrap(model)
+        assert isinstance(network, MultiScale)
+        self.is_graphed = is_graphed(network)
+        self.inputs = StepInputs(loss, network.output_sizes, RankSums(precision.device))
 
-    def __call__(self, micro_batches: list[Batch], *, stop: bool = False) -> StepResult:
-        """Make one update from this rank's micro-batches (CPU tensors); every rank must call it.
+    def __call__(self, micro_batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
+        """Make one update from this rank's micro-batches (CPU tensors), which are prepared just now.
 
-        Each rank has the same number of them, at least one; they may be of any sizes, also of no images.
-
-        `stop` says that this rank was asked to stop. There is no host-device synchronisation.
+        Each rank has the same number of them, at least one; they may be of any sizes, also of no images. `stop` says
+        that this rank was asked to stop.
         """
-        # 1. Count valid pixels (or their weight) of all ranks before the first backward, on the CPU where the labels
-        #    still are: one small gloo all-reduce, which also carries stop requests and the number of bad samples.
-        #    float64 holds numbers of pixels exactly.
-        sizes = self._output_sizes(micro_batches[0])
-        labels = [{name: sample_label(b.label, size) for name, size in sizes.items()} for b in micro_batches]
-        pixel_weights = [self._pixel_weights(label) for label in labels]
-        counts = [
-            self.loss.divisor([label[name] for label in labels], [w[name] for w in pixel_weights if w])
-            for name in sizes
-        ]
-        num_bad = sum(len(batch.bad) for batch in micro_batches)
-        arrived = time.perf_counter()
-        totals = all_reduce_sum(torch.tensor([*counts, int(stop), num_bad], dtype=torch.float64)).tolist()
-        *counts, stops, num_bad = totals
-        wait_s = time.perf_counter() - arrived
-        # 2. DDP averages gradients over the ranks, so each rank's sum is multiplied by their number. All-void: 0.
-        world_size = get_world_size()
-        scales = {name: world_size / (count or 1.0) for name, count in zip(sizes, counts, strict=True)}
-        # 3. Forward and backward; gradients are reduced on the last micro-batch only.
-        self.optimizer.zero_grad()  # sets None; apex's FusedSGD takes no argument
+        return self.update(self.inputs.prepare(micro_batches, stop=stop))
+
+    def update(self, step_input: StepInput) -> StepResult:
+        """Make one update. The host waits for the ranks' sums alone, which were asked for before."""
+        # 1. The factors of the losses, which stay on the device.
+        scales = step_input.loss_scales()
+        # 2. Forward and backward; gradients are reduced on the last micro-batch only.
+        self._zero_gradients()
         buffers = copy_buffers(self.model)
         sums: dict[str, torch.Tensor] = {}
         micro_losses = []
-        last = len(micro_batches) - 1
-        for i, (batch, label, weight) in enumerate(zip(micro_batches, labels, pixel_weights, strict=True)):
+        last = len(step_input.micro_batches) - 1
+        for i, micro_batch in enumerate(step_input.micro_batches):
             with gradient_sync(self.model, enabled=i == last):
-                losses = self._forward(batch, label, weight, scales)
+                losses = self._forward(micro_batch, scales)
                 total = torch.stack(list(losses.values())).sum()
                 self.precision.backward(total, last=i == last)
             micro_losses.append(total.detach())
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.detach()
-        # 4. Update; a skipped one leaves no trace, in the running statistics neither.
+        # 3. Update; a skipped one leaves no trace, in the running statistics neither.
         scale = self.precision.loss_scale()
         skipped, grad_norm = self.precision.step(self.optimizer, self.clip_norm)
         restore_buffers(self.model, buffers, where=skipped)
-        shares = {name: loss / world_size for name, loss in sums.items()}
-        return StepResult(shares, micro_losses, grad_norm, scale, skipped, stops > 0, int(num_bad), wait_s)
+        shares = {name: loss / get_world_size() for name, loss in sums.items()}
+        # 4. What the ranks agreed on meanwhile.
+        agreed = step_input.stop(), step_input.num_bad(), step_input.sums.wait_s()
+        return StepResult(shares, micro_losses, grad_norm, scale, skipped, *agreed)
 
     def warm_up(self, *, micro_size: int, crop_size: int) -> None:
         """Run one forward and backward on blank images and restore all that they changed; every rank must call it.
@@ -110,64 +116,30 @@ class TrainStep:
         DDP reduces the gradients of a process's first backward in other buckets than the later ones, so in another
         order of summation. Without this the first step after a restart would differ in its last bits.
         """
-        blank = blank_batch(micro_size, crop_size)
-        sizes = self._output_sizes(blank)
-        label = {name: sample_label(blank.label, size) for name, size in sizes.items()}
+        blank = self.inputs.micro_batch(blank_batch(micro_size, crop_size))
         buffers = copy_buffers(self.model)
-        losses = self._forward(blank, label, self._pixel_weights(label), dict.fromkeys(sizes, 0.0))
+        losses = self._forward(blank, torch.zeros(len(blank.labels), device=self.precision.device))
         self.precision.backward(torch.stack(list(losses.values())).sum())
-        self.optimizer.zero_grad()  # sets None; apex's FusedSGD takes no argument
+        self._zero_gradients()
         restore_buffers(self.model, buffers, where=torch.tensor(True, device=self.precision.device))
 
-    def _output_sizes(self, batch: Batch) -> dict[str, tuple[int, int]]:
-        net = unwrap(self.model)
-        assert isinstance(net, MultiScale)
-        return net.output_sizes((batch.label.shape[1], batch.label.shape[2]))
-
-    def _pixel_weights(self, label: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Each output's pixel weights; empty where all pixels count alike."""
-        return {name: self.loss.weigh(target) for name, target in label.items()} if self.loss.is_weighted else {}
+    def _zero_gradients(self) -> None:
+        if self.is_graphed:
+            zero_gradients(self.model)
+        else:
+            self.optimizer.zero_grad()  # sets None; apex's FusedSGD takes no argument
 
     @record_function("forward")
-    def _forward(
-        self,
-        batch: Batch,
-        label: dict[str, torch.Tensor],
-        weight: dict[str, torch.Tensor],
-        scales: dict[str, float],
-    ) -> dict[str, torch.Tensor]:
+    def _forward(self, micro_batch: MicroBatch, scales: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each output's loss times its scale, float32 [] on the device."""
-        image, content, *rest = self.copy_to_device(batch.image, batch.content, *label.values(), *weight.values())
-        targets = dict(zip(label, rest[: len(label)], strict=True))
-        weights = dict(zip(weight, rest[len(label) :], strict=True))
+        batch, labels, weights = micro_batch.batch, micro_batch.labels, micro_batch.weights
+        image, content, *rest = self.copy_to_device(batch.image, batch.content, *labels.values(), *weights.values())
+        on_device = dict(zip(labels, rest[: len(labels)], strict=True))
+        pixel_weights = dict(zip(weights, rest[len(labels) :], strict=True))
+        scale = dict(zip(labels, scales.unbind(), strict=True))
         with self.precision.autocast():
             outputs = self.model(self.preprocessing.normalize(image, content))
         return {
-            name: cross_entropy_sum(logits, targets[name], self.loss.ignore_label, weights.get(name)) * scales[name]
+            name: cross_entropy_sum(logits, on_device[name], self.ignore_label, pixel_weights.get(name)) * scale[name]
             for name, logits in outputs.items()
         }
-
-
-@torch.no_grad()
-def copy_buffers(module: nn.Module) -> dict[torch.dtype, torch.Tensor]:
-    """All buffers of a module, in one flat tensor per dtype."""
-    return {dtype: torch.cat([b.flatten() for b in buffers]) for dtype, buffers in _by_dtype(module).items()}
-
-
-@torch.no_grad()
-def restore_buffers(module: nn.Module, copies: dict[torch.dtype, torch.Tensor], *, where: torch.Tensor) -> None:
-    """Give a module's buffers the copied values if `where` (bool [] on their device) is true, unseen by the host.
-
-    Otherwise a NaN of a skipped update would stay in the running statistics.
-    """
-    for dtype, buffers in _by_dtype(module).items():
-        now = torch.cat([b.flatten() for b in buffers])
-        chosen = torch.where(where, copies[dtype], now).split([b.numel() for b in buffers])
-        torch._foreach_copy_(buffers, [part.view(b.shape) for part, b in zip(chosen, buffers, strict=True)])
-
-
-def _by_dtype(module: nn.Module) -> dict[torch.dtype, list[torch.Tensor]]:
-    groups: dict[torch.dtype, list[torch.Tensor]] = {}
-    for buffer in module.buffers():
-        groups.setdefault(buffer.dtype, []).append(buffer)
-    return groups

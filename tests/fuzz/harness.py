@@ -19,8 +19,8 @@ HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
 MAX_CPU_S = 10.0  # per input: the slowest takes some 0.1
 MAX_GROWTH = 2**28  # bytes of memory per input of at most some 64 kB
-MAX_GROWTH_OF_IMAGES = 2**32  # a few bytes may be an image of as many pixels as the decoder's limit allows
-IMAGES = ("image", "label", "mask", "mask_of_colours", "predicted_image")
+MAX_GROWTH_OF_IMAGES = 2**32  # a few bytes may be an image of as many pixels as OpenCV takes
+IMAGES = ("image", "label")
 MAX_SENTENCE = 1500  # characters, of which paths and lists of what is known take the most
 _NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
 

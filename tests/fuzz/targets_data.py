@@ -11,6 +11,7 @@ from PIL import Image
 
 from dist_deeplab.config.loading import load_config
 from dist_deeplab.data.decode import decode_image, decode_label, decode_packed, encode_label
+from dist_deeplab.data.image_file import DecodeOptions
 from dist_deeplab.data.packing.label_map import LabelMap, read_label_map
 from dist_deeplab.data.packing.labels import decode_mask, read_class_names
 from dist_deeplab.data.packing.lists import read_pair_list
@@ -37,6 +38,7 @@ def _encoded(form: str, mode: str = "RGB") -> bytes:
     return file.getvalue()
 
 
+SMALL = DecodeOptions(max_pixels=2**22)  # a file of 100 bytes may be an image of many pixels, decoded for a minute
 LABEL = encode_label(np.arange(12, dtype=np.uint8).reshape(3, 4))
 
 # --- shards -----------------------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def seeds_label() -> list[bytes]:
 
 
 def fuzz_mask(data: bytes) -> None:
-    decode_mask(data, None)
+    decode_mask(data, None, SMALL)
 
 
 def seeds_mask() -> list[bytes]:
@@ -147,7 +149,7 @@ def seeds_mask() -> list[bytes]:
 
 
 def fuzz_mask_of_colours(data: bytes) -> None:
-    decode_mask(data, LabelMap(Path("map.txt"), {(i, i + 1, i + 2): i % 3 for i in range(0, 254, 3)}))
+    decode_mask(data, LabelMap(Path("map.txt"), {(i, i + 1, i + 2): i % 3 for i in range(0, 254, 3)}), SMALL)
 
 
 def seeds_mask_of_colours() -> list[bytes]:
@@ -157,7 +159,7 @@ def seeds_mask_of_colours() -> list[bytes]:
 
 
 def fuzz_predicted_image(data: bytes) -> None:
-    decode_image(data)
+    decode_image(data, SMALL)
 
 
 def seeds_predicted_image() -> list[bytes]:

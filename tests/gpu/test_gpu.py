@@ -23,6 +23,7 @@ from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.training import memory
+from dist_deeplab.training.cuda_graph import TOLERANCE, graph_network
 from dist_deeplab.training.device_copy import DeviceCopier
 from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.optim import build_optimizer, poly_lr, set_lr
@@ -153,6 +154,22 @@ def test_a_step_never_waits_for_the_device(norm: str, clip_norm: float, device: 
             results.append(step(batches))
             num_skipped = num_skipped + results[-1].skipped.long()
     assert all(not result.skipped and _total(result) > 0 for result in results)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("norm", ["local", "frozen"])
+def test_a_step_of_cuda_graphs_is_that_of_the_plain_network(norm: str, dtype: str, device: str) -> None:
+    """On the CPU tests/unit/training/test_cuda_graph.py shows the same with graphs that a CPU replays."""
+    if device == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
+    plain, graphed, batches = _step(dtype, norm=norm), _step(dtype, norm=norm), _batches(2)
+    images = torch.randn(4, 3, CROP, CROP, device=device).to(memory_format=torch.channels_last)
+    graph_network(graphed.model, images, dtype)
+    step = TrainStep(graphed.model, graphed.optimizer, graphed.precision, CAFFE, CrossEntropy(IGNORE))
+    for _ in range(3):
+        assert _total(step(batches)) == pytest.approx(_total(plain(batches)), rel=0.02)
+        error = (_gradient(step) - _gradient(plain)).norm() / _gradient(plain).norm()
+        assert float(error) <= TOLERANCE[dtype]
 
 
 class EchoWorld:

@@ -1,4 +1,4 @@
-"""Two ranks as users start them: on two GPUs with the mixed gloo and NCCL group, and the same on the CPU with gloo."""
+"""Two ranks as users start them: on two GPUs, all by NCCL, and the same on the CPU with gloo."""
 
 import json
 from pathlib import Path

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncNormalize
 
 from benchmarks.harness import Report, Row, interleave, ratio_column, synchronizer
-from dist_deeplab.distributed.process_group import DistEnv, process_group
+from dist_deeplab.distributed.process_group import DistEnv, backend_of, process_group
 from dist_deeplab.model import batch_norm, sync_batch_norm
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 
@@ -134,8 +134,7 @@ def one_rank_group(env: DistEnv) -> Iterator[None]:
     if env.world_size > 1:
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend_of(env.device), store=dist.HashStore(), rank=0, world_size=1)
     try:
         with mock.patch.object(sync_batch_norm, "is_alone", return_value=False):
             yield

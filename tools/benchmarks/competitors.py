@@ -12,6 +12,7 @@ from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
+from dist_deeplab.training.cuda_graph import graph_network
 from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.optim import build_optimizer
 from dist_deeplab.training.precision import Precision
@@ -28,10 +29,11 @@ OPTIONS = {
     "compile": "speed.compile=true",
     "compress": "speed.compress_gradients=true; on several ranks",
     "static": "speed.static_graph=true; on several ranks",
+    "graph": "speed.cuda_graph=true; one process on a GPU",
 }
-_ON_GPUS, _ON_RANKS = ("nobench", "noupload"), ("compress", "static")
+_ON_GPUS, _ON_RANKS = ("nobench", "noupload", "graph"), ("compress", "static")
 _TAKEN_BACK = ("nchw", "nobench", "forloop", "noupload")  # what is a choice of ours by default
-_EXCLUDE = ({"foreach", "forloop"}, {"recompute", "compile"})
+_EXCLUDE = ({"foreach", "forloop"}, {"recompute", "compile"}, {"graph", "compile"}, {"graph", "recompute"})
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,14 @@ def expand(wanted: list[str | Variant], *, on_gpu: bool, ranks: int) -> list[Var
     """
     dtype = "bf16" if on_gpu else "fp32"
     here = [o for o in OPTIONS if (on_gpu or o not in _ON_GPUS) and (ranks > 1 or o not in _ON_RANKS)]
+    here = [option for option in here if option != "graph" or ranks == 1]  # synchronised batch norm communicates
     plain = [option for option in _TAKEN_BACK if option in here]
     each = [Variant(dtype), *(Variant(dtype, (option,)) for option in here)]
     alone = [Variant("fp32", tuple(plain))]
     alone += [Variant("fp32", tuple(other for other in plain if other != option)) for option in plain]
-    alone += [Variant("fp32", (*plain, option)) for option in here if option in ("recompute", "compile", *_ON_RANKS)]
+    alone += [
+        Variant("fp32", (*plain, option)) for option in here if option in ("recompute", "compile", "graph", *_ON_RANKS)
+    ]
     if on_gpu:
         each += [Variant(other) for other in PRECISIONS if other != dtype]
         alone += [Variant(other, tuple(plain)) for other in PRECISIONS if other != "fp32"]
@@ -86,6 +91,7 @@ def expand(wanted: list[str | Variant], *, on_gpu: bool, ranks: int) -> list[Var
         useless = [option for option in variant.options if option not in here]
         if useless:
             where = "a GPU" if useless[0] in _ON_GPUS else "several ranks: torchrun ... tools/benchmark.py step"
+            where = "one process on a GPU" if useless[0] == "graph" else where
             raise UserError(f"{variant.name[5:]}: {useless[0]} does nothing here; it needs {where}")
     return list(dict.fromkeys(found))
 
@@ -111,6 +117,9 @@ class Ours:
         optimizer = build_optimizer(net, OptimConfig())
         if options & {"foreach", "forloop"}:
             optimizer = unfused(optimizer, foreach="foreach" in options)
+        if "graph" in options:
+            random_images = batches[0].image.to(env.device).float() / 128 - 1
+            graph_network(self.model, random_images, variant.dtype)
         self.step = TrainStep(self.model, optimizer, self.precision, CAFFE, CrossEntropy(IGNORE_LABEL))
         if "noupload" in options:
             self.step.copy_to_device = lambda *tensors: [t.to(env.device, non_blocking=True) for t in tensors]  # type: ignore[assignment]

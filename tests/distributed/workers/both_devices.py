@@ -1,5 +1,7 @@
 """On each rank: the process group reduces tensors of the CPU and of the rank's device; DDP, batch norm's own group and
-a snapshot work on that device. Exits non-zero with the assertion that fails."""
+a snapshot work on that device; sums travel without the host waiting. Exits non-zero with the assertion that fails."""
+
+import time
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from dist_deeplab.distributed.process_group import (
     gather_to_all,
     process_group,
 )
+from dist_deeplab.distributed.rank_sums import RankSums
 from dist_deeplab.distributed.replicas import check_replicas
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
@@ -30,10 +33,24 @@ def check_collectives(env: DistEnv) -> None:
     assert gather_bytes(bytes(env.rank)) == [bytes(rank) for rank in range(env.world_size)]
 
 
+def check_sums_on_their_way(env: DistEnv) -> None:
+    """Two at a time; a rank starts a while after the one before, which knows it afterwards and never waits before."""
+    rank_sums = RankSums(env.device)
+    rank_sums.start([0]).read()  # connected
+    time.sleep(0.5 * env.rank)
+    started = time.perf_counter()
+    first, second = rank_sums.start([env.rank, 1, 0.5]), rank_sums.start([2.0**40 + env.rank])
+    assert time.perf_counter() - started < 0.3, "starting waits for the other rank"
+    assert first.read() == [sum(range(env.world_size)), env.world_size, 0.5 * env.world_size]
+    assert second.on_device().device == env.device
+    assert second.on_device().tolist() == [env.world_size * 2.0**40 + sum(range(env.world_size))]
+    assert (first.wait_s() > 0.2) == (env.rank < env.world_size - 1)
+
+
 def check_step(env: DistEnv) -> None:
     torch.manual_seed(0)
     net = DeepLabV2("resnet_tiny", 5, norm=norm_factory("sync"))
-    group = separate_group(env)
+    group = separate_group(env.device)
     use_group(net, group)
     model = prepare_model(MultiScale(net), env).train()
     image = torch.randn(2, 3, 65, 65, generator=torch.Generator().manual_seed(env.rank)).to(env.device)
@@ -53,5 +70,6 @@ def check_step(env: DistEnv) -> None:
 env = DistEnv.from_environ()
 with process_group(env):
     check_collectives(env)
+    check_sums_on_their_way(env)
     check_step(env)
 hard_exit(0)

@@ -63,7 +63,7 @@ def check(sizes: list[int], memory_format: torch.memory_format) -> None:
 
 env = DistEnv.from_environ()
 with process_group(env):
-    GROUP = separate_group(env)
+    GROUP = separate_group(env.device)
     for sizes in sys.argv[1:]:
         for layout in (torch.contiguous_format, torch.channels_last):
             for sync_batch_norm.GATHER_RANKS in (1, 8):  # sums, and gathered moments

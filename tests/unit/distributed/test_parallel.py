@@ -1,10 +1,14 @@
 """Speed options change the time and the memory of a step, not what it computes."""
 
+import datetime
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from dist_deeplab.distributed.parallel import prepare_model
+from dist_deeplab.distributed import parallel
+from dist_deeplab.distributed.parallel import prepare_model, separate_group
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
@@ -43,3 +47,15 @@ def test_compiled_network_has_the_same_gradients_and_parameter_names(monkeypatch
 def _compile_traced(module: nn.Module, dynamic: bool) -> None:
     compiled = torch.compile(module._call_impl, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     module._compiled_call_impl = compiled  # type: ignore[assignment]
+
+
+def test_another_group_waits_as_long_as_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, cpu = datetime.timedelta(seconds=4711), torch.device("cpu")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    try:
+        monkeypatch.setattr(parallel, "get_world_size", lambda: 2)
+        group = separate_group(cpu)
+        assert group is not None
+        assert group._get_backend(cpu).options._timeout == limit
+    finally:
+        dist.destroy_process_group()

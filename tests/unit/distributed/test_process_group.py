@@ -242,6 +242,40 @@ def test_ranks_that_gloo_cannot_connect_get_a_sentence_with_the_remedy(
         pass
 
 
+def test_what_nccl_does_not_take_travels_as_a_copy_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu: list[torch.Tensor] = []
+
+    def cuda(tensor: torch.Tensor) -> torch.Tensor:
+        on_gpu.append(tensor.clone())
+        return on_gpu[-1]
+
+    reduce, gather = dist.all_reduce, dist.all_gather
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        assert tensor is on_gpu[-1], "a tensor of the CPU"
+        reduce(tensor)
+        tensor.mul_(3)  # as if there were three equal ranks
+
+    def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor) -> None:
+        assert tensor is on_gpu[-1], "a tensor of the CPU"
+        gather(parts, tensor)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+        monkeypatch.setattr(torch.Tensor, "cuda", cuda)
+        monkeypatch.setattr(dist, "all_reduce", all_reduce)
+        own = torch.tensor([1.0, 2.0])
+        assert all_reduce_sum(own) is own
+        assert own.tolist() == [3.0, 6.0]
+        monkeypatch.setattr(dist, "all_reduce", reduce)
+        monkeypatch.setattr(dist, "all_gather", all_gather)
+        assert gather_to_all({"a": [1]}) == [{"a": [1]}]
+        assert broadcast_from_main("x") == "x"
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("problem", ["fails", "is missing", "names nothing"])
 def test_a_scontrol_that_does_not_help_is_named_with_the_remedy(
     joined: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, problem: str

@@ -9,6 +9,7 @@ import torch
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.batch import blank_batch
 from dist_deeplab.data.loader import Batch, collate
+from dist_deeplab.model.batch_norm import FrozenBatchNorm
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.training.loss import CrossEntropy
@@ -280,3 +281,18 @@ def test_a_warm_up_pass_leaves_no_trace(
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
     assert step.optimizer.state_dict()["state"] == {}
+
+
+def test_what_a_frozen_layer_multiplies_by_is_computed_once_in_a_run(
+    make_net: MakeNet, make_batch: MakeBatch, make_step: MakeStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+    compute = FrozenBatchNorm._compute_scale_and_shift
+    monkeypatch.setattr(
+        FrozenBatchNorm, "_compute_scale_and_shift", lambda norm: computed.append(norm) or compute(norm)
+    )
+    net = make_net("frozen")
+    step = make_step(net)
+    for _ in range(3):
+        step([make_batch([0.0]), make_batch([0.5])])
+    assert len(computed) == sum(isinstance(module, FrozenBatchNorm) for module in net.modules())
