@@ -1,5 +1,6 @@
 """Fixtures that start real processes on real (drawn) data, and which tests share a worker of pytest-xdist."""
 
+import gc
 import logging
 import os
 import subprocess
@@ -56,11 +57,20 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """Take all modules and tests out of the garbage collector's way.
+
+    A collection that looks through them takes a second, and the package asks for one at several places.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """What `-n auto` means: a worker for each core, two at least, since slow tests mostly wait."""
+    """What `-n auto` means: a worker for each core and one more, since slow tests mostly wait."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(2, cores), MOST_WORKERS)
+    return min(cores + 1, MOST_WORKERS)
 
 
 def _place(nodeid: str) -> int:
