@@ -50,11 +50,13 @@ group go to whichever worker is free.
 
 
 def pytest_configure() -> None:
-    """One thread, as the commands of `command_environ` have: the order of sums depends on their number.
+    """One thread for this process and for all that it starts: the order of sums depends on their number.
 
-    Beside other workers, and in networks as small as these, a second one costs more than it brings.
+    Beside other workers, and in networks as small as these, a second one costs more than it brings: two threads wait
+    for each other at each operation, on cores that others use.
     """
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_finish() -> None:

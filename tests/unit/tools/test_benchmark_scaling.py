@@ -69,7 +69,10 @@ def test_scaling_simulates_and_checks_against_real_ranks(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     alone, four, real = json.loads(file.read_text())["rows"]
     assert alone["efficiency"] == 1
-    assert 0 < four["efficiency"] < four["frozen_efficiency"] <= 1
+    assert four["efficiency"] == pytest.approx(alone["step_ms"] / four["step_ms"])  # each measured: any load between
+    assert four["step_ms"] == pytest.approx(four["compute_ms"] + four["batch_norm_ms"] + four["gradients_ms"])
+    assert four["batch_norm_ms"] > 0
+    assert 0 < four["frozen_efficiency"] <= 1
     assert real["what"] == "2 real gloo"
     assert real["measured_ms"] > 0 and real["measured_over_simulated"] > 0
 
