@@ -1,5 +1,8 @@
-"""Two ranks as users start them, on two GPUs, all by NCCL. On the CPU, where tests/distributed has two, they run as well,
-so that they work when they meet a GPU: collectives on two ranks, commands on one, in this process."""
+"""Two ranks as users start them, on two GPUs, all by NCCL.
+
+On the CPU, where tests/distributed has two, they run as well, so that they work when they meet a GPU: collectives on
+two ranks, commands on one, in this process.
+"""
 
 import importlib
 import json
