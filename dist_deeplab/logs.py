@@ -1,8 +1,10 @@
 """Logging: the main rank to the terminal and to its file, the others to a file each."""
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def setup_logging(*, to_terminal: bool, rank: int, folder: Path | None) -> None:
@@ -18,9 +20,36 @@ def setup_logging(*, to_terminal: bool, rank: int, folder: Path | None) -> None:
     else:
         _add(root, logging.StreamHandler(), f"rank {rank}: %(levelname)s %(message)s", None, logging.ERROR)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder / f"rank_{rank}.log", encoding="utf-8", delay=True)
+        file = _RankLog(folder / f"rank_{rank}.log", encoding="utf-8", delay=True)
         _add(root, file, "%(asctime)s %(levelname)s %(name)s: %(message)s", None, logging.INFO)
+
+
+class _RankLog(logging.FileHandler):
+    """A rank's log file, which a run can do without: where it cannot be written, stderr says so once."""
+
+    _is_failing = False
+
+    def _open(self) -> Any:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # of opening it; what fails later comes to `handleError` by itself
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._is_failing:
+            self._is_failing = True
+            print(f"{self.baseFilename} is not written ({error}); the run continues without it", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what was not written by now
+            super().close()
 
 
 def _add(root: logging.Logger, handler: logging.Handler, form: str, date: str | None, level: int) -> None:

@@ -9,18 +9,16 @@ that fails does not keep the others from running. With seed=0,1,2 among the keys
 setting: its mean is compared, and a lead within the noise of the seeds is called that.
 
 launch/sweep.sh sets the environment up and runs this; slurm/sweep.sh makes an array job of it, by --count, --child and
---report. Exit codes: 0 all runs finished, 1 some did not, 2 wrong arguments or configuration, 75 stopped: run it again.
+--report. Exit codes: 0 all runs finished, 1 some did not, 2 wrong arguments or configuration, 75 the sweep was stopped,
+or none failed but some were stopped (max_hours): run it again.
 """
 
 import argparse
 import logging
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -28,10 +26,11 @@ from rich.console import Console
 from dist_deeplab import config as configuration
 from dist_deeplab.command_line import command_name
 from dist_deeplab.comparison import report
-from dist_deeplab.comparison.record import read_folder
+from dist_deeplab.comparison.record import RunRecord, read_folder
 from dist_deeplab.config import RunConfig
 from dist_deeplab.config.grid import expand
 from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.distributed.stop_between import StopBetween
 from dist_deeplab.errors import STOPPED_EARLY, UserError, one_line_errors
 from dist_deeplab.files import prepare_folder
 from dist_deeplab.logs import format_count, setup_logging
@@ -62,6 +61,20 @@ class Sweep:
     children: tuple[Child, ...]
 
 
+@dataclass
+class Ended:
+    """How the trainings ended: whether the sweep was asked to stop, and which runs were stopped or failed."""
+
+    sweep_stopped: bool = False
+    stopped: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def run_again(self) -> bool:
+        """Whether the same command again is all that the sweep needs."""
+        return self.sweep_stopped or (bool(self.stopped) and not self.failed)
+
+
 @one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
@@ -78,8 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write("".join(f"{argument}\0" for argument in sweep.children[arguments.child].arguments))
         return 0
     setup_logging(to_terminal=True, rank=0, folder=None)
-    code = 0 if arguments.report else run_all(sweep, num_processes=arguments.nproc_per_node)
-    return STOPPED_EARLY if code == STOPPED_EARLY else conclude(sweep)
+    ended = Ended() if arguments.report else run_all(sweep, num_processes=arguments.nproc_per_node)
+    if ended.sweep_stopped or conclude(sweep):
+        return STOPPED_EARLY if ended.run_again else 1
+    return 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -172,14 +187,14 @@ def run_info(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def run_all(sweep: Sweep, *, num_processes: int) -> int:
-    """Train one run after the other; return 75 if asked to stop, else 0, also where runs failed.
+def run_all(sweep: Sweep, *, num_processes: int) -> Ended:
+    """Train one run after the other, also where some fail or are stopped by max_hours, until asked to stop.
 
     Raises:
         UserError: a training ended before it had begun: what is wrong with it is wrong with all.
     """
     prepare(sweep)
-    stop = StopBetween()
+    stop, ended = StopBetween(), Ended()
     for number, child in enumerate(sweep.children, 1):
         name = f"run {number} of {len(sweep.children)}: {child.config.name}"
         if is_finished(child):
@@ -193,38 +208,17 @@ def run_all(sweep: Sweep, *, num_processes: int) -> int:
         code = stop.run([*command, *child.arguments])
         if stop.requested:
             log.warning("stopped; the same command continues from here")
-            return STOPPED_EARLY
+            ended.sweep_stopped = True
+            return ended
         if code and journal_size(child) == before:
             raise UserError(f"{child.config.name} could not begin, see above; the other runs were not tried")
-        if code:
+        if code == STOPPED_EARLY:
+            log.warning("%s was stopped and is saved: the same sweep again continues it", child.config.name)
+            ended.stopped.append(child.config.name)
+        elif code:
             log.warning("%s failed, see above; continuing with the others", child.config.name)
-    return 0
-
-
-class StopBetween:
-    """Ends the training when the sweep is to end, by SIGTERM, on which it saves; nothing is left on the GPUs.
-
-    On SIGINT, SIGTERM, and SIGHUP, which a dropped connection sends, unless that is ignored (`nohup`).
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._process: subprocess.Popen[bytes] | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._receive)
-
-    def run(self, command: Sequence[str]) -> int:
-        """Run a command to its end and return its exit code."""
-        with subprocess.Popen(command, start_new_session=True) as self._process:
-            if self.requested:
-                self._process.terminate()
-            return self._process.wait()
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
+            ended.failed.append(child.config.name)
+    return ended
 
 
 def is_finished(child: Child) -> bool:
@@ -233,6 +227,24 @@ def is_finished(child: Child) -> bool:
     if not (folder / run_files.RUN_FILE).exists() or read_folder(folder).status != "FINISHED":
         return False
     return not configuration.recipe_differences(read_config(child), child.config)
+
+
+def counts_as_finished(child: Child) -> bool:
+    """`is_finished`, but no where nobody can tell, e.g. for a key that this version does not know; that is logged."""
+    try:
+        return is_finished(child)
+    except UserError as error:
+        log.warning("%s does not count as finished: %s", child.config.name, error)
+        return False
+
+
+def read_if_possible(folder: Path) -> RunRecord | None:
+    """The record of a run for the comparison; None, and a warning, where its folder cannot be read."""
+    try:
+        return read_folder(folder)
+    except UserError as error:
+        log.warning("%s is left out of the comparison: %s", folder.name, error)
+        return None
 
 
 def warn_of_other_origin(child: Child) -> None:
@@ -258,13 +270,13 @@ def journal_size(child: Child) -> int:
 
 
 def conclude(sweep: Sweep) -> int:
-    """Print and keep the comparison of the runs that began, also in MLflow; return 0 if all of them are finished."""
+    """Print and keep the comparison of the runs that began, also in MLflow; 0 if all of them are finished, else 1."""
     begun = [c.config.run_dir for c in sweep.children if (c.config.run_dir / run_files.RUN_FILE).exists()]
     if not begun:
         raise UserError(f"no run of {sweep.folder.name} has begun in {sweep.folder.parent}; nothing to compare")
     sweep.folder.mkdir(exist_ok=True)
-    records = [read_folder(folder) for folder in begun]
-    everything_done = all(is_finished(child) for child in sweep.children)
+    records = [record for folder in begun if (record := read_if_possible(folder))]
+    everything_done = sum(map(counts_as_finished, sweep.children)) == len(sweep.children)
     report.print_report(records, Console(width=None if sys.stdout.isatty() else 160))
     tracker = open_tracker(
         sweep.folder,

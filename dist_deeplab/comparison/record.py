@@ -1,15 +1,12 @@
 """`RunRecord`: what a comparison needs of one run, whether it comes from its folder or from MLflow."""
 
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dist_deeplab.config import RENAMED
-from dist_deeplab.errors import UserError
 from dist_deeplab.tracking.journal import JOURNAL, read_records
-from dist_deeplab.tracking.run_files import RUN_FILE
+from dist_deeplab.tracking.run_files import RUN_FILE, known_run_file, read_run_file
 
 Curve = list[tuple[int, float]]
 MIOU, IOU = "val/mIoU", "val/iou/"
@@ -63,12 +60,9 @@ def read_folder(folder: Path) -> RunRecord:
     """Record of a run's folder, from `run.json` and the journal alone.
 
     Raises:
-        UserError: not a run's folder.
+        UserError: not a run's folder, or `run.json` is damaged.
     """
-    try:
-        about: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{folder} is not a run's folder: it has no readable {RUN_FILE}") from None
+    about = read_run_file(folder)
     curves: dict[str, dict[int, float]] = {}
     status = "RUNNING"
     for record, _ in read_records(folder / JOURNAL):
@@ -76,21 +70,16 @@ def read_folder(folder: Path) -> RunRecord:
         if "key" in record:
             curves.setdefault(record["key"], {}).setdefault(record["step"], record["value"])
     return RunRecord(
-        name=about["name"],
+        name=about.name or folder.name,
         source=str(folder),
         status=status,
-        settings={RENAMED.get(key, key): str(value) for key, value in about["parameters"].items()},
+        settings={RENAMED.get(key, key): str(value) for key, value in about.parameters.items()},
         curves={key: sorted(points.items()) for key, points in curves.items()},
-        tags={key: str(value) for key, value in about["tags"].items()},
+        tags={key: str(value) for key, value in about.tags.items()},
     )
 
 
 def children(folder: Path) -> list[Path] | None:
     """Folders of a sweep's runs that have begun, or None for a folder that is not a sweep's."""
-    try:
-        about = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if "children" not in about:
-        return None
-    return [folder.parent / name for name in about["children"] if (folder.parent / name / RUN_FILE).exists()]
+    names = known_run_file(folder).children
+    return None if names is None else [path for name in names if ((path := folder.parent / name) / RUN_FILE).exists()]

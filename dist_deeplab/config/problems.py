@@ -28,8 +28,10 @@ _WORDS = {
 def sentence(error: ValidationError) -> str:
     """All that is wrong, each as `section.key = value: what it must be`."""
     said: dict[str, list[str]] = {}
-    for problem in error.errors():
-        place = _place(problem["loc"])
+    problems = [(_place(problem["loc"]), problem) for problem in error.errors()]
+    for place, problem in problems:
+        if any(other.startswith(f"{place}.") for other, _ in problems):
+            continue  # of several types one fits but for a value inside it: that is the one that was meant
         place += f" = {_shown(problem['input'])}: " if place else ""
         said.setdefault(place, []).append(_words(problem["type"], problem["msg"], problem.get("ctx", {})))
     # A place named twice is one of several types: any of them would do.

@@ -1,6 +1,6 @@
 """The journal of a run, `metrics.jsonl`: one JSON object a line, only ever appended to. It is the truth about the run.
 
-    {"time": 1790000000.0, "status": "RUNNING", "attempt": 0}                                       a start; an end
+    {"time": 1790000000.0, "status": "RUNNING", "log_every": 20, "attempt": 0}                      a start; an end
     {"step": 12, "time": 1790000000.123, "key": "train/loss", "value": 2.31, "attempt": 0}          a point
     {"step": 12, "time": 1790000000.4, "file": "eval/step_00000012/iou.png"}                        a file of the run
     {"step": 12, "time": 1790000000.4, "file": "eval/.../2007_000033.png", "image": "panels/2007_000033"}
@@ -25,6 +25,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "time": (int, float),
     "step": int,
     "attempt": int,
+    "log_every": int,
     "key": str,
     "value": (int, float),
     "file": str,
@@ -39,8 +40,8 @@ _END_OF_TIME = 1e11  # seconds since 1970; MLflow keeps milliseconds in 64 bits
 class Journal:
     """The journal of a run's folder, opened by the one process that writes it.
 
-    points: {(key, step): value} of all attempts so far. attempt: the number of this attempt. On a full disk lines wait
-    in memory, at the cost of one warning.
+    points: {(key, step): value} of all attempts so far. attempt: the number of this attempt. periods: `log_every` of
+    attempts before this one. On a full disk lines wait in memory, at the cost of one warning.
 
     Raises:
         OSError: the file can't be opened or made, or is not a regular file of its own (a link, a pipe).
@@ -52,11 +53,26 @@ class Journal:
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             os.close(self._descriptor)
             raise OSError(f"{path} is not a regular file")
-        self.points, self.attempt, end = _read_points(path)
+        self.points: dict[tuple[str, int], float] = {}
+        self.attempt = 0
+        self.periods: set[int] = set()
+        end = self._read(path)
         os.ftruncate(self._descriptor, end)  # an unfinished last line
         self._path = path
         self._waiting = b""
         self._failing = False
+
+    def _read(self, path: Path) -> int:
+        """Take in what is there, and return where its last whole line ends."""
+        end = 0
+        for record, offset in read_records(path):
+            end = offset
+            self.attempt = max(self.attempt, record.get("attempt", 0) + 1)
+            if "key" in record:
+                self.points[record["key"], record["step"]] = record["value"]
+            if "log_every" in record:
+                self.periods.add(record["log_every"])
+        return end
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Write records, and what is waiting from before, at once: nothing stays in this process, it may be killed."""
@@ -129,18 +145,6 @@ def read_records(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], i
                 return
             end += len(line)
             yield parse_record(line), end
-
-
-def _read_points(path: Path) -> tuple[dict[tuple[str, int], float], int, int]:
-    """The points in a journal, the number of the attempt that opens it now, and where its last whole line ends."""
-    points: dict[tuple[str, int], float] = {}
-    attempt = end = 0
-    for record, offset in read_records(path):
-        end = offset
-        attempt = max(attempt, record.get("attempt", 0) + 1)
-        if "key" in record:
-            points[record["key"], record["step"]] = record["value"]
-    return points, attempt, end
 
 
 def _lines(records: tuple[Mapping[str, Any], ...]) -> bytes:

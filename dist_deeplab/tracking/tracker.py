@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.errors import UserError
+from dist_deeplab.errors import TrainingError, UserError
 from dist_deeplab.files import NonEssentialWrites, replace_text
 from dist_deeplab.redaction import redact, shown_url
 from dist_deeplab.tracking.background_files import BackgroundFiles
@@ -116,12 +116,15 @@ class JournalTracker(Tracker):
         self.status = RunStatus(run_dir, attempt=self.journal.attempt)
         self._files = BackgroundFiles()
         self._divergence = Divergence()
+        self._computed: tuple[str, ...] = _COMPUTED
         self._cost: CostAtStep | None = CostAtStep(Cost(self.journal.points, world_size, running_s=running_s))
         self._describe: Callable[[], None] | None = None
         self._describe_if_possible = NonEssentialWrites("run.json, config.yaml")
 
     def start(self, **facts: object) -> None:
-        """Record that an attempt begins."""
+        """Record that an attempt begins. With another `log_every` than before, means over steps do not compare."""
+        if self.journal.periods - {facts.get("log_every")}:
+            self._computed = tuple(prefix for prefix in _COMPUTED if prefix != "train/")
         self._append({"status": "RUNNING", **facts, "attempt": self.journal.attempt})
         self.status.begin()
 
@@ -145,7 +148,7 @@ class JournalTracker(Tracker):
             return
         for key, value in values.items():
             known = self.journal.points.get((key, step))
-            if known is not None and key.startswith(_COMPUTED):
+            if known is not None and key.startswith(self._computed):
                 self._divergence.compare(key, step, known, value)
         diverged, summary = self._divergence.pop_news()
         watched = self.uploader.watch() if self.uploader else {}
@@ -219,12 +222,18 @@ def open_tracker(
         run_info: plain values for `run.json`: name, parameters, tags, and what else `RunFile` has.
 
     Raises:
-        OSError: the journal can't be opened or made.
+        TrainingError: the journal can't be opened or made.
     """
     if reporting.system_metrics:
         env.on_each_node(start_system_metrics, run_dir, host_name())
     running_s = max(0.0, time.time() - psutil.Process().create_time())
-    tracker = env.on_main(lambda: JournalTracker(run_dir, env.world_size, running_s=running_s))
+    try:
+        tracker = env.on_main(lambda: JournalTracker(run_dir, env.world_size, running_s=running_s))
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write to {run_dir / JOURNAL} ({error.strerror or error}), without which there is no run; make "
+            "room or give permission, then the same command resumes"
+        ) from None
     if tracker is None:
         return Tracker()
     attempt, uri = tracker.journal.attempt, reporting.uri
@@ -234,10 +243,11 @@ def open_tracker(
         write_run_file(run_dir, uri=uri, experiment=reporting.experiment, attempt=attempt, run_info=run_info)
 
     tracker.describe(describe)
-    max_steps = 0 if "children" in run_info else run_info.get("parameters", {}).get("max_steps", 0)  # 0: a sweep's
+    settings = {} if "children" in run_info else run_info.get("parameters", {})  # a sweep trains nothing itself
+    max_steps, log_every = settings.get("max_steps", 0), settings.get("tracking.log_every")
     tracker.status = RunStatus(run_dir, max_steps=max_steps, attempt=attempt, on_event=reporting.on_event)
     job = slurm_job()
-    tracker.start(**({"slurm_job": job} if job else {}))
+    tracker.start(**({"slurm_job": job} if job else {}), **({"log_every": log_every} if log_every else {}))
     if uri != "none":
         _note_store(run_dir, uri)
         wants_model = reporting.log_model or bool(reporting.register_as)

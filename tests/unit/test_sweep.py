@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_deeplab import sweep as sweep_module
 from dist_deeplab.config import RunConfig, config_to_yaml, flatten, load_config
+from dist_deeplab.distributed import stop_between
 from dist_deeplab.sweep import StopBetween, is_finished, main, plan
 
 GRID = ["name=poly", "optim.power=0.8,0.9,1.0", "max_steps=9", "tracking.uri=none"]
@@ -46,6 +46,9 @@ class Trainings:
         if fate == "stopped":
             stop.requested = True
             leave_run(config, "KILLED")
+        elif fate == "max_hours":
+            leave_run(config, "KILLED")
+            return 75
         elif fate != "wrong configuration":
             leave_run(config, fate)
         return 0 if fate == "FINISHED" else 1
@@ -55,7 +58,7 @@ class Trainings:
 def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
     trainings = Trainings()
     monkeypatch.setattr(StopBetween, "run", lambda stop, command: trainings.run(stop, command))
-    monkeypatch.setattr(sweep_module.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(stop_between.signal, "signal", lambda number, handler: None)
     return trainings
 
 
@@ -184,6 +187,22 @@ def test_a_run_that_fails_leaves_the_others_and_is_tried_again(
     assert trainings.started == ["poly-power_0.9"]
 
 
+def test_a_run_that_is_stopped_by_max_hours_did_not_fail(
+    trainings: Trainings, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainings.fate["poly-power_0.8"] = "max_hours"
+    assert main(arguments) == 75
+    assert trainings.started == ALL
+    said = capsys.readouterr().out
+    assert "poly-power_0.8 was stopped and is saved: the same sweep again continues it" in said
+    assert "failed" not in said
+    trainings.fate["poly-power_0.9"] = "FAILED"
+    leave_run(plan(None, arguments).children[1].config, "FAILED")
+    assert main(arguments) == 1, "running it again is not all that is needed"
+    trainings.fate.clear()
+    assert main(arguments) == 0
+
+
 def test_a_training_that_cannot_begin_ends_the_sweep(
     trainings: Trainings, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,6 +279,22 @@ def test_the_report_compares_what_there_is(
     leave_run(plan(None, arguments).children[0].config, "FINISHED")
     assert main([*arguments, "--report"]) == 1
     assert trainings.started == []
+
+
+def test_the_report_names_runs_that_it_cannot_read_and_compares_the_others(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_another_version, damaged, sound = (child.config for child in plan(None, arguments).children)
+    for config in (of_another_version, damaged, sound):
+        leave_run(config, "FINISHED")
+    with (of_another_version.run_dir / "config.yaml").open("a") as file:
+        file.write("colour: red\n")
+    (damaged.run_dir / "run.json").write_text("{")
+    assert main([*arguments, "--report"]) == 1
+    said = capsys.readouterr().out
+    assert "poly-power_0.8 does not count as finished" in said and "colour" in said
+    assert "poly-power_0.9 is left out of the comparison" in said
+    assert "winner: power=1.0" in said
 
 
 WAITS_FOR_A_SIGNAL = """

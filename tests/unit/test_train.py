@@ -191,10 +191,23 @@ def test_a_best_score_counts_for_its_folder_its_images_and_its_way_of_scoring(ru
     assert 0 <= runs.saved("first", 3)["best_miou"] < 0.99
 
 
+def test_a_best_score_stays_where_a_run_continues_from_its_own_best_file_by_whatever_path(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "score", lambda *_, step: {2: 0.5, 3: 0.3}[step])
+    assert runs("run", "max_steps=2", validated=True) == 0
+    for file in runs.checkpoint("run", 2).parent.glob("step_*"):
+        file.unlink()
+    (tmp_path / "link").symlink_to(runs.folder)
+    resume = f"resume={tmp_path}/link/run/checkpoints/best.pt"
+    assert runs("run", "max_steps=3", "resume_anyway=true", resume, validated=True) == 0
+    assert runs.saved("run", 3)["best_miou"] == 0.5
+
+
 def test_a_best_score_whose_checkpoint_could_not_be_written_is_forgotten(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a lower score would leave the run without best.pt for ever."""
+    """Else a lower score would leave the run without best.pt forever."""
     link_best = CheckpointFolder._link_best
 
     def full_at_first(folder: CheckpointFolder, path: Path, *, step: int, digest: str) -> None:

@@ -400,6 +400,26 @@ def test_a_save_waits_for_the_one_before(folder: CheckpointFolder, slow_disk: th
         assert load_content(folder.path / f"step_{step:08d}.pt")["step"] == step
 
 
+def test_the_wait_for_a_best_checkpoint_is_a_stall_of_the_next_save_alone(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count()  # each look at the clock is a second later
+    monkeypatch.setattr("dist_deeplab.checkpointing.folder.time.perf_counter", lambda: float(next(clock)))
+    stalls = []
+    for step in (1, 2, 3):
+        folder.lost_best()
+        folder.save(content_of(step), step=step, is_best=step == 1, wait=True)
+        stalls.append(folder.pop_values()["time/checkpoint_stall_s"])
+    assert stalls[1] == stalls[0] + 1 == stalls[2] + 1
+
+
+def test_a_tensor_that_becomes_one_of_another_type_is_saved_as_it_is_now(folder: CheckpointFolder) -> None:
+    for step, dtype in ((1, torch.float32), (2, torch.float64), (3, torch.int64)):
+        content = {**content_of(step), "half": torch.full((3, 2), 2**24 + 1, dtype=torch.float64).to(dtype)}
+        folder.save(content, step=step, is_best=False, wait=True)
+        assert_same(load_content(folder.path / f"step_{step:08d}.pt")["half"], content["half"])
+
+
 def test_an_error_that_is_not_the_disks_ends_the_run(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "save", lambda *arguments: 1 / 0)
     folder.save(content_of(1), step=1, is_best=False)

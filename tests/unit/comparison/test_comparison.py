@@ -227,10 +227,18 @@ def test_names_that_are_not_runs_are_refused_in_one_sentence(
     assert not (tmp_path / "runs").exists(), "nothing is created by looking"
 
 
+def test_the_score_of_the_training_counts_not_that_of_a_later_evaluation_of_the_same_step(runs: list[Path]) -> None:
+    """One with other settings, e.g. several scales: runs would be compared by scores of two kinds."""
+    late = {"step": 20, "time": 1.0, "late": True, "key": "val/mIoU", "value": 0.9, "attempt": 0}
+    with (runs[0] / "metrics.jsonl").open("a") as journal:
+        journal.write(json.dumps(late) + "\n")
+    assert read_folder(runs[0]).best == (20, 0.375)
+
+
 def test_a_damaged_journal_or_folder_says_what_it_is(runs: list[Path]) -> None:
     with (runs[0] / "metrics.jsonl").open("ab") as journal:
         journal.write(b"\0\0\n{half")
     assert read_folder(runs[0]).best == (20, 0.375)
     (runs[0] / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"no readable run\.json"):
+    with pytest.raises(UserError, match=r"run\.json is not what training writes"):
         read_folder(runs[0])

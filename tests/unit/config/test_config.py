@@ -1,6 +1,7 @@
 """A configuration is typed, frozen, readable back from what it prints, and every mistake in one names its remedy."""
 
 import itertools
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,13 @@ def test_a_value_out_of_range_is_named_with_what_would_be_right(override: str, r
     assert remedy in message
     for word in ("Input", "String", "pattern", "Tuple", "instance", "constrained", "validation"):
         assert word not in message, "a word of pydantic's"
+
+
+@pytest.mark.parametrize("override", ["loss.class_weights=[1,-2]", "loss.class_weights=[a,2]"])
+def test_a_wrong_value_in_a_list_is_not_told_to_be_one_of_the_words_instead_of_the_list(override: str) -> None:
+    message = message_of(override)
+    assert re.search(r"loss\.class_weights\.[01] = \S+: must be", message)
+    assert "'auto'" not in message
 
 
 @given(

@@ -294,3 +294,22 @@ def test_asked_to_stop_it_leaves_off_without_a_result(net: torch.nn.Module, mani
     with pytest.raises(EvaluationStopped):
         evaluate(Predictor(net, CAFFE), manifest, session, loading=Loading(num_workers=1))
     assert len(asked) == session.progress.count == 2
+
+
+@pytest.mark.parametrize("benchmark", [True, False])
+def test_cudnn_tunes_nothing_during_an_evaluation_and_afterwards_what_it_did_before(
+    net: DeepLabV2, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, benchmark: bool
+) -> None:
+    """Images have many sizes, and tuning takes a second for each; training's crops have one."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+    during: list[bool] = []
+    add = evaluator.ConfusionAccumulator.add
+
+    def watch(accumulator: evaluator.ConfusionAccumulator, *arguments: Any) -> None:
+        during.append(torch.backends.cudnn.benchmark)
+        add(accumulator, *arguments)
+
+    monkeypatch.setattr(evaluator.ConfusionAccumulator, "add", watch)
+    evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), loading=Loading(0))
+    assert set(during) == {False}
+    assert torch.backends.cudnn.benchmark == benchmark

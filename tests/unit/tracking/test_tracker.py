@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.errors import TrainingError
 from dist_deeplab.tracking import tracker as tracker_module
 from dist_deeplab.tracking.mlflow import process as uploader_process
 from dist_deeplab.tracking.mlflow.process import Upload, UploaderProcess
@@ -49,6 +50,27 @@ def open_here(run_dir: Path, **changes: Any) -> Tracker:
 
 
 # --- points -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_journal_that_cannot_be_opened_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl \(Is a directory\).* the same command resumes"):
+        open_here(tmp_path)
+
+
+@pytest.mark.parametrize(("periods", "compared"), [((3, 3), True), ((3, 1), False), ((3, 1, 3), False)])
+def test_means_over_other_steps_are_not_compared_after_a_resume(
+    tmp_path: Path, periods: tuple[int, ...], compared: bool
+) -> None:
+    """With another `tracking.log_every` the loss of step 3 is of other steps: no sign that the run is another."""
+    for number, log_every in enumerate(periods):
+        run_info = {"name": "n", "parameters": {"tracking.log_every": log_every}}
+        tracker = open_here(tmp_path, run_info=run_info)
+        tracker.log(3, {"train/loss": 2.0 + number, "lr/backbone": 0.1})
+        tracker.log(4, {"val/mIoU": 0.5 + number / 8})
+        tracker.close("KILLED")
+    news = [point for point in points(tmp_path) if point[1] == "tracking/diverged_points"]
+    assert [value for *_, value, _ in news][:2] == ([1.0, 2.0] if compared else [1.0]), "val/mIoU always"
 
 
 def test_a_point_is_one_line_with_step_time_key_value_and_attempt(

@@ -51,13 +51,14 @@ def test_one_too_many_ends_the_run_with_the_last_problem_and_the_list(tmp_path: 
 def test_a_resumed_run_knows_those_of_before_and_forgets_those_that_come_again(tmp_path: Path) -> None:
     bad = BadSamples.open(tmp_path, 5, ALONE, start=0)
     take(bad, 4, batch("a"))
+    take(bad, 5, batch("c"))
     take(bad, 6, batch("b"))
     with (tmp_path / FILE).open("a") as file:
         file.write('{"step": 7, "sam')
     bad = BadSamples.open(tmp_path, 5, ALONE, start=5)
-    assert bad.values() == {"data/bad_samples": 1.0}
+    assert bad.values() == {"data/bad_samples": 2.0}, "step 5 is the last that the checkpoint holds"
     take(bad, 6, batch("b"))
-    assert listed(tmp_path) == [(4, "a"), (6, "b")]
+    assert listed(tmp_path) == [(4, "a"), (5, "c"), (6, "b")]
 
 
 def test_without_permission_there_is_no_metric(tmp_path: Path) -> None:
