@@ -5,7 +5,7 @@ travel: collectives and bytes per step of synchronised batch norm, and the host'
 that stay flat are the goal; statistics gathered up to 8 ranks are summed beyond, so 8 and 64 may differ. Then, each in
 a process of its own, the start of a run that resumes, up to its first batch (see start_up.py).
 
---samples: instead, the time to the first batch, memory and checkpoint of sets of so many samples (see set_sizes.py).
+--samples: instead, the time to the first batch, memory and checkpoint of sets of N samples (see set_sizes.py).
 """
 
 import argparse

@@ -43,9 +43,7 @@ _ROWS = 1_000_000  # written at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--samples", nargs="*", metavar="N", help="measure sets of so many samples instead; default: 1e6 1e7"
-    )
+    parser.add_argument("--samples", nargs="*", metavar="N", help="measure sets of N samples instead; default: 1e6 1e7")
     parser.add_argument("--folder", type=Path, help="with --samples: where the index is written; default: temporary")
 
 
@@ -61,7 +59,8 @@ def run(arguments: argparse.Namespace) -> Report:
                 row: Row = {"samples": num_samples, "shuffle": shuffle}
                 rows.append(row | in_new_process(partial(measure, path, shuffle)) | kept)
     notes = [
-        "first_batch: from nothing but imports to the first batch, with manifest, index, order and a loader worker",
+        "first_batch: from nothing but imports to the first batch, with manifest, index, order and a loader worker; of "
+        "them cpu: processor time of the rank",
         f"rank and worker: resident memory after {BATCHES} batches; what a worker has to itself, without shared pages",
         "checkpoint: what it keeps of the set, hashes of at most 2^20 keys, and how long the first one reads the index",
     ]
@@ -79,7 +78,7 @@ def _number(text: str) -> int:
 
 
 def measure(path: Path, shuffle: str) -> Row:
-    """Seconds to the first batch, and MiB of this process and of its loader worker."""
+    """Seconds to the first batch, by the clock and of the processor; MiB of this process and of its loader worker."""
     config = load_config(
         None,
         [
@@ -88,20 +87,20 @@ def measure(path: Path, shuffle: str) -> Row:
         ],
     )
     env = DistEnv(RANK, 0, RANKS, "torchrun", "cpu")  # the first of its node, which looks at all shards
-    began = time.perf_counter()
+    began, computed = time.perf_counter(), time.process_time()
     train_set, _ = open_data(config, env)
     config = follow_manifest(config, train_set)
     session = TrainingSession(env, rank_times=RankTimes(env, path.parent / "logs"))
     run = Run(config, env, split_batch(config, env), SCRATCH, train_set, None, session, build_checkpoints(config, env))
     batches = iter(build_train_loader(run, start=STEP))
     next(batches)
-    seconds = time.perf_counter() - began
+    took = {"first_batch_s": time.perf_counter() - began, "of_them_cpu_s": time.process_time() - computed}
     for _ in range(BATCHES - 1):
         next(batches)
     (worker,) = multiprocessing.active_children()
     assert worker.pid
     memory = psutil.Process().memory_info().rss / 2**20
-    return {"first_batch_s": seconds, "rank_mib": memory, "worker_mib": own_mib(worker.pid)}
+    return took | {"rank_mib": memory, "worker_mib": own_mib(worker.pid)}
 
 
 def measure_checkpoint(path: Path) -> Row:
@@ -113,7 +112,7 @@ def measure_checkpoint(path: Path) -> Row:
 
 
 def _make(folder: Path, num_samples: int) -> Path:
-    """A set of so many samples, all images alike."""
+    """A set of `num_samples` samples, all images alike."""
     one = make_set(folder / "one", num_shards=1, per_shard=PER_SHARD)
     number = num_samples // PER_SHARD
     shards = [dataclasses.replace(one.shards[0], name=f"train-{i:06d}.tar") for i in range(number)]

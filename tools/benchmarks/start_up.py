@@ -76,7 +76,7 @@ def saved_run(arguments: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def start(overrides: list[str], ranks: int) -> Row:
-    """Seconds (by the clock, of the processor), peak memory and received bytes of the start of rank 0 of so many."""
+    """Seconds (by the clock, of the processor), peak memory and received bytes of the start of rank 0."""
     config = load_config(None, [*overrides, f"batch.global_size={ranks}", "batch.micro_size=1", "max_steps=5"])
     env = DistEnv(0, 0, ranks, "torchrun", "cpu")
     received: list[float] = []
@@ -101,7 +101,7 @@ def first_batch(run: Run, model: nn.Module, state: TrainState, *, trace: Path | 
 
 @contextmanager
 def simulated_ranks(ranks: int, received: list[float]) -> Iterator[None]:
-    """Let this process be rank 0 of so many; `received` gets the bytes that each collective would bring it."""
+    """Let this process be rank 0 of `ranks`; `received` gets the bytes that each collective would bring it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
