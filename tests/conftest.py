@@ -1,5 +1,6 @@
 """Fixtures that start real processes on real (drawn) data, and which tests share a worker of pytest-xdist."""
 
+import gc
 import logging
 import os
 import subprocess
@@ -49,18 +50,29 @@ group go to whichever worker is free.
 
 
 def pytest_configure() -> None:
-    """One thread, as the commands of `command_environ` have: the order of sums depends on their number.
+    """One thread for this process and for all that it starts: the order of sums depends on their number.
 
-    Beside other workers, and in networks as small as these, a second one costs more than it brings.
+    Beside other workers, and in networks as small as these, a second one costs more than it brings: two threads wait
+    for each other at each operation, on cores that others use.
     """
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """Take all modules and tests out of the garbage collector's way.
+
+    A collection that looks through them takes a second, and the package asks for one at several places.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """What `-n auto` means: a worker for each core, two at least, since slow tests mostly wait."""
+    """What `-n auto` means: a worker for each core and one more, since slow tests mostly wait."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(2, cores), MOST_WORKERS)
+    return min(cores + 1, MOST_WORKERS)
 
 
 def _place(nodeid: str) -> int:

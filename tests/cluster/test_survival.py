@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from tests.cluster.conftest import wait_until
 from tests.conftest import REPO
+from tests.processes import environ_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -45,16 +45,23 @@ def last_step(run_dir: Path) -> int:
     return max((json.loads(line).get("step", 0) for line in lines), default=0)
 
 
-def processes_of_step(job: str) -> list[int]:
-    """The processes of a job's training step: the ranks, on both nodes."""
+def processes_of_step(job: str) -> dict[int, str]:
+    """The processes of a job's training step, each with its node: the ranks, on both nodes."""
+    environs = {int(folder.name): environ_of(int(folder.name)) for folder in Path("/proc").glob("[0-9]*")}
+    return {
+        pid: environ["SLURMD_NODENAME"]
+        for pid, environ in environs.items()
+        if environ.get("SLURM_JOB_ID") == job and "RANK" in environ
+    }
+
+
+def daemons_of(job: str) -> list[int]:
+    """The daemons that hold a job's steps on its nodes."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environ = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if f"SLURM_JOB_ID={job}".encode() in environ and any(value.startswith(b"RANK=") for value in environ):
-            found.append(int(folder.name))
+        with contextlib.suppress(OSError):
+            if (folder / "cmdline").read_bytes().startswith(f"slurmstepd: [{job}.".encode()):
+                found.append(int(folder.name))
     return found
 
 
@@ -75,8 +82,7 @@ def lose_node(rank: int) -> None:
 
 
 def test_a_job_survives_a_warning_a_lost_node_and_a_requeue(slurm, environ, arguments, tmp_path):
-    # How long srun waits for a lost node; how long torchrun on the other one does (where it held the rendezvous itself)
-    patience = {"SRUN_OPTIONS": "--wait=5", "PET_RDZV_CONF": "join_timeout=40"}
+    patience = {"SRUN_OPTIONS": "--wait=5", "PET_RDZV_CONF": "join_timeout=40"}  # of srun with a lost node; of torchrun
     job = slurm.run(
         "sbatch",
         "--parsable",
@@ -97,8 +103,8 @@ def test_a_job_survives_a_warning_a_lost_node_and_a_requeue(slurm, environ, argu
             nonlocal hurried
             if slurm.job_field(job, "JobState") == "PENDING" and restarts and not hurried:
                 # What is left of the attempt before must be gone: Slurm itself waits two minutes.
-                wait_until(lambda: not processes_of_step(job), STEP_TIMEOUT_S)
-                time.sleep(8)  # slurmd's own records of it
+                wait_until(lambda: not processes_of_step(job) and not daemons_of(job), STEP_TIMEOUT_S)
+                wait_until(lambda: slurm.run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * 2, STEP_TIMEOUT_S)
                 with contextlib.suppress(RuntimeError):  # it has started by now
                     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
                 hurried = True
@@ -114,7 +120,8 @@ def test_a_job_survives_a_warning_a_lost_node_and_a_requeue(slurm, environ, argu
     assert "stopped and saved; back into the queue (restart 1)" in output.read_text()
 
     wait_for_step(last_step(run_dir) + 6, restarts=1)
-    lose_node(processes_of_step(job)[0])
+    # The one that holds the rendezvous: torchrun on the other ends at once, and would wait `join_timeout` for another.
+    lose_node(next(pid for pid, node in processes_of_step(job).items() if node == slurm.nodes[0]))
     wait_for_step(last_step(run_dir) + 3, restarts=2)
     assert "back into the queue (restart 2)" in output.read_text()
 

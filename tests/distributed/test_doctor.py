@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_deeplab import doctor
 from tests.conftest import REPO, Run
 
 pytestmark = pytest.mark.distributed
@@ -13,13 +14,10 @@ pytestmark = pytest.mark.distributed
 SMALL = ["model.backbone=resnet_tiny", "data.crop_size=65", "data.num_workers=1"]
 
 
-def test_a_sound_machine_passes_and_a_missing_shard_is_found(
-    run_ranks: Run, sample_shards: Path, tmp_path: Path
-) -> None:
-    shards = shutil.copytree(sample_shards, tmp_path / "shards")
+def test_a_sound_machine_passes(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
     file = tmp_path / "doctor.json"
-    command = ["-m", "dist_deeplab.doctor", f"data.train={shards}/train.json", f"output_dir={tmp_path}/runs", *SMALL]
-    done = run_ranks(2, *command, "--json", file)
+    data = [f"data.train={sample_shards}/train.json", f"output_dir={tmp_path}/runs"]
+    done = run_ranks(2, "-m", "dist_deeplab.doctor", *data, *SMALL, "--json", file)
     assert done.returncode == 0, done.stderr + done.stdout
     for what in ("code", "libraries", "devices", "all-reduce (gloo)", "shared disk", "data.train", "whole step (fp32)"):
         assert f"ok       {what}" in done.stdout
@@ -29,11 +27,12 @@ def test_a_sound_machine_passes_and_a_missing_shard_is_found(
     assert all(rate > 0 for rate in report["rates"].values())
     assert report["forecast"]["limit"] in ("compute", "loader", "all-reduce")
 
+
+def test_a_missing_shard_is_found(sample_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = shutil.copytree(sample_shards, tmp_path / "shards")
     (shards / "train-000001.tar").unlink()
-    done = run_ranks(2, *command)
-    assert done.returncode == 1
-    assert "exitcode  : 1" in done.stderr
-    (line,) = (line for line in done.stdout.splitlines() if "data.train" in line)
+    assert doctor.main([f"data.train={shards}/train.json", f"output_dir={tmp_path}/runs", *SMALL]) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "data.train" in line)
     assert line.startswith("FAILED")
     assert "train-000001.tar" in line
 
@@ -44,6 +43,7 @@ def test_a_kernel_that_computes_wrongly_is_named(run_ranks: Run, tmp_path: Path,
     worker = REPO / "tests/distributed/workers/broken_kernel.py"
     done = run_ranks(2, worker, broken, f"output_dir={tmp_path}/runs")
     assert done.returncode == 1
+    assert "exitcode  : 1" in done.stderr
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
     assert failed[0].removeprefix("FAILED").strip().startswith(f"{named} (fp32)"), done.stdout
     assert not any("update" in line or line.split()[1] == "loss" for line in failed)

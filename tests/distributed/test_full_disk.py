@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import command_environ, torchrun_command
+from dist_deeplab import train
+from tests.conftest import Run
 
 SIZE_MIB = 24
 
@@ -42,7 +43,7 @@ def fill(disk: Path) -> None:
                 continue
 
 
-def train(shards: Path, disk: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+def arguments(shards: Path, disk: Path, max_steps: int) -> list[str]:
     data = [f"data.train={shards}/train.json", f"data.val={shards}/val.json", "data.crop_size=65", "data.num_workers=0"]
     small = [
         "model.backbone=resnet_tiny",
@@ -52,8 +53,7 @@ def train(shards: Path, disk: Path, *extra: str) -> subprocess.CompletedProcess[
         "eval.every=0",
     ]
     where = [f"output_dir={disk}", "name=full", "tracking.on_event=true", "tracking.system_metrics=true"]
-    command = torchrun_command(2, "-m", "dist_deeplab.train", *data, *small, *where, *extra)
-    return subprocess.run(command, env=command_environ(), capture_output=True, text=True, timeout=280)
+    return [*data, *small, *where, f"max_steps={max_steps}", "resume_anyway=true"]
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -62,21 +62,19 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def test_a_restart_on_a_full_disk_trains_on_and_says_once_what_is_not_written(
-    small_disk: Path, sample_shards: Path
+    small_disk: Path, sample_shards: Path, run_ranks: Run
 ) -> None:
-    """Everything but the last checkpoint is something that a run can do without."""
-    first = train(sample_shards, small_disk, "max_steps=2")
-    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    """Everything but the last checkpoint is something that a run can do without. Before and after, it is one rank."""
+    assert train.main(arguments(sample_shards, small_disk, 2)) == 0
     before = {name: (small_disk / "full" / name).read_text() for name in ("run.json", "config.yaml")}
     fill(small_disk)
-    second = train(sample_shards, small_disk, "max_steps=4", "resume_anyway=true")
-    text = second.stdout + second.stderr
+    full = run_ranks(2, "-m", "dist_deeplab.train", *arguments(sample_shards, small_disk, 4))
+    text = full.stdout + full.stderr
     assert re.search(r"step 4/4", text), text[-5000:]
     for what in ("run.json, config.yaml is not written", "cannot write to", "status.json is not written"):
         assert text.count(what) == 1, (what, text[-5000:])
     assert before == {name: (small_disk / "full" / name).read_text() for name in before}, "whole, as they were"
     (small_disk / "filler").unlink()
-    third = train(sample_shards, small_disk, "max_steps=4", "resume_anyway=true")
-    assert third.returncode == 0, third.stdout[-3000:] + third.stderr[-3000:]
+    assert train.main(arguments(sample_shards, small_disk, 4)) == 0
     assert sorted(losses(small_disk / "full")) == [1, 2, 3, 4]
     assert json.loads((small_disk / "full" / "status.json").read_text())["event"] == "finished"

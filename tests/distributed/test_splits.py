@@ -27,61 +27,77 @@ def relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     return float((difference / sum(expected[k].double().square().sum() for k in got)).sqrt())
 
 
-@pytest.mark.parametrize(("ranks", "sizes"), [(1, ["2"]), (2, ["2,2", "3,1"]), (3, ["2,0,3"]), (4, ["1,2,1,3"])])
-def test_sync_batch_norm_equals_batch_norm_on_the_whole_batch(run_ranks: Run, ranks: int, sizes: list[str]) -> None:
-    result = run_ranks(ranks, WORKERS / "sync_batch_norm.py", *sizes)
-    assert result.returncode == 0, result.stderr
-
-
-def test_compiled_sync_batch_norm_is_one_graph_that_does_the_same(run_ranks: Run) -> None:
-    result = run_ranks(2, WORKERS / "compiled_batch_norm.py", "aot_eager")
-    assert result.returncode == 0, result.stderr
-
-
-def test_a_bad_sample_of_one_rank_skips_the_update_of_all_and_a_rank_that_differs_is_named(
-    run_ranks: Run, tmp_path: Path
-) -> None:
-    result = run_ranks(2, WORKERS / "nonfinite.py", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in (tmp_path / "nonfinite").glob("*.pt")) == ["step_00000001_rank_1.pt"]
-    saved = torch.load(tmp_path / "nonfinite" / "step_00000001_rank_1.pt", weights_only=True)
-    assert saved["keys"] == [["image_111_0", "image_111_1"]]
-    for rank in (0, 1):
-        warning = (tmp_path / f"rank_{rank}.log").read_text()
-        assert "step 1: loss nan" in warning
-        assert "image_111_0 (rank 1), image_111_1 (rank 1); update skipped" in warning
-        metrics = json.loads((tmp_path / f"rank_{rank}.json").read_text())
-        assert metrics["train/num_skipped"] == metrics["train/num_nonfinite"] == 1
-        error = (tmp_path / f"error_{rank}").read_text()
-        assert "rank 1 of 2 holds other values than the rest in head.branches.2.bias at step 3" in error
-    assert (tmp_path / "error_0").read_text() == (tmp_path / "error_1").read_text()
-
+# --- what each number of ranks does, in processes that are started once -----------------------------------------------
 
 WEIGHTED = (",classes", ",images,1.0,0.75,0.5", ",images,classes,1.0,0.75,0.5")
 WEIGHTED_WHOLE, WEIGHTED_PARTS = (tuple(f"{size},frozen,1{options}" for options in WEIGHTED) for size in (8, 1))
 SPLITS = {
-    1: ("8,frozen,4", "3,frozen,4", "8,sync,1", "8,frozen,1,1.0,0.75,0.5", *WEIGHTED_WHOLE),
-    2: ("4,frozen,4", "2,frozen,4", "4,sync,1", "4,local,1"),
-    3: ("2,frozen,4", "1,frozen,4", "3,sync,1", "1,frozen,1,1.0,0.75,0.5", *WEIGHTED_PARTS),
-    4: ("1,frozen,4",),
+    1: ("8,frozen,2", "3,frozen,2", "8,sync,1", "8,frozen,1,1.0,0.75,0.5", *WEIGHTED_WHOLE),
+    2: ("4,frozen,2", "2,frozen,2", "4,sync,1", "4,local,1"),
+    3: ("2,frozen,2", "1,frozen,2", "3,sync,1", "1,frozen,1,1.0,0.75,0.5", *WEIGHTED_PARTS),
+    4: ("1,frozen,2",),
 }
 """Per number of ranks, 8 images a step: the most at once on a rank, batch norm, steps, input scales, weights."""
+SHARES = {1: ("2",), 2: ("2,2", "3,1"), 3: ("2,0,3",), 4: ("1,2,1,3",)}
+"""Per number of ranks: images of each rank."""
+
+Done = Callable[[int, str], Path]
 
 
 @pytest.fixture(scope="module")
-def trained(run_ranks: Run, sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Function that gives the result of one of SPLITS; all those of a number of ranks share their processes."""
-    folders: dict[int, Path] = {}
+def done(run_ranks: Run, sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """Function that gives the folder of what N ranks did, after checking that all have done a job."""
+    started: dict[int, tuple[Path, str]] = {}
 
-    def result_of(ranks: int, split: str) -> dict[str, Any]:
-        if ranks not in folders:
-            folders[ranks] = tmp_path_factory.mktemp(f"ranks_{ranks}")
-            target = WORKERS / "gradients.py", sample_shards / "train.json", folders[ranks]
-            result = run_ranks(ranks, *target, *SPLITS[ranks])
-            assert result.returncode == 0, result.stderr
-        return torch.load(folders[ranks] / f"{split}.pt", weights_only=True)
+    def folder_of(ranks: int, job: str) -> Path:
+        if ranks not in started:
+            folder = tmp_path_factory.mktemp(f"ranks_{ranks}")
+            jobs = [("sync_batch_norm", *SHARES[ranks])]
+            if ranks == 2:
+                jobs += [("compiled_batch_norm", "aot_eager"), ("nonfinite", str(folder)), ("speed",)]
+            jobs += [("gradients", str(sample_shards / "train.json"), str(folder), *SPLITS[ranks])]
+            result = run_ranks(ranks, WORKERS / "jobs.py", folder, *map(json.dumps, jobs))
+            started[ranks] = folder, result.stderr
+        folder, errors = started[ranks]
+        assert len(list(folder.glob(f"{job}.done_*"))) == ranks, errors
+        return folder
 
-    return result_of
+    return folder_of
+
+
+@pytest.fixture(scope="module")
+def trained(done: Done) -> Trained:
+    """Function that gives the result of one of SPLITS."""
+    return lambda ranks, split: torch.load(done(ranks, "gradients") / f"{split}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("ranks", SHARES)
+def test_sync_batch_norm_equals_batch_norm_on_the_whole_batch(done: Done, ranks: int) -> None:
+    done(ranks, "sync_batch_norm")
+
+
+def test_compiled_sync_batch_norm_is_one_graph_that_does_the_same(done: Done) -> None:
+    done(2, "compiled_batch_norm")
+
+
+def test_recomputation_and_compression_keep_gradients_and_statistics(done: Done) -> None:
+    done(2, "speed")
+
+
+def test_a_bad_sample_of_one_rank_skips_the_update_of_all_and_a_rank_that_differs_is_named(done: Done) -> None:
+    folder = done(2, "nonfinite")
+    assert sorted(path.name for path in (folder / "nonfinite").glob("*.pt")) == ["step_00000001_rank_1.pt"]
+    saved = torch.load(folder / "nonfinite" / "step_00000001_rank_1.pt", weights_only=True)
+    assert saved["keys"] == [["image_111_0", "image_111_1"]]
+    for rank in (0, 1):
+        warning = (folder / f"rank_{rank}.log").read_text()
+        assert "step 1: loss nan" in warning
+        assert "image_111_0 (rank 1), image_111_1 (rank 1); update skipped" in warning
+        metrics = json.loads((folder / f"rank_{rank}.json").read_text())
+        assert metrics["train/num_skipped"] == metrics["train/num_nonfinite"] == 1
+        error = (folder / f"error_{rank}").read_text()
+        assert "rank 1 of 2 holds other values than the rest in head.branches.2.bias at step 3" in error
+    assert (folder / "error_0").read_text() == (folder / "error_1").read_text()
 
 
 def test_every_split_of_a_batch_has_the_same_samples_gradient_and_weights(trained: Trained) -> None:
@@ -89,10 +105,10 @@ def test_every_split_of_a_batch_has_the_same_samples_gradient_and_weights(traine
 
     On three ranks the parts are 2 2 1 1 1 1 or, one by one, nine for eight images: one of them is empty.
     """
-    expected = trained(1, "8,frozen,4")
-    assert sorted(expected["seen"]) == list(range(32))
+    expected = trained(1, "8,frozen,2")
+    assert sorted(expected["seen"]) == list(range(16))
     for ranks, micro_size in ((1, 3), (2, 4), (2, 2), (4, 1), (3, 2), (3, 1)):
-        got = trained(ranks, f"{micro_size},frozen,4")
+        got = trained(ranks, f"{micro_size},frozen,2")
         assert got["seen"] == expected["seen"], "other samples, or other pixels of them"
         assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert relative_error(got["grads"], expected["grads"]) < 1e-5
@@ -105,7 +121,8 @@ def test_two_ranks_make_the_step_of_one_process(run_ranks: Run, sample_shards: P
     """Accumulated with frozen batch norm, and with statistics over both ranks."""
     manifest = sample_shards / "train.json"
     splits = {"2,frozen,1": "8,frozen,1", "4,sync,1": "8,sync,1"}
-    result = run_ranks(2, WORKERS / "gradients.py", manifest, tmp_path, *splits)
+    job = json.dumps(["gradients", str(manifest), str(tmp_path), *splits])
+    result = run_ranks(2, WORKERS / "jobs.py", tmp_path, job)
     assert result.returncode == 0, result.stderr
     for split, alone in splits.items():
         gradients.train(DistEnv(), str(manifest), tmp_path / "alone.pt", *alone.split(","))
@@ -148,7 +165,7 @@ def test_class_weights_and_images_means_do_not_depend_on_the_split(trained: Trai
     expected, got = trained(1, f"8,frozen,1{options}"), trained(3, f"1,frozen,1{options}")
     assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert relative_error(got["grads"], expected["grads"]) < 1e-5
-    plain = trained(1, "8,frozen,1,1.0,0.75,0.5") if "0.75" in options else trained(1, "8,frozen,4")
+    plain = trained(1, "8,frozen,1,1.0,0.75,0.5") if "0.75" in options else trained(1, "8,frozen,2")
     assert relative_error(expected["grads"], plain["grads"]) > 1e-2, "the weights change nothing"
 
 

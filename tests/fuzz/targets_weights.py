@@ -6,11 +6,14 @@ import itertools
 import pickle
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from safetensors.torch import save
+from torch import nn
 
 from dist_deeplab.model.weights import load_weights
 from tests.unit.model.weights import writers
@@ -37,15 +40,32 @@ def _load(name: str, data: bytes) -> None:
     load_weights(path)
 
 
+def _state(network: Callable[..., nn.Module], *arguments: object, **options: object) -> dict[str, torch.Tensor]:
+    """The weights of a network, the same in each process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return network(*arguments, **options).state_dict()
+
+
 def fuzz_weights_torch(data: bytes) -> None:
     _load("a.pth", data)
 
 
 def seeds_weights_torch() -> list[bytes]:
-    archive, legacy = io.BytesIO(), io.BytesIO()
-    torch.save(TorchvisionResNet(BLOCKS, WIDTH, with_fc=False).state_dict(), archive)
-    torch.save(Kazuto(BLOCKS, WIDTH, CLASSES).state_dict(), legacy, _use_new_zipfile_serialization=False)
-    return [archive.getvalue(), legacy.getvalue()]
+    archive = io.BytesIO()
+    torch.save(_state(TorchvisionResNet, BLOCKS, WIDTH, with_fc=False), archive)
+    return [archive.getvalue(), _legacy(_state(Kazuto, BLOCKS, WIDTH, CLASSES))]
+
+
+def _legacy(state: dict[str, torch.Tensor]) -> bytes:
+    """A file as torch 1.5 wrote them. Storages are numbered, where it has their addresses: the same in each process."""
+    numbers: dict[int, int] = {}
+    address = torch.UntypedStorage._cdata
+    number = property(lambda storage: numbers.setdefault(address.__get__(storage), len(numbers)))
+    file = io.BytesIO()
+    with mock.patch.object(torch.UntypedStorage, "_cdata", number):
+        torch.save(state, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
 
 
 def fuzz_weights_torch_pickle(data: bytes) -> None:
@@ -60,7 +80,7 @@ def fuzz_weights_torch_pickle(data: bytes) -> None:
 
 def seeds_weights_torch_pickle() -> list[bytes]:
     """Of a network all of whose storages have 1,024 bytes, as the archive has them."""
-    state = TorchvisionResNet(BLOCKS, WIDTH, with_fc=False).state_dict()
+    state = _state(TorchvisionResNet, BLOCKS, WIDTH, with_fc=False)
     same = {}
     for name, tensor in state.items():
         shape = tensor.shape if tensor.numel() <= 256 else torch.Size([1])
@@ -77,7 +97,7 @@ def fuzz_weights_safetensors(data: bytes) -> None:
 
 
 def seeds_weights_safetensors() -> list[bytes]:
-    return [save(TorchvisionResNet(BLOCKS, WIDTH, with_fc=False).state_dict())]
+    return [save(_state(TorchvisionResNet, BLOCKS, WIDTH, with_fc=False))]
 
 
 def fuzz_weights_caffemodel(data: bytes) -> None:

@@ -95,6 +95,16 @@ def test_what_is_to_be_frozen_is_in_a_real_run(runs: Runs, first: Path, argument
     assert "network resnet_tiny, frozen batch norm" in (runs.folder / "second" / "logs" / "rank_0.log").read_text()
 
 
+def test_a_resumed_run_continues_with_the_samples_that_come_next(runs: Runs) -> None:
+    """Not with those of step 0, which would give other weights; and it ends at its last step."""
+    assert runs("whole", "max_steps=3", "tracking.log_every=1") == 0
+    assert runs("resumed", "max_steps=3", "tracking.log_every=1", "max_hours=1e-9") == STOPPED_EARLY
+    assert runs("resumed", "max_steps=3", "tracking.log_every=1") == 0
+    assert runs.journal("resumed", "train/loss") == runs.journal("whole", "train/loss")
+    whole, resumed = (runs.saved(name, 3)["model"] for name in ("whole", "resumed"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
 def test_images_of_rare_classes_are_repeated_and_a_resumed_run_continues_the_order(runs: Runs) -> None:
     repeat = "data.repeat_threshold=0.8"
     assert runs("plain", "max_steps=6") == 0

@@ -1,89 +1,130 @@
-"""What communication adds to a step: a model of the network, of DDP's buckets and of batch norm's collectives."""
+"""What a collective costs: NCCL's own cost model over nodes of GPUs, and times measured of gloo."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
-FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # torch DDP's bucket_cap_mb=25 and its smaller first one
+MICROSECOND = 1e-6
 
 
 @dataclass(frozen=True)
-class Network:
-    """Time of a collective = its messages in a row x latency + its bytes / bandwidth.
+class Collective:
+    """Cost of one collective where nothing else runs.
 
-    latency_s: seconds from one rank to the next; bandwidth: bytes/s of a rank's link, each way.
+    latency_s: seconds of messages in a row, which no other collective slows down.
+    transfer_s: seconds of bytes on the links, which collectives under way at the same time share.
+    demand: what it takes of the device that computes, while it lasts: multiprocessors of a GPU as a share of all; cores
+        of the machine by all its ranks together.
     """
 
     latency_s: float
-    bandwidth: float
-
-    def all_reduce_s(self, num_bytes: int, ranks: int) -> float:
-        """The seconds of a sum over `ranks`: the better of a ring and a tree (Thakur et al. 2005)."""
-        ring = 2 * (ranks - 1) * self.latency_s + 2 * (ranks - 1) / ranks * num_bytes / self.bandwidth
-        tree = 2 * math.ceil(math.log2(ranks)) * (self.latency_s + num_bytes / self.bandwidth) if ranks > 1 else 0.0
-        return min(ring, tree)
-
-    def all_gather_s(self, num_bytes: int, ranks: int) -> float:
-        """The seconds until every rank has `num_bytes` of each other."""
-        return math.ceil(math.log2(ranks)) * self.latency_s + (ranks - 1) * num_bytes / self.bandwidth
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something to communicate, and the seconds of compute between the event before and this one.
-
-    kind: gather (forward of a synchronised batch norm, whose result the next layer waits for), reduce (its backward),
-    gradient (of one parameter; waited for at the end of backward only), nothing.
-    """
-
-    kind: str
-    compute_s: float
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """Seconds of a step: compute alone, and what communication adds to it."""
-
-    compute_s: float
-    batch_norm_s: float
-    gradients_s: float
+    transfer_s: float = 0.0
+    demand: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """Seconds of the whole step."""
-        return self.compute_s + self.batch_norm_s + self.gradients_s
+        """Seconds where nothing else runs."""
+        return self.latency_s + self.transfer_s
 
 
-def simulate(events: Sequence[Event], rest_s: float, network: Network, ranks: int) -> Step:
-    """A step of `ranks` ranks, each with the work of one.
+FREE = Collective(0.0)
 
-    Gradients are reduced bucket by bucket while backward continues; collectives run one at a time in the order in which
-    they were asked for (one NCCL communicator or gloo context), so a batch norm may wait for a bucket.
 
-    Args:
-        events: of one micro-batch's forward and backward, in order.
-        rest_s: compute after the last event (the update).
-        network: the links.
-        ranks: number of ranks.
+class Network(Protocol):
+    """Costs of collectives among some number of ranks."""
+
+    def all_reduce(self, num_bytes: int, ranks: int) -> Collective:
+        """A sum of `num_bytes` from each of `ranks`, known to all."""
+
+    def all_gather(self, num_bytes: int, ranks: int) -> Collective:
+        """`num_bytes` of each of `ranks`, known to all."""
+
+
+@dataclass(frozen=True)
+class Protocols:
+    """How NCCL sends, in the order LL, LL128, Simple. Microseconds, and shares of the links' bandwidth.
+
+    Latencies are those by which NCCL 2.28 chooses (`baseLatencies` and `hwLatencies` of its tuning model): base for the
+    launch, then for each hop. Shares too: LL sends a flag with each word, LL128 one with every 15.
     """
-    now = channel_free = batch_norm_s = 0.0
-    bucket, limit = 0, FIRST_BUCKET
-    for event in events:
-        now += event.compute_s
-        if ranks == 1 or event.kind == "nothing":
-            continue
-        if event.kind == "gradient":
-            bucket += event.num_bytes
-            if bucket >= limit:
-                channel_free = max(now, channel_free) + network.all_reduce_s(bucket, ranks)
-                bucket, limit = 0, BUCKET
-            continue
-        collective = network.all_gather_s if event.kind == "gather" else network.all_reduce_s
-        done = max(now, channel_free) + collective(event.num_bytes, ranks)
-        batch_norm_s += done - now
-        now = channel_free = done
-    if bucket and ranks > 1:
-        channel_free = max(now, channel_free) + network.all_reduce_s(bucket, ranks)
-    compute_s = sum(event.compute_s for event in events) + rest_s
-    return Step(compute_s, batch_norm_s, max(0.0, channel_free - now))
+
+    base_us: tuple[float, float, float]
+    nvlink_us: tuple[float, float, float]
+    network_us: tuple[float, float, float]
+    shares: tuple[float, float, float]
+
+
+RING = Protocols((6.6, 14.0, 8.4), (0.6, 1.9, 3.4), (2.7, 4.0, 14.0), (0.5, 0.92, 1.0))
+# Of trees NCCL discounts 0.92, then 0.85, and about 0.6 for 256 kB to 64 MB (its "correction factor"): 0.47 together.
+TREE = Protocols((6.8, 14.0, 8.4), (0.6, 1.25, 4.0), (5.0, 8.5, 14.0), (0.47 / 3.8, 0.47 * 0.92, 0.47))
+
+
+@dataclass(frozen=True)
+class Nccl:
+    """Nodes of GPUs with NVLink inside and a network between them, each collective by the fastest of NCCL's ways.
+
+    A ring passes all GPUs of a node one after the other; a tree is a chain in each node and a binary tree of the nodes.
+    NVLink SHARP, which H100 nodes have, and SHARP in switches are left out: with them collectives are faster.
+
+    node_bandwidth: bytes/s of a node's whole network, each way.
+    gpus: per node.
+    nvlink_bandwidth: bytes/s; NCCL counts on 360 GB/s of a Hopper GPU's 450.
+    latency_scale: 0.5 for a network and NVLink of half the latency; the launch (`base_us`) stays.
+    demand: share of a GPU's multiprocessors that a collective takes: 16 channels of 132.
+    """
+
+    node_bandwidth: float
+    gpus: int = 8
+    nvlink_bandwidth: float = 360e9
+    latency_scale: float = 1.0
+    demand: float = 16 / 132
+
+    def all_reduce(self, num_bytes: int, ranks: int) -> Collective:
+        """The faster of rings and trees in three protocols."""
+        if ranks == 1:
+            return FREE
+        nodes = math.ceil(ranks / self.gpus)
+        ring_hops = 2 * (ranks - nodes) if nodes > 1 else 2 * (ranks - 1), 2 * nodes if nodes > 1 else 0
+        tree_hops = 2 * (math.ceil(ranks / nodes) - 1), 2 * math.ceil(math.log2(nodes))
+        ring = self._ways(RING, ring_hops, 2 * (ranks - 1) / ranks * num_bytes, nodes)
+        return min([*ring, *self._ways(TREE, tree_hops, 2 * num_bytes, nodes)], key=lambda way: way.seconds)
+
+    def all_gather(self, num_bytes: int, ranks: int) -> Collective:
+        """The fastest of rings in three protocols."""
+        if ranks == 1:
+            return FREE
+        nodes = math.ceil(ranks / self.gpus)
+        hops = (ranks - nodes, nodes) if nodes > 1 else (ranks - 1, 0)
+        return min(self._ways(RING, hops, (ranks - 1) * num_bytes, nodes), key=lambda way: way.seconds)
+
+    def _ways(self, protocols: Protocols, hops: tuple[int, int], num_bytes: float, nodes: int) -> list[Collective]:
+        """Each protocol's cost, with `hops` over NVLink and over the network and `num_bytes` on the slowest link."""
+        bandwidth = min(self.nvlink_bandwidth, self.node_bandwidth) if nodes > 1 else self.nvlink_bandwidth
+        each = zip(protocols.base_us, protocols.nvlink_us, protocols.network_us, protocols.shares, strict=True)
+        return [
+            Collective(
+                (base + self.latency_scale * (hops[0] * nvlink + hops[1] * network)) * MICROSECOND,
+                num_bytes / (share * bandwidth),
+                self.demand,
+            )
+            for base, nvlink, network, share in each
+        ]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Collectives of real ranks, measured one at a time: {(kind, bytes): cost}; kind is all_reduce or all_gather.
+
+    Their seconds are all latency: on one machine a transfer takes cores (`demand`), not a link.
+    """
+
+    costs: Mapping[tuple[str, int], Collective]
+
+    def all_reduce(self, num_bytes: int, ranks: int) -> Collective:
+        """As it was measured on that number of ranks."""
+        return self.costs["all_reduce", num_bytes]
+
+    def all_gather(self, num_bytes: int, ranks: int) -> Collective:
+        """As it was measured on that number of ranks."""
+        return self.costs["all_gather", num_bytes]

@@ -1,9 +1,12 @@
-"""Weak scaling of a step, simulated from one rank's measured compute and a stated network.
+"""Weak scaling of a step to n GPUs, simulated: from its kernels and collectives, a host's launches and stragglers.
 
-The compute between any two moments at which a rank has something to communicate is measured here; what DDP's buckets
-and synchronised batch norm then add on n ranks is simulated. --check holds the simulation against fact: it starts real
-gloo ranks on this machine, measures their links and their steps, and shows what would have been foretold. There,
-compute is measured with as many ranks computing at once, since they share the cores, and each wait is for the slowest.
+    python tools/benchmark.py scaling                                  # efficiency at 8 to 1,024 GPUs
+    python tools/benchmark.py scaling --what-if                        # which change would help most
+    python tools/benchmark.py scaling --check 2 4 --crop 65 161        # predictions beside real gloo ranks
+
+Kernels are those that the real code launches, timed by a model of the GPU (`--measured`: by this machine's device).
+Collectives follow NCCL's own cost model. All constants are options. --check measures the parts of a step on gloo ranks
+of this machine, predicts whole steps from them, and measures these.
 """
 
 import argparse
@@ -15,86 +18,195 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
+from benchmarks.events import Norm, Workload
 from benchmarks.harness import Report, Row
-from benchmarks.network import Network, Step, simulate
-from benchmarks.step import NUM_CLASSES, draw_batches
-from benchmarks.timeline import measure_runs, median_events
+from benchmarks.modelled_gpu import H100, Gpu
+from benchmarks.network import Nccl
+from benchmarks.scenario import CHANGES, Scenario
+from benchmarks.stragglers import Stragglers
 from dist_deeplab.errors import UserError
 
-SUMMARY = "what communication would cost on n ranks, simulated and checked"
+SUMMARY = "what a step would take on n GPUs, simulated and checked"
 TOOLS = Path(__file__).resolve().parent.parent
+_LAUNCH_US = 7.0
+_UNCHANGED, _NO_GAIN = "as it is", 1e-4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--backbone", default="resnet101" if on_gpu else "resnet_tiny", help="default: %(default)s")
-    parser.add_argument("--crop", type=int, default=321 if on_gpu else 65, help="pixels, 8k+1; default: %(default)s")
-    parser.add_argument("--images", type=int, default=10 if on_gpu else 4, help="images a rank; default: %(default)s")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64], help="default: 1 2 4 8 16 64")
-    parser.add_argument(
-        "--latency-us", type=float, default=10.0, help="from one rank to the next; default: %(default)s"
+    add = parser.add_argument
+    add("--backbone", help="default: resnet101; of --check: resnet_tiny")
+    add("--crop", type=int, nargs="+", help="pixels, 8k+1; --check takes several; default: 321; of --check: 65 161")
+    add("--images", type=int, help="images per rank; default: 10; of --check: 4")
+    add("--ranks", type=int, nargs="+", help="numbers of GPUs; default: 8 16 64 128 512 1024; of --what-if: 64 1024")
+    kind = parser.add_mutually_exclusive_group()
+    add = kind.add_argument
+    add("--what-if", nargs="?", const="sync", choices=["sync", "frozen"], help="list changes to this batch norm's run")
+    add("--check", type=int, nargs="+", default=[], metavar="RANKS", help="run on real gloo ranks instead, e.g. 2 4")
+    network = parser.add_argument_group(
+        "network", "NCCL's latencies per hop are in benchmarks/network.py. Not for --check."
     )
-    parser.add_argument(
-        "--bandwidth-gbit", type=float, default=200.0, help="of a rank's link, Gbit/s; default: %(default)s"
-    )
-    parser.add_argument(
-        "--check",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="RANKS",
-        help="also run on real gloo ranks, e.g. 2 4",
-    )
+    add = network.add_argument
+    add("--bandwidth-gbit", type=float, nargs="+", help="of a network card; default: 100 200 400; of --what-if: 400")
+    add("--nics", type=int, default=8, help="network cards per node; default: %(default)s")
+    add("--gpus", type=int, default=8, help="per node, with NVLink; default: %(default)s")
+    add("--nvlink-gb", type=float, default=360.0, help="GB/s that NCCL gets from NVLink; default: %(default)s (Hopper)")
+    add("--latency-scale", type=float, default=1.0, help="of all hops; default: %(default)s")
+    gpu = parser.add_argument_group("GPU and host", "Not for --check.")
+    add = gpu.add_argument
+    add("--matmul-tflops", type=float, default=H100.matmul_flops / 1e12, help="reached; default: %(default)s (H100)")
+    add("--memory-tb", type=float, default=H100.memory_bandwidth / 1e12, help="TB/s reached; default: %(default)s")
+    add("--kernel-us", type=float, default=H100.kernel_s * 1e6, help="shortest kernel; default: %(default)s")
+    add("--launch-us", type=float, default=_LAUNCH_US, help="host's time per kernel; default: %(default)s")
+    add("--step-ms", type=float, default=0.0, help="measured on one GPU alone: kernels are scaled to it")
+    add("--measured", action="store_true", help="measure compute on this device instead (no launches)")
+    add("--sums", default="ahead", choices=["ahead", "waited"], help="how the small sums travel; default: %(default)s")
+    add = gpu.add_mutually_exclusive_group().add_argument
+    add("--jitter", type=float, default=0.01, help="deviation of a rank's step time, as a share; default: %(default)s")
+    add("--rank-times", type=Path, metavar="FILE", help="a run's logs/rank_times.jsonl, instead of --jitter")
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    if min([*arguments.ranks, *arguments.check]) < 1 or arguments.latency_us < 0 or arguments.bandwidth_gbit <= 0:
-        raise UserError("--ranks and --check count from 1, --latency-us from 0, and --bandwidth-gbit is positive")
-    network = Network(arguments.latency_us * 1e-6, arguments.bandwidth_gbit * 1e9 / 8)
-    [batch] = draw_batches(arguments.images, 1, arguments.crop)
-    alone, events = (
-        median_events(measure_runs(arguments.backbone, batch, NUM_CLASSES, synchronised=how)) for how in (False, True)
-    )
-    alone_s = sum(event.compute_s for event in alone)
-    frozen_events = [event if event.kind == "gradient" else replace(event, kind="nothing") for event in alone]
-    rows: list[Row] = []
-    for ranks in arguments.ranks:
-        sync = simulate(events if ranks > 1 else alone, 0.0, network, ranks)
-        rows.append(simulated_row(ranks, sync, simulate(frozen_events, 0.0, network, ranks), alone_s=alone_s))
-    rows += [check(arguments, ranks) for ranks in arguments.check]
+    """The table of efficiencies, of changes, or of the check.
+
+    Raises:
+        UserError: impossible numbers, a file of rank times that can't be read, or ranks that failed.
+    """
+    positive = [*(arguments.bandwidth_gbit or []), arguments.nics, arguments.gpus, arguments.nvlink_gb]
+    positive += [arguments.matmul_tflops, arguments.memory_tb, arguments.images or 1, *(arguments.ranks or [])]
+    others = [arguments.latency_scale, arguments.kernel_us, arguments.launch_us, arguments.step_ms, arguments.jitter]
+    if min([*positive, *arguments.check, 1]) <= 0 or min(others) < 0:
+        raise UserError("numbers of ranks, images and cards and all rates are positive, times and shares not negative")
     if arguments.check:
-        columns = {column: None for row in rows for column in row}
-        rows = [{**columns, **row} for row in rows]
-    num_collectives = sum(event.kind in ("gather", "reduce") for event in events)
-    return Report(
-        f"weak scaling of {arguments.backbone}, {arguments.images} x {arguments.crop} x {arguments.crop} a rank",
-        rows,
-        [
-            f"simulated network: {arguments.latency_us:g} us and {arguments.bandwidth_gbit:g} Gbit/s from rank to rank",
-            f"{num_collectives} collectives of batch norm a step, each waited for; gradients in buckets, overlapped",
-            "compute of several ranks has the arithmetic of synchronised batch norm, of one rank that of BatchNorm2d",
-            "frozen: without batch norm's collectives (model.batch_norm=frozen or local)",
-        ],
+        return check_report(arguments)
+    if len(arguments.crop or []) > 1:
+        raise UserError("several values of --crop are for --check; give one")
+    scenario = build_scenario(arguments)
+    return what_if_report(scenario, arguments) if arguments.what_if else efficiency_report(scenario, arguments)
+
+
+def build_scenario(arguments: argparse.Namespace) -> Scenario:
+    """The cluster and the workload that the arguments describe, with the last of the bandwidths."""
+    crop = arguments.crop[0] if arguments.crop else 321
+    norm: Norm = arguments.what_if or "sync"
+    workload = Workload(arguments.backbone or "resnet101", crop, arguments.images or 10, norm)
+    network = Nccl(
+        bandwidths(arguments)[-1] * arguments.nics * 1e9 / 8,
+        arguments.gpus,
+        arguments.nvlink_gb * 1e9,
+        arguments.latency_scale,
+    )
+    gpu = Gpu(arguments.matmul_tflops * 1e12, arguments.memory_tb * 1e12, arguments.kernel_us * 1e-6)
+    path = arguments.rank_times
+    return Scenario(
+        workload,
+        network,
+        None if arguments.measured else gpu,
+        0.0 if arguments.measured else arguments.launch_us * 1e-6,
+        Stragglers.from_rank_times(path) if path else Stragglers.normal(arguments.jitter),
+        arguments.step_ms * 1e-3,
+        sums_ahead=arguments.sums == "ahead",
     )
 
 
-def simulated_row(ranks: int, sync: Step, frozen: Step, *, alone_s: float) -> Row:
-    """The table's row of a simulated number of ranks; `alone_s`: a step's seconds on one, to compare with."""
-    return {
-        "what": f"{ranks} simulated",
-        "compute_ms": 1e3 * sync.compute_s,
-        "batch_norm_ms": 1e3 * sync.batch_norm_s,
-        "gradients_ms": 1e3 * sync.gradients_s,
-        "step_ms": 1e3 * sync.seconds,
-        "efficiency": alone_s / sync.seconds,
-        "frozen_efficiency": alone_s / frozen.seconds,
-    }
+def bandwidths(arguments: argparse.Namespace) -> list[float]:
+    """Gbit/s of a network card, one for each column."""
+    return arguments.bandwidth_gbit or ([400.0] if arguments.what_if else [100.0, 200.0, 400.0])
 
 
-def check(arguments: argparse.Namespace, ranks: int) -> Row:
-    """The row of a real run on `ranks` gloo ranks, beside what the simulation says of it.
+def efficiency_report(scenario: Scenario, arguments: argparse.Namespace) -> Report:
+    """Efficiency by number of GPUs, batch norm and bandwidth, and the parts of a step at the last bandwidth."""
+    rows: list[Row] = []
+    for ranks in [1, *(n for n in arguments.ranks or [8, 16, 64, 128, 512, 1024] if n > 1)]:
+        for norm in ("sync", "frozen"):
+            base = replace(scenario, workload=replace(scenario.workload, norm=norm))
+            efficiencies: Row = {}
+            for gbit in bandwidths(arguments):
+                network = replace(base.network, node_bandwidth=gbit * arguments.nics * 1e9 / 8)
+                efficiencies[f"at_{gbit:g}_gbit"] = replace(base, network=network).efficiency(ranks)
+            launches = sum(event.launches for event in base.events(ranks))
+            rows.append(
+                {"what": f"{ranks:,} {norm}", **efficiencies, **parts(base, ranks), "kernels": launches or None}
+            )
+    return Report(title(scenario, "weak scaling"), rows, notes(scenario, arguments))
+
+
+def parts(scenario: Scenario, ranks: int) -> Row:
+    """Milliseconds of a step and of its parts."""
+    step = scenario.step(ranks)
+    names = ("compute", "straggling", "sharing", "host", "batch_norm", "gradients")
+    values = {"step": step.seconds, **{name: getattr(step, f"{name}_s") for name in names}}
+    return {f"{name}_ms": round(1e3 * seconds, 6) + 0.0 for name, seconds in values.items()}
+
+
+def what_if_report(scenario: Scenario, arguments: argparse.Namespace) -> Report:
+    """One row for each change that matters, the best at the last number of GPUs first."""
+    sizes = arguments.ranks or [64, 1024]
+    usual = [scenario.images_per_s(ranks) for ranks in sizes]
+    variants = {_UNCHANGED: scenario, **{name: change(scenario) for name, change in CHANGES.items()}}
+    gains = {name: [s.images_per_s(n) / now for n, now in zip(sizes, usual)] for name, s in variants.items()}
+    without = [n for n, gain in gains.items() if n != _UNCHANGED and all(abs(x - 1) < _NO_GAIN for x in gain)]
+    rows: list[Row] = [
+        {
+            "what": name,
+            **{f"efficiency_{ranks}": variants[name].efficiency(ranks) for ranks in sizes},
+            **{f"faster_{ranks}": gain for ranks, gain in zip(sizes, gains[name])},
+        }
+        for name in sorted(gains, key=lambda name: -gains[name][-1])
+        if name not in without
+    ]
+    explained = [
+        "faster: images per second, as a multiple of those without the change; efficiency: one GPU has the change too",
+        f"without effect: {'; '.join(without) or 'none'}",
+    ]
+    heading = f"changes to {scenario.workload.norm} batch norm"
+    return Report(title(scenario, heading), rows, [*explained, *notes(scenario, arguments)])
+
+
+def title(scenario: Scenario, what: str) -> str:
+    """The report's title."""
+    workload = scenario.workload
+    return f"{what}: {workload.backbone}, {workload.images} x {workload.crop} x {workload.crop} per GPU"
+
+
+def notes(scenario: Scenario, arguments: argparse.Namespace) -> list[str]:
+    """What the figures rest on."""
+    network = scenario.network
+    compute = (
+        f"compute modelled: {arguments.matmul_tflops:.4g} TFLOP/s, {arguments.memory_tb:.3g} TB/s, kernels of "
+        f"{arguments.kernel_us:g} us at least, each launched in {arguments.launch_us:g} us"
+        if scenario.gpu
+        else "compute measured on this device; launches not counted"
+    )
+    scaled = f", scaled to {arguments.step_ms:g} ms for one GPU alone" if arguments.step_ms else ""
+    draws = f"drawn from {arguments.rank_times}" if arguments.rank_times else f"{arguments.jitter:g} (normal; assumed)"
+    return [
+        compute + scaled,
+        f"network: {arguments.nics} cards per node of {network.gpus} GPUs; parts are those at the last bandwidth; "
+        f"NVLink {arguments.nvlink_gb:g} GB/s; NCCL's latencies x {arguments.latency_scale:g}",
+        f"deviation of a rank's step time: {draws}; all wait for the slowest",
+        f"small sums: {arguments.sums}",
+    ]
+
+
+def check_report(arguments: argparse.Namespace) -> Report:
+    """Predicted and measured steps of real gloo ranks, with synchronised and frozen batch norm."""
+    backbone, images = arguments.backbone or "resnet_tiny", arguments.images or 4
+    rows = [
+        check(Workload(backbone, crop, images, norm, ranks))
+        for crop in arguments.crop or [65, 161]
+        for ranks in arguments.check
+        for norm in ("sync", "frozen")
+    ]
+    explained = [
+        "cores: that all ranks together got; compute: a rank's, in processor time; sharing: what it loses to other "
+        "ranks and to gloo's threads on these cores",
+        "sums, batch norm: waited for; gradients: waited for after backward; nothing is taken from measured steps",
+    ]
+    return Report(f"prediction against real gloo ranks: {backbone}, {images} images per rank", rows, explained)
+
+
+def check(workload: Workload) -> Row:
+    """The row of real gloo ranks, beside what their parts predict.
 
     Raises:
         UserError: the ranks failed.
@@ -102,11 +214,12 @@ def check(arguments: argparse.Namespace, ranks: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured.json"
         worker = [str(TOOLS / "benchmarks" / "scaling_worker.py"), str(out)]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *worker]
-        command += [arguments.backbone, str(arguments.crop), str(arguments.images)]
+        ranks = f"--nproc_per_node={workload.ranks}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *worker]
+        command += [workload.backbone, str(workload.crop), str(workload.images), workload.norm]
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(TOOLS.parent)]), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environ, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"the check on {ranks} ranks failed: {done.stderr.strip().splitlines()[-1]}")
+            raise UserError(f"the check on {workload.ranks} ranks failed: {done.stderr.strip().splitlines()[-1]}")
         found = json.loads(out.read_text(encoding="utf-8"))
-    return {"what": f"{ranks} real gloo", **found}
+    return {"what": f"{workload.ranks} ranks, crop {workload.crop}, {workload.norm}", **found}

@@ -1,88 +1,80 @@
-"""One of the real ranks of `scaling --check`: measures compute, links and whole steps, and simulates the latter.
+"""One of the real ranks of `scaling --check`: measures parts of a step and whole steps in turns, and predicts these.
 
-Arguments: OUT BACKBONE CROP IMAGES, under torchrun. The main rank writes a row of the table to OUT.
+Arguments: OUT BACKBONE CROP IMAGES BATCH_NORM, under torchrun. The main rank writes a row of the table to OUT. Parts:
+
+- compute, in processor time, of a step of all ranks at once whose collectives return without communicating;
+- how much of the cores all ranks together got during that;
+- each collective of the step, and the processor time that it takes, among ranks that arrive as in a step.
+
+The prediction takes nothing from the whole steps.
 """
 
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from benchmarks.network import Event, Network, simulate
-from benchmarks.peers import IGNORE_LABEL
+from benchmarks.events import Workload
+from benchmarks.gloo_parts import ComputeRun, Replay, Replica, Silent, common_events, cores_received
 from benchmarks.step import NUM_CLASSES, draw_batches
-from benchmarks.timeline import measure_runs, slowest_events
-from dist_deeplab.config import OptimConfig
+from benchmarks.timeline import Machine, SmallSums, Step, simulate
 from dist_deeplab.distributed.launcher import hard_exit
-from dist_deeplab.distributed.parallel import prepare_model
+from dist_deeplab.distributed.parallel import separate_group
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, process_group
 from dist_deeplab.model.batch_norm import norm_factory
-from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
-from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.training.loss import cross_entropy_sum, sample_label
-from dist_deeplab.training.optim import build_optimizer
+from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.model.sync_batch_norm import use_group
+from dist_deeplab.workers import num_cores
 
-ROUNDS = 15
-SMALL, LARGE = 2**8, 2**22  # float32 numbers: the latency of batch norm's collectives, the bandwidth of a bucket
+ROUNDS, WARMUP = 30, 3
 
 
-def median_s(work: Callable[[], object]) -> float:
-    """The median seconds of `work`, started by all ranks together."""
-    seconds = []
-    for turn in range(ROUNDS + 2):
-        dist.barrier()
-        started = time.perf_counter()
-        work()
-        if turn >= 2:
-            seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
-
-
-def measure_network(ranks: int) -> Network:
-    """Fit latency and bandwidth to the all-reduce of a small and of a large tensor."""
-    small, large = torch.zeros(SMALL), torch.zeros(LARGE)
-    small_s, large_s = median_s(lambda: dist.all_reduce(small)), median_s(lambda: dist.all_reduce(large))
-    messages = Network(1.0, float("inf")).all_reduce_s(0, ranks)
-    return Network(small_s / messages, 2 * (ranks - 1) / ranks * 4 * LARGE / max(1e-9, large_s - small_s))
-
-
-def main(env: DistEnv, out: str, backbone: str, crop: str, images: str) -> None:
-    [batch] = draw_batches(int(images), 1, int(crop))
-    runs = measure_runs(backbone, batch, NUM_CLASSES, synchronised=True, repeats=ROUNDS)  # all ranks compute at once
-    plain = gather_to_all([[(event.kind, event.compute_s, event.num_bytes) for event in run] for run in runs])
-    events = slowest_events([[[Event(*values) for values in run] for run in rank] for rank in plain])
-    network = measure_network(env.world_size)
-    simulated = simulate(events, 0.0, network, env.world_size)
+def main(env: DistEnv, out: str, workload: Workload) -> None:
     torch.manual_seed(0)
-    net = DeepLabV2(backbone, NUM_CLASSES, norm=norm_factory("sync"))
-    model = prepare_model(MultiScale(net), env).train()
-    optimizer = build_optimizer(net, OptimConfig())
+    net = DeepLabV2(workload.backbone, NUM_CLASSES, norm=norm_factory(workload.norm))
+    [batch] = draw_batches(workload.images, 1, workload.crop)
+    group = separate_group(env.device)
+    real, silent = Replica.of(net, env), Silent(net, env, workload)
+    use_group(real.model, group)
+    replay = Replay(group, env.world_size, real.sums)
+    own, seconds = [], []
+    for turn in range(ROUNDS + WARMUP):
+        compute, whole_s = silent.run(batch), real.whole_step(batch)
+        if turn >= WARMUP:  # DDP forms its buckets in the first
+            replay.run(compute)
+            own.append(compute)
+            seconds.append(whole_s)
+    measured_s = statistics.mean(max(ranks) for ranks in zip(*gather_to_all(seconds), strict=True))
+    turns = ComputeRun.of_all_ranks(own)
+    capacity = statistics.mean(cores_received(runs, num_cores()) for runs in turns)
+    network = replay.network()
+    machine = Machine(env.world_size, network, capacity=capacity, compute_demand=env.world_size, host_computes=True)
+    machine = replace(machine, sums=SmallSums(replay.small_sums(network)))
+    steps = [simulate(common_events(runs, capacity), machine) for runs in turns]
+    env.on_main(Path(out).write_text, json.dumps(row(steps, measured_s, capacity)))
 
-    def forward_and_backward() -> None:
-        optimizer.zero_grad()
-        logits = model(CAFFE.normalize(batch.image, batch.content))["scale_1"]
-        label = sample_label(batch.label, (logits.shape[2], logits.shape[3]))
-        cross_entropy_sum(logits, label, IGNORE_LABEL).backward()
 
-    measured_s = median_s(forward_and_backward)
-    row = {
-        "compute_ms": 1e3 * simulated.compute_s,
-        "batch_norm_ms": 1e3 * simulated.batch_norm_s,
-        "gradients_ms": 1e3 * simulated.gradients_s,
-        "step_ms": 1e3 * simulated.seconds,
+def row(predicted: Sequence[Step], measured_s: float, capacity: float) -> dict[str, float]:
+    """The table's row of a check."""
+    parts = ("compute", "sharing", "batch_norm", "gradients")
+    means = {f"{part}_ms": 1e3 * statistics.mean(getattr(step, f"{part}_s") for step in predicted) for part in parts}
+    step_s = statistics.mean(step.seconds for step in predicted)
+    return {
+        "cores": capacity,
+        **means,
+        "step_ms": 1e3 * step_s,
         "measured_ms": 1e3 * measured_s,
-        "measured_over_simulated": measured_s / simulated.seconds,
+        "measured_over_simulated": measured_s / step_s,
     }
-    env.on_main(Path(out).write_text, json.dumps(row))
 
 
 if __name__ == "__main__":
-    this = DistEnv.from_environ()
+    this = replace(DistEnv.from_environ(), device_kind="cpu")
+    out, backbone, crop, images, norm = sys.argv[1:]
     with process_group(this):
-        main(this, *sys.argv[1:])
+        main(this, out, Workload(backbone, int(crop), int(images), norm, this.world_size))  # type: ignore[arg-type]
     hard_exit(0)

@@ -1,142 +1,241 @@
-"""When a network's forward and backward have something to communicate, measured on one rank without communication."""
+"""The timeline of a step on n ranks: a host that launches, a device that computes, collectives that overlap or block.
 
-import contextlib
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, Literal
-from unittest import mock
+All ranks do the same work, so one of them stands for all. What it computes between two collectives comes as a list of
+events; what a collective costs comes from a `Network`. Four things are simulated:
 
-import torch
-from torch import nn
+- the host launches kernels one after the other and runs ahead of the device, but the device can't overtake it;
+- collectives of one process group run one at a time in their order: `batch_norm`, for which the device waits, and
+  `gradients`, which overlap with the backward pass until its end; and the step's small sums in a group of their own;
+- collectives of several groups under way together share the links;
+- what computes and what communicates share the device: `Machine.capacity`.
+"""
 
-from benchmarks.network import Event
-from dist_deeplab.data.loader import Batch
-from dist_deeplab.distributed.parallel import place_model
-from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.model import batch_norm, sync_batch_norm
-from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
-from dist_deeplab.model.preprocessing import CAFFE
-from dist_deeplab.training.loss import cross_entropy_sum, sample_label
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
+from benchmarks.network import FREE, Collective, Network
 
-class Clock:
-    """Marks moments on the device, and tells the seconds between them once all is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[str, int, Any]] = []
-
-    def mark(self, kind: str, num_bytes: int = 0) -> None:
-        """Remember this moment."""
-        if self.on_gpu:
-            moment: Any = torch.cuda.Event(enable_timing=True)
-            moment.record()
-        else:
-            moment = time.perf_counter()
-        self.marks.append((kind, num_bytes, moment))
-
-    def events(self) -> list[Event]:
-        """Every mark but the first as an event."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
-        found = []
-        for (_, _, before), (kind, num_bytes, moment) in zip(self.marks, self.marks[1:]):
-            seconds = before.elapsed_time(moment) / 1e3 if self.on_gpu else moment - before
-            found.append(Event(kind, seconds, num_bytes))
-        return found
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # torch DDP's bucket_cap_mb=25 and its smaller first one
+_STEPS = 4  # simulated in a row; the last one is in the steady state
+_NOTHING_LEFT_S = 1e-12
 
 
-def median_events(runs: list[list[Event]]) -> list[Event]:
-    """The events of one rank, each with the median compute before it."""
-    return [replace(one[0], compute_s=statistics.median(event.compute_s for event in one)) for one in zip(*runs)]
+@dataclass(frozen=True)
+class Event:
+    """Something to communicate, and the compute between the event before and this one.
 
-
-def slowest_events(runs_of_ranks: list[list[list[Event]]]) -> list[Event]:
-    """The events of ranks that wait for each other at each: the slowest's compute, as a mean over the runs."""
-    together = zip(*(zip(*runs) for runs in runs_of_ranks))  # event by event: (rank, run)
-    return [
-        replace(ranks[0][0], compute_s=statistics.mean(max(e.compute_s for e in one) for one in zip(*ranks)))
-        for ranks in together
-    ]
-
-
-class NoOthers:
-    """The part of `torch.distributed` that SyncBatchNorm uses, as if this rank were all there are."""
-
-    @staticmethod
-    def get_world_size() -> int:
-        """1: this rank alone."""
-        return 1
-
-    @staticmethod
-    def all_reduce(tensor: torch.Tensor, group: object) -> None:
-        """Leave the tensor as it is: no rank adds to it."""
-
-
-@contextlib.contextmanager
-def synchronised_alone() -> Iterator[None]:
-    """Let SyncBatchNorm do the arithmetic of several ranks, which is more than BatchNorm2d's, without messages."""
-    with (
-        mock.patch.object(sync_batch_norm, "is_alone", return_value=False),
-        mock.patch.object(sync_batch_norm, "dist", NoOthers),
-        mock.patch.object(
-            sync_batch_norm, "_all_gather", lambda output, tensor, group: output.copy_(tensor.view_as(output))
-        ),
-    ):
-        yield
-
-
-def measure_runs(
-    backbone: str, batch: Batch, num_classes: int, *, synchronised: bool, repeats: int = 5
-) -> list[list[Event]]:
-    """For each of `repeats` runs, the events of a micro-batch's forward and backward, without communication.
-
-    Where batch norm would communicate is marked; `synchronised`: it does the arithmetic that goes with that too. The
-    last event is `nothing`.
+    kind: gather or sum (of a synchronised batch norm, forward or backward; the device waits for it), gradient (of one
+        parameter), bucket (of gradients, all-reduced while backward continues), wait (the end of backward, where the
+        device waits for all buckets) or end (of the update).
+    compute_s: seconds on the device.
+    num_bytes: that each rank contributes.
+    launches: kernels that the host launches for this compute.
     """
-    with synchronised_alone() if synchronised else contextlib.nullcontext():
-        return _measure_runs(backbone, batch, num_classes, norm="sync" if synchronised else "local", repeats=repeats)
+
+    kind: str
+    compute_s: float
+    num_bytes: int = 0
+    launches: int = 0
 
 
-def _measure_runs(
-    backbone: str, batch: Batch, num_classes: int, *, norm: Literal["sync", "local"], repeats: int
-) -> list[list[Event]]:
-    device = DistEnv().device
-    torch.manual_seed(0)
-    net = DeepLabV2(backbone, num_classes, norm=batch_norm.norm_factory(norm))
-    model = place_model(MultiScale(net), device).train()
-    clock = Clock(device)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.register_forward_pre_hook(_marker(clock, "gather", 4 * (2 * layer.num_features + 1)))
-            layer.register_forward_hook(_output_marker(clock, "reduce", 4 * 2 * layer.num_features))
-    for parameter in net.parameters():
-        parameter.register_post_accumulate_grad_hook(_marker(clock, "gradient", 4 * parameter.numel()))
-    runs = []
-    for repeat in range(repeats + 2):
-        net.zero_grad()
-        clock.marks.clear()
-        clock.mark("start")
-        image = CAFFE.normalize(batch.image.to(device), batch.content)
-        logits = model(image)["scale_1"]
-        label = sample_label(batch.label, (logits.shape[2], logits.shape[3])).to(device)
-        cross_entropy_sum(logits, label, 255).backward()
-        clock.mark("nothing")
-        if repeat >= 2:
-            runs.append(clock.events())
-    return runs
+@dataclass(frozen=True)
+class SmallSums:
+    """What ranks agree on per step (valid pixels, stop requests, bad samples).
+
+    ahead: they travel in a group of their own and are read one step later, so nobody waits. Otherwise the host waits
+    for them at the beginning of each step, before it launches anything.
+    """
+
+    collective: Collective = FREE
+    ahead: bool = True
 
 
-def _marker(clock: Clock, kind: str, num_bytes: int) -> Callable[..., None]:
-    return lambda *_: clock.mark(kind, num_bytes)
+@dataclass(frozen=True)
+class Machine:
+    """What a step runs on.
+
+    ranks: number of ranks.
+    network: costs of their collectives.
+    launch_s: host seconds per kernel launched; 0 for a CPU, and for a CUDA graph.
+    capacity: of what is shared by compute and communication: 1 for a GPU; for a CPU the cores that all ranks share.
+    compute_demand: of that, while all ranks compute: 1 for a GPU; for a CPU the number of ranks.
+    slowest: the slowest rank's compute as a multiple of a usual one's; all wait for it.
+    host_computes: whether host and device are the same (a CPU), so that the host can't run ahead.
+    norm_ranks: how many ranks, one after the other, share batch norm's statistics; 0: all.
+    own_group: whether batch norm has a process group of its own; else it queues up behind buckets of gradients.
+    sums: the step's small sums.
+    """
+
+    ranks: int
+    network: Network
+    launch_s: float = 0.0
+    capacity: float = 1.0
+    compute_demand: float = 1.0
+    slowest: float = 1.0
+    host_computes: bool = False
+    norm_ranks: int = 0
+    own_group: bool = True
+    sums: SmallSums = SmallSums()
 
 
-def _output_marker(clock: Clock, kind: str, num_bytes: int) -> Callable[..., None]:
-    """Mark when backward reaches the layer: its sums follow. (A full backward hook forbids the in-place ReLU.)"""
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step and what they went to; the parts add up.
 
-    def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        output.register_hook(lambda grad: clock.mark(kind, num_bytes))
+    compute_s: of a usual rank that has the device for itself.
+    straggling_s: what the slowest rank takes longer.
+    sharing_s: what compute loses to communication at the same time.
+    host_s: the device waits for the host: its launches, and the small sums where it waits for these.
+    batch_norm_s: the device waits for batch norm's collectives.
+    gradients_s: the device waits for the last buckets after the backward pass.
+    """
 
-    return hook
+    compute_s: float = 0.0
+    straggling_s: float = 0.0
+    sharing_s: float = 0.0
+    host_s: float = 0.0
+    batch_norm_s: float = 0.0
+    gradients_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole step."""
+        device_s = self.compute_s + self.straggling_s + self.sharing_s
+        return device_s + self.host_s + self.batch_norm_s + self.gradients_s
+
+
+def bucketed(events: Iterable[Event]) -> Iterator[Event]:
+    """The same events with gradients collected into the buckets that torch's DDP would make of them."""
+    compute_s, launches, num_bytes, limit = 0.0, 0, 0, FIRST_BUCKET
+    for event in events:
+        compute_s += event.compute_s
+        launches += event.launches
+        if event.kind == "gradient":
+            num_bytes += event.num_bytes
+        if num_bytes >= limit or (event.kind == "wait" and num_bytes):
+            yield Event("bucket", compute_s, num_bytes, launches)
+            compute_s, launches, num_bytes, limit = 0.0, 0, 0, BUCKET
+        if event.kind != "gradient":
+            yield replace(event, compute_s=compute_s, launches=launches)
+            compute_s, launches = 0.0, 0
+
+
+def simulate(events: Sequence[Event], machine: Machine) -> Step:
+    """A step in the steady state, in which the host has run ahead as far as it can.
+
+    Args:
+        events: of a step, with buckets (see `bucketed`), in order.
+        machine: what it runs on.
+    """
+    timeline = _Timeline(machine)
+    for _ in range(_STEPS):
+        step = timeline.step(events)
+    return step
+
+
+@dataclass
+class _UnderWay:
+    """What is left of a collective."""
+
+    latency_s: float
+    transfer_s: float
+    demand: float
+
+
+@dataclass
+class _Timeline:
+    """The device's time `now`, the moment at which the host has launched all so far, and collectives under way.
+
+    queues: {process group: its collectives in order, of which the first is under way}.
+    """
+
+    machine: Machine
+    now: float = 0.0
+    host: float = 0.0
+    queues: dict[str, deque[_UnderWay]] = field(default_factory=dict)
+
+    def step(self, events: Sequence[Event]) -> Step:
+        """Simulate one step."""
+        host_s = self._agree()
+        compute_s = sharing_s = batch_norm_s = gradients_s = 0.0
+        norm_group = "batch_norm" if self.machine.own_group else "gradients"
+        for event in events:
+            compute_s += event.compute_s
+            launched = self.host + event.launches * self.machine.launch_s
+            host_s += self._pass(until=self.host + min(1, event.launches) * self.machine.launch_s)
+            work_s = event.compute_s * self.machine.slowest
+            sharing_s += self._pass(work_s=work_s) - work_s
+            host_s += self._pass(until=launched)
+            self.host = max(self.host, launched)
+            if self.machine.ranks == 1:
+                continue
+            if event.kind in ("gather", "sum"):
+                self._start(norm_group, event)
+                batch_norm_s += self._pass(group=norm_group)
+            elif event.kind == "bucket":
+                self._start("gradients", event)
+            elif event.kind == "wait":
+                gradients_s += self._pass(group="gradients")
+        straggling_s = compute_s * (self.machine.slowest - 1)
+        return Step(compute_s, straggling_s, sharing_s, host_s, batch_norm_s, gradients_s)
+
+    def _agree(self) -> float:
+        """Send the step's small sums; the seconds for which the device waits for those that the host waits for."""
+        sums = self.machine.sums
+        waited_s = 0.0
+        if self.machine.ranks > 1 and sums.ahead:
+            waited_s = self._pass(group="sums")  # the last step's
+            self._enqueue("sums", sums.collective)
+        elif self.machine.ranks > 1:
+            self.host += sums.collective.seconds
+        return waited_s
+
+    def _start(self, group: str, event: Event) -> None:
+        network, ranks = self.machine.network, self.machine.ranks
+        if event.kind != "bucket" and self.machine.norm_ranks:
+            ranks = min(ranks, self.machine.norm_ranks)
+        cost = network.all_gather if event.kind == "gather" else network.all_reduce
+        self._enqueue(group, cost(event.num_bytes, ranks))
+
+    def _enqueue(self, group: str, collective: Collective) -> None:
+        left = _UnderWay(collective.latency_s, collective.transfer_s, collective.demand)
+        self.queues.setdefault(group, deque()).append(left)
+
+    def _pass(self, *, work_s: float = 0.0, until: float = -math.inf, group: str = "") -> float:
+        """Let time pass until `work_s` is computed, `until` has come, and `group` is idle; the seconds it took.
+
+        Everything under way advances at the speed that the shared device allows; transfers share the links too.
+        """
+        began = self.now
+        while work_s > _NOTHING_LEFT_S or self.now < until - _NOTHING_LEFT_S or self.queues.get(group):
+            active = [queue[0] for queue in self.queues.values() if queue]
+            demand = sum(one.demand for one in active) + (self.machine.compute_demand if work_s > 0 else 0.0)
+            speed = min(1.0, self.machine.capacity / demand) if demand else 1.0
+            transferring = sum(one.latency_s <= _NOTHING_LEFT_S for one in active)
+            shared = speed / max(1, transferring)
+            moments = [
+                one.latency_s / speed if one.latency_s > _NOTHING_LEFT_S else one.transfer_s / shared for one in active
+            ]
+            if work_s > _NOTHING_LEFT_S:
+                moments.append(work_s / speed)
+            if self.now < until:
+                moments.append(until - self.now)
+            passed = min(moments)
+            self.now += passed
+            work_s -= passed * speed
+            for one in active:
+                if one.latency_s > _NOTHING_LEFT_S:
+                    one.latency_s -= passed * speed
+                else:
+                    one.transfer_s -= passed * shared
+            self._drop_finished()
+        if self.machine.host_computes:
+            self.host = max(self.host, self.now)
+        return self.now - began
+
+    def _drop_finished(self) -> None:
+        for queue in self.queues.values():
+            if queue and max(queue[0].latency_s, queue[0].transfer_s) <= _NOTHING_LEFT_S:
+                queue.popleft()

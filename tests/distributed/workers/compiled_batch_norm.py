@@ -4,13 +4,11 @@ Argument: the backend of torch.compile.
 """
 
 import copy
-import sys
 
 import torch
 from torch import nn
 
-from dist_deeplab.distributed.launcher import hard_exit
-from dist_deeplab.distributed.process_group import DistEnv, process_group
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model.batch_norm import SyncBatchNorm
 
 
@@ -36,10 +34,3 @@ def main(env: DistEnv, backend: str) -> None:
             torch.testing.assert_close(
                 results[1][name], expected, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: n + text
             )
-
-
-if __name__ == "__main__":
-    this = DistEnv.from_environ()
-    with process_group(this):
-        main(this, sys.argv[1])
-    hard_exit(0)

@@ -7,7 +7,6 @@ every sample by global position.
 """
 
 import hashlib
-import sys
 from pathlib import Path
 
 import torch
@@ -17,9 +16,8 @@ from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards.manifest import load_manifest
 from dist_deeplab.data.transforms import Augmentation
-from dist_deeplab.distributed.launcher import hard_exit
 from dist_deeplab.distributed.parallel import prepare_model
-from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_to_all, process_group
+from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, gather_to_all
 from dist_deeplab.model.batch_norm import FrozenBatchNorm, norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
@@ -70,9 +68,6 @@ def train(env: DistEnv, manifest: str, out: Path, micro_size: str, batch_norm: s
         torch.save({"moved": moved, "grads": first, "losses": losses, "model": net.state_dict(), "seen": everyone}, out)
 
 
-if __name__ == "__main__":
-    this = DistEnv.from_environ()
-    with process_group(this):
-        for job in sys.argv[3:]:
-            train(this, sys.argv[1], Path(sys.argv[2]) / f"{job}.pt", *job.split(","))
-    hard_exit(0)
+def main(env: DistEnv, manifest: str, folder: str, *splits: str) -> None:
+    for split in splits:
+        train(env, manifest, Path(folder) / f"{split}.pt", *split.split(","))

@@ -9,16 +9,14 @@ import dataclasses
 import json
 import logging
 import math
-import sys
 from pathlib import Path
 
 import torch
 
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.loader import Batch
-from dist_deeplab.distributed.launcher import hard_exit
 from dist_deeplab.distributed.parallel import prepare_model
-from dist_deeplab.distributed.process_group import DistEnv, process_group
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.replicas import check_replicas
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.model.batch_norm import norm_factory
@@ -49,7 +47,8 @@ def batch(seed: int, *, poison: bool = False) -> Batch:
     return Batch(image, label, torch.tensor([[33, 33]] * 2), [f"image_{seed}_{i}" for i in range(2)])
 
 
-def main(env: DistEnv, folder: Path) -> None:
+def main(env: DistEnv, where: str) -> None:
+    folder = Path(where)
     logging.basicConfig(filename=folder / f"rank_{env.rank}.log", level=logging.WARNING)
     torch.manual_seed(0)
     net = DeepLabV2("resnet_tiny", 5, norm=norm_factory("local", accumulation=2))
@@ -87,10 +86,3 @@ def main(env: DistEnv, folder: Path) -> None:
         raise AssertionError("no rank noticed it")
     except TrainingError as error:
         (folder / f"error_{env.rank}").write_text(str(error))
-
-
-if __name__ == "__main__":
-    this = DistEnv.from_environ()
-    with process_group(this):
-        main(this, Path(sys.argv[1]))
-    hard_exit(0)

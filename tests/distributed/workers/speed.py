@@ -4,9 +4,8 @@ import torch
 
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.batch import Batch
-from dist_deeplab.distributed.launcher import hard_exit
 from dist_deeplab.distributed.parallel import prepare_model, unwrap
-from dist_deeplab.distributed.process_group import DistEnv, process_group
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
@@ -62,10 +61,3 @@ def main(env: DistEnv) -> None:
     for options in ({}, {"recompute": True}, {"scales": (1.0, 0.5)}):
         plain, static = (updated(env, static_graph=static, **options) for static in (False, True))
         assert torch.equal(static, plain), f"static_graph with {options} changed the weights"
-
-
-if __name__ == "__main__":
-    this = DistEnv.from_environ()
-    with process_group(this):
-        main(this)
-    hard_exit(0)

@@ -4,27 +4,27 @@ Arguments: one or more SIZE,SIZE..., the number of images of each rank. Exits no
 above 1e-12.
 """
 
-import sys
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from dist_deeplab.distributed.launcher import hard_exit
 from dist_deeplab.distributed.parallel import separate_group
-from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum, process_group
+from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum
 from dist_deeplab.model import sync_batch_norm
 from dist_deeplab.model.batch_norm import SyncBatchNorm
 
 CHANNELS = 5
 
 
-def require_close(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+def require_close(env: DistEnv, name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
     if got.numel():
         difference = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
         assert difference < 1e-12, f"rank {env.rank}: {name} differs by {difference:.1e}"
 
 
-def check(sizes: list[int], memory_format: torch.memory_format) -> None:
+def check(env: DistEnv, group: dist.ProcessGroup | None, sizes: list[int], memory_format: torch.memory_format) -> None:
     torch.manual_seed(1)
     whole = torch.randn(sum(sizes), CHANNELS, 4, 7, dtype=torch.float64) * 3 + 10
     grad = torch.randn_like(whole)
@@ -33,7 +33,7 @@ def check(sizes: list[int], memory_format: torch.memory_format) -> None:
     nn.init.uniform_(expected_norm.bias)
     norm = SyncBatchNorm(CHANNELS).double()
     norm.load_state_dict(expected_norm.state_dict())
-    sync_batch_norm.use_group(norm, GROUP)
+    sync_batch_norm.use_group(norm, group)
     start = sum(sizes[: env.rank])
     mine = slice(start, start + sizes[env.rank])
 
@@ -46,13 +46,13 @@ def check(sizes: list[int], memory_format: torch.memory_format) -> None:
         part = whole.detach()[mine].contiguous(memory_format=memory_format).requires_grad_(True)
         output = norm(part)
         output.backward(grad[mine])
-        require_close("output", output, expected[mine])
-        require_close("input gradient", part.grad, whole.grad[mine])
+        require_close(env, "output", output, expected[mine])
+        require_close(env, "input gradient", part.grad, whole.grad[mine])
         for name in ("weight", "bias"):
             total = all_reduce_sum(getattr(norm, name).grad.clone())
-            require_close(f"{name} gradient", total, getattr(expected_norm, name).grad)
+            require_close(env, f"{name} gradient", total, getattr(expected_norm, name).grad)
         for name, buffer in norm.named_buffers():
-            require_close(name, buffer.double(), dict(expected_norm.named_buffers())[name].double())
+            require_close(env, name, buffer.double(), dict(expected_norm.named_buffers())[name].double())
         assert output.is_contiguous(memory_format=memory_format) or not part.numel()
 
     norm.eval()
@@ -61,11 +61,10 @@ def check(sizes: list[int], memory_format: torch.memory_format) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, norm.buffers(), strict=True)), "eval moved the statistics"
 
 
-env = DistEnv.from_environ()
-with process_group(env):
-    GROUP = separate_group(env.device)
-    for sizes in sys.argv[1:]:
+def main(env: DistEnv, *shares: str) -> None:
+    group = separate_group(env.device)
+    for sizes in shares:
         for layout in (torch.contiguous_format, torch.channels_last):
-            for sync_batch_norm.GATHER_RANKS in (1, 8):  # sums, and gathered moments
-                check([int(size) for size in sizes.split(",")], layout)
-hard_exit(0)
+            for gather_ranks in (1, 8):  # sums, and gathered moments
+                with mock.patch.object(sync_batch_norm, "GATHER_RANKS", gather_ranks):
+                    check(env, group, [int(size) for size in sizes.split(",")], layout)

@@ -1,8 +1,6 @@
 """evaluate() equals a plain loop over the images, and leaves the network as it was."""
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE, Preprocessing
 from tests.networks import discerning_network
+from tests.ranks import TwoRanks
 
 NUM_CLASSES, IGNORE = 4, 255
 RGB_WITH_STD = Preprocessing("rgb", mean=(120.5, 110.25, 100.75), std=(0.5, 0.8, 1.25))
@@ -202,30 +201,6 @@ def test_panels_of_chosen_images_come_in_the_order_asked_for(net: DeepLabV2, man
     scored = evaluate(predictor, manifest, Session(ALONE), loading=Loading(num_workers=0))
     assert [panel.iou for panel in panels] == [scored.images[index].miou for index in (3, 0, 4)]
     assert draw_panels(predictor, manifest, ALONE, []) == []
-
-
-class TwoRanks:
-    """Two threads as ranks, which exchange values as a process group does."""
-
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(2, timeout=60)
-        self.values: dict[int, Any] = {}
-        self.rank = threading.local()
-
-    def gather(self, value: Any) -> list[Any]:
-        self.values[self.rank.number] = value
-        self.barrier.wait()
-        gathered = [self.values[0], self.values[1]]
-        self.barrier.wait()
-        return gathered
-
-    def run(self, function: Callable[[DistEnv], Any]) -> list[Any]:
-        def call(number: int) -> Any:
-            self.rank.number = number
-            return function(DistEnv(number, number, 2, "torchrun"))
-
-        with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(call, (0, 1)))
 
 
 def test_panels_of_several_ranks_come_in_the_order_asked_for_on_each(

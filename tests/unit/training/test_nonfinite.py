@@ -13,13 +13,16 @@ import torch
 
 from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.loader import Batch
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE, Preprocessing
+from dist_deeplab.training import nonfinite
 from dist_deeplab.training.loss_window import LossWindow
-from dist_deeplab.training.nonfinite import NonFiniteDump, NonFiniteMonitor
+from dist_deeplab.training.nonfinite import NonFiniteDump, NonFiniteMonitor, NonFiniteStep
 from dist_deeplab.training.optim import poly_lr, set_lr
 from dist_deeplab.training.state import TrainState
 from dist_deeplab.training.step import TrainStep
+from tests.ranks import TwoRanks
 
 MakeNet = Callable[..., DeepLabV2]
 MakeBatch = Callable[..., Batch]
@@ -149,6 +152,43 @@ def test_an_infinite_gradient_of_finite_losses_saves_all_samples(
     saved = torch.load(tmp_path / "step_00000000_rank_0.pt", weights_only=True)
     assert saved["micro_batches"] == [0, 1]
     assert all(map(math.isfinite, saved["micro_losses"]))
+
+
+@pytest.mark.parametrize(
+    ("bad", "saved"),
+    [({1: [1]}, {1: [1]}), ({0: [0], 1: [0, 1]}, {0: [0], 1: [0, 1]}), ({}, {0: [0, 1], 1: [0, 1]})],
+    ids=["of one rank", "of both", "none, the gradient is infinite"],
+)
+def test_each_rank_saves_its_own_bad_samples_and_nothing_where_only_another_has_any(
+    make_batch: MakeBatch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: Any,
+    bad: dict[int, list[int]],
+    saved: dict[int, list[int]],
+) -> None:
+    """bad, saved: numbers of micro-batches per rank."""
+    ranks = TwoRanks()
+    monkeypatch.setattr(nonfinite, "gather_to_all", ranks.gather)
+
+    def skip_a_step(env: DistEnv) -> None:
+        monitor = NonFiniteMonitor(3, NonFiniteDump(tmp_path, {}, env.rank))
+        batches = [make_batch([0.1], seed=number) for number in range(2)]
+        keys = [[f"rank_{env.rank}_{number}"] for number in range(2)]
+        losses = [math.nan if number in bad.get(env.rank, []) else 0.5 for number in range(2)]
+        monitor.hold(7, batches, torch.tensor(True))
+        row = {"losses": {"scale_1": math.nan if bad else 1.0}, "grad_norm": math.inf, "loss_scale": 1.0}
+        monitor.check(7, NonFiniteStep(row, losses, keys))
+
+    with caplog.at_level(logging.WARNING):
+        ranks.run(skip_a_step)
+    files = {rank: tmp_path / f"step_00000007_rank_{rank}.pt" for rank in saved}
+    assert sorted(tmp_path.glob("*.pt")) == sorted(files.values())
+    for rank, file in files.items():
+        assert torch.load(file, weights_only=True)["micro_batches"] == saved[rank]
+    named = ", ".join(f"rank_{rank}_{number} (rank {rank})" for rank in bad for number in bad[rank])
+    assert len(caplog.records) == 2
+    assert all((f"samples {named}" if bad else "the gradient is not") in record.message for record in caplog.records)
 
 
 def test_good_steps_save_nothing_and_are_let_go(
