@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_deeplab import config as configuration
-from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
+from dist_deeplab.checkpointing.checkpoint import Checkpoint, load_checkpoint
 from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.cache import build_cache
 from dist_deeplab.data.shards.checks import require_scorable
-from dist_deeplab.data.shards.manifest import Manifest, load_manifest
+from dist_deeplab.data.shards.manifest import Manifest, check_sizes, load_manifest
 from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
 from dist_deeplab.distributed.session import Session, session
@@ -50,16 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(arguments: argparse.Namespace, env: DistEnv) -> int:
     """Check all that can be checked before any heavy work, then score; the exit code."""
-    checkpoint = read_checkpoint(arguments.checkpoint)
-    settings = inference_settings(checkpoint, arguments.overrides)
-    manifest = load_manifest(arguments.data, cache=build_cache(settings.data.cache_dir, settings.data.cache_gib))
-    require_crf(settings.eval.crf)
-    check_classes(checkpoint, manifest)
-    require_scorable(manifest)
-    prepare_folder(report_folder(arguments, settings), remedy="choose another --out")
-    if arguments.json:
-        prepare_file(arguments.json, remedy="choose another --json")
     with session(env) as ranks:
+        checkpoint = load_checkpoint(env, arguments.checkpoint)
+        settings = inference_settings(checkpoint, arguments.overrides)
+        cache = build_cache(settings.data.cache_dir, settings.data.cache_gib)
+        manifest = load_manifest(arguments.data, cache=cache, check_shards=False)
+        env.on_each_node(check_sizes, manifest)
+        require_crf(settings.eval.crf)
+        check_classes(checkpoint, manifest)
+        require_scorable(manifest)
+        prepare_folder(report_folder(arguments, settings), remedy="choose another --out")
+        if arguments.json:
+            prepare_file(arguments.json, remedy="choose another --json")
         score(ranks, checkpoint, settings, manifest, arguments)
     return 0
 
@@ -73,7 +75,7 @@ def score(
 ) -> None:
     """Evaluate, print the table and write the report; every rank calls it."""
     env = ranks.env
-    overlap = find_contamination(checkpoint, manifest)
+    overlap = env.on_main(find_contamination, checkpoint, manifest)
     notes = [str(overlap)] if overlap and overlap.num_images else []
     if checkpoint.variant.note:
         notes.append(f"NOTE on these weights: {checkpoint.variant.note}")

@@ -20,10 +20,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
+from dist_deeplab.checkpointing.checkpoint import Checkpoint, load_checkpoint
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.image_file import MAX_PIXELS, DecodeOptions
+from dist_deeplab.distributed.from_main import load_on_main
 from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks_on_host
 from dist_deeplab.distributed.session import Session, session
@@ -48,21 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(arguments: argparse.Namespace, env: DistEnv) -> int:
     """Check all that can be checked before any heavy work, then predict; the exit code."""
-    checkpoint = read_checkpoint(arguments.checkpoint)
-    settings = inference_settings(checkpoint, arguments.overrides)
-    require_crf(settings.eval.crf)
-    if arguments.voc_submission:
-        submission.require_voc_classes(checkpoint.class_names)
-    sources = find_images(arguments.images, outside=arguments.out)
-    if arguments.list:
-        sources = listed(sources, arguments.list)
-    results = result_files(arguments, checkpoint.class_names)
-    prepare_folder(arguments.out, remedy="choose another --out")
     with session(env) as ranks:
-        wanted = results.wanted(sources, overwrite=arguments.overwrite, skip_existing=arguments.skip_existing)
-        # Every rank has looked before one writes.
-        named = gather_to_all([(str(source.path), source.name) for source in wanted])
-        sources = [Source(Path(path), name) for path, name in named[0]]
+        checkpoint = load_checkpoint(env, arguments.checkpoint)
+        settings = inference_settings(checkpoint, arguments.overrides)
+        require_crf(settings.eval.crf)
+        if arguments.voc_submission:
+            submission.require_voc_classes(checkpoint.class_names)
+        results = result_files(arguments, checkpoint.class_names)
+        named = load_on_main(env, lambda: [(str(s.path), s.name) for s in wanted_images(results, arguments)])
+        prepare_folder(arguments.out, remedy="choose another --out")
+        sources = [Source(Path(path), name) for path, name in named]
         problems = predict(ranks, checkpoint, settings, sources, results, arguments)
         env.on_main(report, problems, len(sources), arguments)
     return 1 if problems else 0
@@ -104,6 +100,14 @@ def predict(
             writing.result()
     ranks.wait_for_all()
     return sorted(problem for rank in gather_to_all(problems) for problem in rank)
+
+
+def wanted_images(results: ResultFiles, arguments: argparse.Namespace) -> list[Source]:
+    """The images to predict: one rank looks for all, before any of them writes."""
+    sources = find_images(arguments.images, outside=arguments.out)
+    if arguments.list:
+        sources = listed(sources, arguments.list)
+    return results.wanted(sources, overwrite=arguments.overwrite, skip_existing=arguments.skip_existing)
 
 
 def result_files(arguments: argparse.Namespace, class_names: Sequence[str]) -> ResultFiles:

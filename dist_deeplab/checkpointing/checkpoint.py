@@ -1,7 +1,7 @@
 """`Checkpoint`: what a checkpoint file holds, with types; read, checked and turned back into plain values here."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ import torch
 
 from dist_deeplab.checkpointing.file import load_content
 from dist_deeplab.config import RunConfig, config_from_dict, config_to_dict
+from dist_deeplab.distributed.from_main import load_on_main
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.weights import Variant
 
@@ -124,13 +126,40 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """A verified checkpoint that holds all that a run, evaluation and prediction need; no code in the file is run.
 
     Raises:
-        UserError: missing, damaged, incomplete, or not a checkpoint of ours.
+        DamagedCheckpoint: missing or damaged.
+        UserError: incomplete, or not a checkpoint of ours.
     """
     content = load_content(path)
     missing = [name for name in _NEEDED if name not in content]
     if missing:
         raise UserError(f"the checkpoint {path} lacks {', '.join(missing)}; use another one")
     return Checkpoint.from_content(content, path=path)
+
+
+def load_checkpoint(env: DistEnv, path: Path) -> Checkpoint:
+    """`read_checkpoint` by the main rank for all; every rank must call it.
+
+    Raises:
+        UserError: see `read_checkpoint`.
+    """
+    checkpoint = read_on_main(env, lambda: read_checkpoint(path))
+    assert checkpoint is not None
+    return checkpoint
+
+
+def read_on_main(env: DistEnv, read: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """What `read` gives on the main rank, on every rank; every rank must call it. See `load_on_main`.
+
+    Raises:
+        UserError: `read` raised it.
+    """
+
+    def plain() -> tuple[str, dict[str, Any]] | None:
+        checkpoint = read()
+        return (str(checkpoint.path), checkpoint.to_content()) if checkpoint else None
+
+    found = load_on_main(env, plain)
+    return Checkpoint.from_content(found[1], path=Path(found[0])) if found else None
 
 
 def find_best(run_dir: Path) -> Path:

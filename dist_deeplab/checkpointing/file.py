@@ -6,6 +6,7 @@ notices a truncated file but not a flipped byte) and is written last.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,47 +15,54 @@ import torch
 from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.files import replace_file, replace_text, sha256, sidecar_digests
-from dist_deeplab.model.weights.formats.torch_file import load_plain
+from dist_deeplab.model.weights.formats.torch_file import load_opened
 
 FORMAT = "dist_deeplab.checkpoint/1"
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not as it was written: another one may be used in its place."""
 
 
 def load_content(path: Path) -> dict[str, Any]:
     """The content of a verified checkpoint, tensors on the CPU; no code in the file is run.
 
+    The file is opened once: what is read are the bytes that were verified, even if it is replaced meanwhile.
+
     Raises:
-        UserError: missing, damaged, or not a checkpoint of ours.
+        DamagedCheckpoint: file or sidecar missing, or another SHA-256 than the sidecar's.
+        UserError: not a checkpoint of ours.
     """
-    verify(path)
-    try:
-        content = load_plain(path)
-    except UserError:
-        raise
-    except Exception as error:  # an unpickler that meets arbitrary bytes may raise anything
-        raise UserError(f"{path} can't be read as a checkpoint: {first_line(error)}") from None
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a checkpoint; give a file, e.g. RUN/checkpoints/best.pt")
+    if not path.is_file():
+        raise DamagedCheckpoint(f"there is no checkpoint at {path}; those of a run are RUN/checkpoints/*.pt")
+    expected = sidecar_digests(path)
+    if not expected:
+        raise DamagedCheckpoint(
+            f"the checkpoint {path} has no readable sidecar {path.with_suffix('.json').name}; if it is not "
+            f"a checkpoint of ours, make one of it by {command_name('convert-weights')} IN OUT.pt --to checkpoint"
+        )
+    with path.open("rb") as file:
+        before = _changed_at(file)
+        if hashlib.file_digest(file, "sha256").hexdigest() not in expected:
+            raise DamagedCheckpoint(f"the checkpoint {path} is damaged: its SHA-256 is not the one in its sidecar")
+        try:
+            content = load_opened(file, path)
+        except UserError:
+            raise
+        except Exception as error:  # an unpickler that meets arbitrary bytes may raise anything
+            raise UserError(f"{path} can't be read as a checkpoint: {first_line(error)}") from None
+        if _changed_at(file) != before:
+            raise DamagedCheckpoint(f"the checkpoint {path} was written to while it was read")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a {FORMAT!r} file; dist_deeplab.train writes those")
     return content
 
 
-def verify(path: Path) -> None:
-    """Compare a checkpoint's SHA-256 with the one in its sidecar.
-
-    Raises:
-        UserError: file or sidecar missing, or digest wrong.
-    """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a checkpoint; give a file, e.g. RUN/checkpoints/best.pt")
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint at {path}; those of a run are RUN/checkpoints/*.pt")
-    expected = sidecar_digests(path)
-    if not expected:
-        raise UserError(
-            f"the checkpoint {path} has no readable sidecar {path.with_suffix('.json').name}; if it is not "
-            f"a checkpoint of ours, make one of it by {command_name('convert-weights')} IN OUT.pt --to checkpoint"
-        )
-    if sha256(path) not in expected:
-        raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is not the one in its sidecar")
+def _changed_at(file: BinaryIO) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def write_tensors(path: Path, content: dict[str, Any]) -> str:

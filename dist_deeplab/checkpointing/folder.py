@@ -10,18 +10,20 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dist_deeplab.checkpointing.file import verify, write_sidecar, write_tensors
+from dist_deeplab.checkpointing.file import DamagedCheckpoint, write_sidecar, write_tensors
 from dist_deeplab.checkpointing.snapshot import Snapshot
 from dist_deeplab.distributed.process_group import broadcast_from_main
-from dist_deeplab.errors import TrainingError, UserError
+from dist_deeplab.errors import TrainingError
 from dist_deeplab.files import replace_file, sidecar_digests
 
 BEST = "best"
 _STEP_NAME = re.compile(r"step_(\d{8})")
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -170,22 +172,18 @@ class CheckpointFolder:
 
     # --- finding --------------------------------------------------------------------------------------------------
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint that verifies, or None; damaged ones are reported and passed over.
+    def read_newest(self, read: Callable[[Path], T]) -> T | None:
+        """What `read` makes of the newest checkpoint, or None; damaged ones are reported and passed over.
 
-        The writer looks and tells the others: every rank must call it. Half-written files of a killed run go away.
+        Only the writer may call it: half-written files of a killed run are deleted, and ranks that looked each for
+        itself might find different ones.
         """
-        newest = broadcast_from_main(str(self._newest_here() or "") if self.is_writer else "")
-        return Path(newest) if newest else None
-
-    def _newest_here(self) -> Path | None:
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
         for path in reversed(self._all()):
             try:
-                verify(path)
-                return path
-            except UserError as error:
+                return read(path)
+            except DamagedCheckpoint as error:
                 log.warning("%s; trying the one before", error)
         return None
 

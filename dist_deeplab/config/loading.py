@@ -5,7 +5,7 @@ this order. An unknown key is an error that names the nearest key.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,14 @@ class _OnceLoader(yaml.SafeLoader):
     """A SafeLoader that refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen: set[Hashable] = set()
+        for node_of_key, _ in node.value:
+            key = self.construct_object(node_of_key, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # PyYAML refuses it below
+            if key in seen:
                 raise _RepeatedKey(repr(key))
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 

@@ -76,7 +76,7 @@ def fetch(
     *,
     name: str | None = None,
     expected: Expected = ANYTHING,
-    refresh: bool = False,
+    not_before: float | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """The path of the file at `url`, downloaded into `folder` unless it lies there already.
@@ -92,7 +92,8 @@ def fetch(
         name: file name in `folder`; default: the last part of the URL.
         expected: digests and size that the file must have. A file with the digests is taken, wherever it came from;
             where none is known, a file that came from this URL.
-        refresh: fetch it even if it is there: for small files that change under their name.
+        not_before: a file that came before this time (as of `time.time`) is fetched again: for small files that change
+            under their name.
         progress: see `Progress`; called after each MiB.
 
     Raises:
@@ -109,7 +110,7 @@ def fetch(
         folder.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(target, url)
         try:
-            if refresh or not download.is_there():
+            if not download.is_there(not_before):
                 download.run()
         finally:
             lock.release()
@@ -142,11 +143,13 @@ class _Download:
         """Where the bytes gather."""
         return beside(self.target, "part")
 
-    def is_there(self) -> bool:
-        """Whether `target` is the wanted file."""
+    def is_there(self, not_before: float | None) -> bool:
+        """Whether `target` is the wanted file, and came at `not_before` or later."""
         if not self.target.is_file():
             return False
         found = self.target.stat()
+        if not_before is not None and found.st_mtime < not_before:
+            return False
         if self.expected.size not in (None, found.st_size):
             return False
         record = read_record(beside(self.target, "json"), Record)

@@ -178,9 +178,47 @@ def _merge_by_sums(
     return pivot + deviation, torch.addcmul(square, deviation, deviation, value=-1).clamp(min=0), sums[-1]
 
 
+def _merge_in_place(
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    num_values: int,
+    *,
+    pivot: torch.Tensor,
+    eps: float,
+    group: "dist.ProcessGroup | None",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_merge_by_sums` in half as many launches, of which a GPU has thousands per step: as if all ranks were one.
+
+    Args:
+        mean: this rank's [C].
+        invstd: its 1 / sqrt(var + eps) [C].
+        num_values: its values of each channel.
+        pivot: near the mean [C], the same on all ranks.
+        eps: the layer's.
+        group: of the all-reduce.
+
+    Returns:
+        Mean and inverse standard deviation [1, C] and number of values [1] of all ranks, in the type of `mean`.
+    """
+    sums = mean.new_empty(2 * len(mean) + 1, dtype=torch.float64)
+    deviation, square, count = sums.split([len(mean), len(mean), 1])
+    torch.sub(mean, pivot, out=deviation)
+    torch.pow(invstd, -2, out=square).addcmul_(deviation, deviation)  # var + eps + deviation^2
+    sums[:-1].mul_(num_values)
+    count.fill_(num_values)
+    _all_reduce(sums, group)
+    sums[:-1].div_(count)
+    square.addcmul_(deviation, deviation, value=-1).clamp_(min=eps)
+    merged = torch.add(pivot, deviation, out=torch.empty_like(mean)), torch.rsqrt(square, out=torch.empty_like(invstd))
+    return merged[0][None], merged[1][None], count.to(mean.dtype)
+
+
 def _require_two_values(input: torch.Tensor, count: torch.Tensor) -> None:
-    """Refuse a batch that has no variance; only ranks with less than two values need to look (their host waits)."""
-    if input.numel() <= input.shape[1] and count < 2:
+    """Refuse a batch that has no variance; only ranks with less than two values need to look (their host waits).
+
+    count: number of values per channel, in all or of each rank.
+    """
+    if input.numel() <= input.shape[1] and count.sum() < 2:
         raise ValueError("expected more than one value per channel over all ranks when training")
 
 
@@ -209,21 +247,18 @@ class _SyncNormalizeByKernels(torch.autograd.Function):
             mean, invstd = torch.batch_norm_stats(input, eps)
         else:
             mean, invstd = running_mean.new_zeros(channels), running_mean.new_ones(channels)
-        size = mean.new_full((1,), input.numel() // channels)
+        num_values = input.numel() // channels
         if _gathers():
-            local = torch.cat([mean, invstd, size])
+            local = torch.cat([mean, invstd, mean.new_full((1,), num_values or _NOTHING)])  # 0 of 0: NaN in the kernel
             means, invstds, counts = _gather(local, group).view(-1, local.numel()).split([channels, channels, 1], dim=1)
-            positive = counts.reshape(-1).clamp(min=_NOTHING)  # 0 of 0 values would be NaN in the kernel
+            counts = counts.reshape(-1)
         else:
-            local = torch.cat([mean.double(), invstd.double().pow(-2) - eps, size])
-            merged = _merge_by_sums(local, running_mean, group)
-            means, invstds = merged[0].to(mean.dtype)[None], torch.rsqrt(merged[1] + eps).to(mean.dtype)[None]
-            counts = positive = merged[2].to(mean.dtype)[None]
-        _require_two_values(input, counts.sum())
+            means, invstds, counts = _merge_in_place(mean, invstd, num_values, pivot=running_mean, eps=eps, group=group)
+        _require_two_values(input, counts)
         mean, invstd = torch.batch_norm_gather_stats_with_counts(
-            input, means, invstds, running_mean, running_var, momentum, eps, positive
+            input, means, invstds, running_mean, running_var, momentum, eps, counts
         )
-        ctx.save_for_backward(input, weight, mean, invstd, counts.reshape(-1).to(torch.int32))
+        ctx.save_for_backward(input, weight, mean, invstd, counts.to(torch.int32))
         ctx.group = group
         if not input.numel():
             return torch.empty_like(input)

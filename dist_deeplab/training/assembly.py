@@ -48,9 +48,9 @@ def assemble(
     """
     train_set, val_set = data
     checkpoints = build_checkpoints(config, env)
-    saved = find_checkpoint(config, checkpoints, train_set)
+    saved = find_checkpoint(config, env, checkpoints, train_set)
     config = choose_precision(config, env, before=saved.config.precision.dtype if saved else None)
-    weights = None if saved else starting_weights(config)
+    weights = None if saved else starting_weights(config, env)
     variant = network_variant(config, saved.variant if saved else weights.variant if weights else SCRATCH)
     split = find_micro_batch_size(config, env, split, variant, saved.micro_size if saved else 0)
     if config.speed.cuda_graph:

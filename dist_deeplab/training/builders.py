@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from dist_deeplab.checkpointing.folder import CheckpointFolder
 from dist_deeplab.config import RunConfig, config_to_dict, config_to_yaml
 from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.distributed.from_main import load_on_main
 from dist_deeplab.distributed.parallel import prepare_model, separate_group, unwrap
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.session import TrainingSession, training_session
@@ -99,14 +100,17 @@ def split_batch(config: RunConfig, env: DistEnv) -> BatchSplit:
     )
 
 
-def starting_weights(config: RunConfig) -> Weights | None:
-    """The weights of `model.init`, or None where random ones are wanted.
+def starting_weights(config: RunConfig, env: DistEnv) -> Weights | None:
+    """The weights of `model.init`, which the main rank reads for all, or None where random ones are wanted.
+
+    Every rank must call it.
 
     Raises:
         UserError: no such weights, or only the last layers are to be trained and nothing says on what backbone.
     """
     if config.model.init:
-        return load_weights(config.model.init.real)
+        init = config.model.init.real
+        return Weights.from_plain(load_on_main(env, lambda: load_weights(init).to_plain()))
     if config.model.train_only == "head":
         raise UserError("model.train_only=head leaves the backbone as it is; give its weights by model.init=...")
     return None

@@ -2,6 +2,8 @@
 
 import logging
 
+import torch
+
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.blocks import BlockShuffle
@@ -14,6 +16,7 @@ from dist_deeplab.data.shards.manifest import Manifest, check_sizes, load_manife
 from dist_deeplab.data.shards.presence import read_presence
 from dist_deeplab.data.stream import Place, StreamDataset, StreamLoader
 from dist_deeplab.data.transforms import Augmentation
+from dist_deeplab.distributed.from_main import load_on_main
 from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
 from dist_deeplab.errors import UserError
 from dist_deeplab.training.loss import balanced_weights
@@ -42,7 +45,7 @@ def open_data(config: RunConfig, env: DistEnv) -> tuple[Manifest, Manifest | Non
         require_fit(manifest, num_classes=expected.num_classes, ignore_label=expected.ignore_label)
     require_trainable(manifests[0])
     if config.data.repeat_threshold:
-        read_presence(manifests[0])  # there and sound, before anything is built
+        env.on_main(read_presence, manifests[0])  # there and sound, before anything is built
     weights = follow_manifest(config, manifests[0]).loss.class_weights
     if weights and len(weights) != manifests[0].num_classes:
         raise UserError(
@@ -114,20 +117,19 @@ def build_train_loader(run: Run, *, start: int) -> TrainLoader | StreamLoader:
         num_classes=data.num_classes,
         augmentation=augmentation,
         max_bad_samples=data.max_bad_samples,
-        sample_order=_build_order(config, run.train_set),
+        sample_order=_build_order(config, run.env, run.train_set),
     )
     sampler = StepSampler(start, config.max_steps, split=run.split, rank=rank)
     return TrainLoader(dataset, sampler, num_workers=data.num_workers, pin_memory=pin_memory)
 
 
-def _build_order(config: RunConfig, train_set: Manifest) -> SampleOrder:
+def _build_order(config: RunConfig, env: DistEnv, train_set: Manifest) -> SampleOrder:
     if config.data.shuffle == "blocks":
         return _build_blocks(config, train_set)
     if not config.data.repeat_threshold:
         return FullShuffle(train_set.num_samples, config.seed)
-    factors = repeat_factors(
-        read_presence(train_set), num_classes=train_set.num_classes, threshold=config.data.repeat_threshold
-    )
+    presence = load_on_main(env, lambda: torch.tensor(read_presence(train_set))).numpy()
+    factors = repeat_factors(presence, num_classes=train_set.num_classes, threshold=config.data.repeat_threshold)
     log.info("data.repeat_threshold=%g: %s", config.data.repeat_threshold, factors.describe(train_set.class_names))
     return RepeatShuffle(factors.samples, seed=config.seed)
 

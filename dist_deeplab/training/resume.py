@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint
+from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint, read_on_main
 from dist_deeplab.checkpointing.folder import CheckpointFolder
 from dist_deeplab.config import RunConfig, recipe_differences, score_settings
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.parallel import share_buffers
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.replicas import check_replicas
 from dist_deeplab.errors import UserError, first_line
 from dist_deeplab.tracking.mlflow.state import mlflow_run_id
@@ -24,54 +25,64 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_of(run: Run, state: TrainState) -> Checkpoint:
-    """The run as it stands, for a file. The hashes of the training samples' keys are the writer's alone."""
-    is_writer = run.checkpoints.is_writer
+    """The run as it stands, for a file. What has to be read from files is known to the writer alone."""
+    on_main = run.env.on_main
     return Checkpoint(
         state=state.state_dict(),
         config=run.config,
         variant=run.variant,
         class_names=tuple(run.train_set.class_names),
         train_keys_sha256=run.train_set.keys_sha256,
-        train_key_hashes=torch.from_numpy(run.train_set.key_hashes.view(np.int64)) if is_writer else None,
-        mlflow_run_id=mlflow_run_id(run.config.run_dir),
-        versions=installed_versions(_LIBRARIES),
+        train_key_hashes=on_main(lambda: torch.from_numpy(run.train_set.key_hashes.view(np.int64))),
+        mlflow_run_id=on_main(mlflow_run_id, run.config.run_dir) or "",
+        versions=on_main(installed_versions, _LIBRARIES) or {},
     )
 
 
-def find_checkpoint(config: RunConfig, folder: CheckpointFolder, train_set: Manifest) -> Checkpoint | None:
+def find_checkpoint(
+    config: RunConfig, env: DistEnv, folder: CheckpointFolder, train_set: Manifest
+) -> Checkpoint | None:
     """The checkpoint to continue from, the same on all ranks, or None to start at step 0.
+
+    Every rank must call it; the main one finds and reads it.
 
     Raises:
         UserError: resume=never in a used folder; no readable checkpoint among those there; one of another recipe or
             of other training samples (the differences are listed), unless resume_anyway.
     """
-    if config.resume == "never" and folder.has_any():
-        raise UserError(f"{folder.path} holds checkpoints and resume=never; choose another name=, nothing was touched")
-    path = folder.newest()
-    if path is None:
-        if folder.has_any():
-            raise UserError(
-                f"no checkpoint in {folder.path} can be read; move them away to start again under this name"
-            )
-        if config.resume in ("auto", "never"):
-            return None
-        path = Path(config.resume).expanduser()  # a start for an empty folder; from then on its own checkpoints count
-    saved = read_checkpoint(path)
-    if path.parent.resolve() != folder.path.resolve():
-        saved = saved.without_score()  # that file stays behind; this folder gets a best.pt of its own
+    saved = read_on_main(env, lambda: _read(config, folder))
+    if saved is None:
+        return None
     changes = recipe_differences(saved.config, config)
     if saved.train_keys_sha256 != train_set.keys_sha256:
         changes.append("data.train: other samples")
     if changes and not config.resume_anyway:
         raise UserError(
-            f"{path} is of another recipe ({'; '.join(changes)}); restore these settings, choose another name=, or "
+            f"{saved} is of another recipe ({'; '.join(changes)}); restore these settings, choose another name=, or "
             "continue with the changes by resume_anyway=true"
         )
     for change in changes:
-        log.warning("continuing from %s with a change: %s", path, change)
+        log.warning("continuing from %s with a change: %s", saved, change)
     if config.model.init and str(config.model.init) != str(saved.config.model.init):
-        log.warning("model.init is not read by a run that resumes: its weights are those of %s", path)
+        log.warning("model.init is not read by a run that resumes: its weights are those of %s", saved)
     return saved
+
+
+def _read(config: RunConfig, folder: CheckpointFolder) -> Checkpoint | None:
+    """The newest checkpoint in the folder, else that of `resume=PATH`, else None; for the main rank."""
+    if config.resume == "never" and folder.has_any():
+        raise UserError(f"{folder.path} holds checkpoints and resume=never; choose another name=, nothing was touched")
+    saved = folder.read_newest(read_checkpoint)
+    if saved is not None:
+        return saved
+    if folder.has_any():
+        raise UserError(f"no checkpoint in {folder.path} can be read; move them away to start again under this name")
+    if config.resume in ("auto", "never"):
+        return None
+    path = Path(config.resume).expanduser()  # a start for an empty folder; from then on its own checkpoints count
+    saved = read_checkpoint(path)
+    stays_behind = path.parent.resolve() != folder.path.resolve()  # this folder gets a best.pt of its own
+    return saved.without_score() if stays_behind else saved
 
 
 def restore(state: TrainState, saved: Checkpoint, config: RunConfig, val_set: Manifest | None) -> None:

@@ -4,7 +4,7 @@ import logging
 import math
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,9 +126,17 @@ def evaluations_left(config: RunConfig, step: int) -> int:
 
 
 def run_info(run: Run) -> dict[str, Any]:
-    """What MLflow should know about the run, as plain values for run.json; every rank must call it."""
-    config, train_set, val_set = run.config, run.train_set, run.val_set
+    """What MLflow should know about the run, as plain values for run.json; every rank must call it.
+
+    Empty on all ranks but the main one, which asks git, reads the index for images in both sets, and so on.
+    """
     ranks = gather_to_all((host_name(), device_name(run.env)))
+    return run.env.on_main(_run_info, run, ranks) or {}
+
+
+def _run_info(run: Run, ranks: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """`run_info`, given host and device of each rank."""
+    config, train_set, val_set = run.config, run.train_set, run.val_set
     changed = changed_from_defaults(config)
     tags = {
         "command": shlex.join(redact(argument) for argument in sys.argv),

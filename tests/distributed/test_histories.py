@@ -26,7 +26,7 @@ import torch
 from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from dist_deeplab.checkpointing.file import verify
+from dist_deeplab.checkpointing.file import load_content
 from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.errors import STOPPED_EARLY, UserError
 from tests.distributed.disturbed_run import FILES, KILLED, MOMENTS, Fault, start
@@ -145,7 +145,7 @@ def whole_checkpoints(run_dir: Path) -> dict[int, Path]:
     found = {}
     for path in sorted((run_dir / "checkpoints").glob("step_*.pt")):
         with contextlib.suppress(UserError):
-            verify(path)
+            load_content(path)
             found[int(path.stem.removeprefix("step_"))] = path
     return found
 
@@ -293,7 +293,7 @@ class Histories(RuleBasedStateMachine):
                 self.check_tensors(content[name], self.expected.contents[step][name])
         best = self.run_dir / "checkpoints" / "best.pt"
         if best.exists() and not any(best.samefile(path) for path in best.parent.glob("step_*.pt")):
-            verify(best)
+            load_content(best)
             self.check_tensors(content_of(best)["model"], self.expected.contents[content_of(best)["step"]]["model"])
 
     def check_tensors(self, found: Any, expected: Any) -> None:
@@ -333,7 +333,7 @@ class Histories(RuleBasedStateMachine):
         last = content_of(whole[MAX_STEPS])
         assert not last["owes_evaluation"]
         best = self.run_dir / "checkpoints" / "best.pt"
-        verify(best)
+        load_content(best)
         best_miou = self.expected.mious[content_of(best)["step"]]
         assert best_miou >= last["best_miou"] - (0 if self.is_exact else MIOU_TOLERANCE)
         assert not list(self.run_dir.glob("checkpoints/.*.tmp"))

@@ -127,7 +127,7 @@ def common_events(runs: Sequence[ComputeRun], capacity: float) -> list[Event]:
 
 @dataclass
 class Replay:
-    """Makes a step's collectives in its order, each waited for, between spells of compute without a network.
+    """Makes a step's collectives in its order, each waited for, with other compute in between.
 
     Before each collective a rank uses the processor for as long as it did in its own step. So ranks arrive as far apart
     as in a step, and a core is as likely to be busy with other work when one of them wakes up.

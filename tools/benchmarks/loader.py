@@ -215,12 +215,13 @@ def worker_costs(dataset: object, size: int) -> tuple[float, float | None]:
     next(batches)
     seconds = time.perf_counter() - started
     next(batches)
-    memory = _own_mib(batches._workers[0].pid)  # type: ignore[attr-defined]
+    memory = own_mib(batches._workers[0].pid)  # type: ignore[attr-defined]
     del batches
     return seconds, memory
 
 
-def _own_mib(pid: int) -> float | None:
+def own_mib(pid: int) -> float | None:
+    """MiB of memory that a process shares with no other; None where the system does not say."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     except OSError:

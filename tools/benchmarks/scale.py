@@ -2,7 +2,10 @@
 
 torch's fake process group has the size and does nothing, so what is measured is what the host does and what would
 travel: collectives and bytes per step of synchronised batch norm, and the host's time for forward and backward. Columns
-that stay flat are the goal; statistics gathered up to 8 ranks are summed beyond, so 8 and 64 may differ.
+that stay flat are the goal; statistics gathered up to 8 ranks are summed beyond, so 8 and 64 may differ. Then, each in
+a process of its own, the start of a run that resumes, up to its first batch (see start_up.py).
+
+--samples: instead, the time to the first batch, memory and checkpoint of sets of N samples (see set_sizes.py).
 """
 
 import argparse
@@ -10,13 +13,15 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+from benchmarks import set_sizes
 from benchmarks.harness import Report, Row
-from dist_deeplab.distributed.meter import peak_memory_bytes
+from benchmarks.start_up import in_new_process, saved_run, start
 from dist_deeplab.model import sync_batch_norm
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
@@ -31,16 +36,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=2, help="per rank; default: %(default)s")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 1024], help="default: 8 64 512 1024")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each; default: %(default)s")
+    set_sizes.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    """Measure every number of ranks in turn."""
-    rows: list[Row] = [measure(ranks, arguments) for ranks in arguments.ranks]
+    """Measure every number of ranks in turn, or the sets of --samples."""
+    if arguments.samples is not None:
+        return set_sizes.run(arguments)
+    with saved_run(arguments) as overrides:
+        rows = [
+            measure(ranks, arguments) | in_new_process(partial(start, overrides, ranks)) for ranks in arguments.ranks
+        ]
     notes = [
         "gradients come on top: DDP all-reduces 4 bytes per parameter, at any number of ranks",
-        "received: what a rank takes in, with a ring's all-gather (n - 1 parts) and all-reduce (twice the tensor)",
+        "collectives, received and host: of batch norm in a step; received is what a rank takes in, with a ring's "
+        "all-gather (n - 1 parts) and all-reduce (twice the tensor)",
     ]
-    return Report(f"batch norm of {arguments.backbone}, crop {arguments.crop}, as the ranks grow", rows, notes)
+    notes.append(
+        "start: of rank 0, which resumes, up to its first batch; its peak memory, and what collectives bring it"
+    )
+    return Report(f"{arguments.backbone}, crop {arguments.crop}, as the ranks grow", rows, notes)
 
 
 def measure(ranks: int, arguments: argparse.Namespace) -> Row:
@@ -60,7 +75,6 @@ def measure(ranks: int, arguments: argparse.Namespace) -> Row:
         "collectives": len(counts),
         "received_kb": sum(counts) / 1e3,
         "host_ms": 1e3 * statistics.median(seconds[1:]),
-        "peak_gib": peak_memory_bytes(torch.device("cpu")) / 2**30,
     }
 
 

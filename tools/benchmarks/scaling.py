@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--backbone", help="default: resnet101; of --check: resnet_tiny")
     add("--crop", type=int, nargs="+", help="pixels, 8k+1; --check takes several; default: 321; of --check: 65 161")
-    add("--images", type=int, help="images of a rank; default: 10; of --check: 4")
+    add("--images", type=int, help="images per rank; default: 10; of --check: 4")
     add("--ranks", type=int, nargs="+", help="numbers of GPUs; default: 8 16 64 128 512 1024; of --what-if: 64 1024")
     kind = parser.add_mutually_exclusive_group()
     add = kind.add_argument
@@ -165,7 +165,7 @@ def what_if_report(scenario: Scenario, arguments: argparse.Namespace) -> Report:
 def title(scenario: Scenario, what: str) -> str:
     """The report's title."""
     workload = scenario.workload
-    return f"{what}: {workload.backbone}, {workload.images} x {workload.crop} x {workload.crop} a GPU"
+    return f"{what}: {workload.backbone}, {workload.images} x {workload.crop} x {workload.crop} per GPU"
 
 
 def notes(scenario: Scenario, arguments: argparse.Namespace) -> list[str]:
@@ -202,7 +202,7 @@ def check_report(arguments: argparse.Namespace) -> Report:
         "ranks and to gloo's threads on these cores",
         "sums, batch norm: waited for; gradients: waited for after backward; nothing is taken from measured steps",
     ]
-    return Report(f"prediction against real gloo ranks: {backbone}, {images} images a rank", rows, explained)
+    return Report(f"prediction against real gloo ranks: {backbone}, {images} images per rank", rows, explained)
 
 
 def check(workload: Workload) -> Row:

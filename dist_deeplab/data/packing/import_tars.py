@@ -11,8 +11,9 @@ from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.packing.verify import SampleContent, inspect_set
 from dist_deeplab.data.packing.writer import Draft, write_manifest
 from dist_deeplab.data.shards.index import find_members
-from dist_deeplab.data.shards.manifest import Manifest, ShardError, load_manifest
+from dist_deeplab.data.shards.manifest import Manifest, Shard, ShardError, load_manifest, parse_manifest
 from dist_deeplab.data.shards.presence import SetContents, save_with_presence
+from dist_deeplab.data.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class IndexingOptions:
 
     image: what follows the key in an image's name; None: the first known one that is there. label: the same for labels.
     check_readers: refuse images whose EXIF orientation, transparency or 16 bits some readers apply and others do not;
-    else they are trained on as they are stored. overwrite: replace a manifest of this name. workers: processes that
-    decode.
+    else they are trained on as they are stored. overwrite: replace a manifest of this name; what it says of the packing
+    of these tars (notes, tiles) is kept. workers: processes that decode.
     """
 
     image: str | None = None
@@ -79,11 +80,23 @@ def index_tars(
             if not isinstance(seen, SampleContent):
                 raise seen
             contents.add(seen.class_pixels)
-        write_manifest(tars, final, Draft(split, labels, contents), members=members)
+        notes, tiles = _packing_of(load_manifest(draft).shards, final)
+        write_manifest(tars, final, Draft(split, labels, contents, notes, tiles), members=members)
     finally:
         draft.unlink(missing_ok=True)
         draft.with_suffix(".index.npy").unlink(missing_ok=True)
     return load_manifest(final)
+
+
+def _packing_of(shards: Sequence[Shard], replaced: Path) -> tuple[tuple[str, ...], Windows | None]:
+    """Notes and tiles of the manifest that is replaced, where tars of it are among these; else nothing is known."""
+    try:
+        before = parse_manifest(replaced)
+    except ShardError:  # none there, or one that says nothing
+        return (), None
+    if {shard.sha256 for shard in shards}.isdisjoint(shard.sha256 for shard in before.shards):
+        return (), None
+    return before.notes, Windows(before.tile_side, before.tile_overlap) if before.tile_side else None
 
 
 def add_presence(

@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from dist_deeplab import locks
 from dist_deeplab.data.shards.room import CacheError, Room
 from dist_deeplab.downloads import DiskFullError, DownloadError, Expected, check_url, fetch, join_url, shown
@@ -55,7 +57,8 @@ class ShardCache:
         return Room(self.folder, self.limit_bytes)
 
     def fetch_manifest(self, url: str) -> Path:
-        """The manifest as it is at its URL now; the copy of last time where the server does not answer.
+        """The manifest as it was at its URL when this process began, or later, so that the ranks of a node, which begin
+        together, fetch it once; the copy of last time where the server does not answer.
 
         Raises:
             CacheError: the folder belongs to somebody else, or can't be made.
@@ -64,7 +67,7 @@ class ShardCache:
         folder = self._manifest_folder(check_url(url))
         self._claim()
         try:
-            return fetch(url, folder, name="manifest.json", refresh=True)
+            return fetch(url, folder, name="manifest.json", not_before=psutil.Process().create_time())
         except DownloadError as error:
             kept = folder / "manifest.json"
             if not kept.is_file():

@@ -64,6 +64,15 @@ class Weights:
     skipped: dict[str, str] = field(default_factory=dict)
     """Name in the file -> why it was left there."""
 
+    def to_plain(self) -> dict[str, Any]:
+        """Tensors and plain values, for other ranks."""
+        return {**vars(self), "variant": self.variant.to_plain()}
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> "Weights":
+        """The weights that `to_plain` described."""
+        return cls(**{**values, "variant": Variant.from_plain(values["variant"])})
+
 
 class Damaged(Exception):
     """A file's bytes are not what its format demands. The message completes "... can't be read: "."""

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_deeplab.checkpointing.file import load_content, verify
+from dist_deeplab.checkpointing.file import load_content
 from dist_deeplab.checkpointing.folder import CheckpointFolder
 from dist_deeplab.errors import TrainingError, UserError
 
@@ -70,6 +70,10 @@ def write_sidecar(path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps({"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
 
 
+def newest(folder: CheckpointFolder) -> Path | None:
+    return folder.read_newest(lambda path: path if load_content(path) else None)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> CheckpointFolder:
     return CheckpointFolder(tmp_path / "run" / "checkpoints", keep_last=3, is_writer=True)
@@ -80,7 +84,7 @@ def folder(tmp_path: Path) -> CheckpointFolder:
 
 def test_what_is_loaded_equals_what_was_saved(folder: CheckpointFolder) -> None:
     folder.save(content_of(7), step=7, is_best=False, wait=True)
-    path = folder.newest()
+    path = newest(folder)
     assert path == folder.path / "step_00000007.pt"
     loaded = load_content(path)
     assert loaded.pop("format") == "dist_deeplab.checkpoint/1"
@@ -108,11 +112,11 @@ def test_nothing_but_pairs_is_left_in_the_folder(folder: CheckpointFolder) -> No
 
 
 def test_an_empty_or_missing_folder_has_no_checkpoint(folder: CheckpointFolder) -> None:
-    assert folder.newest() is None
+    assert newest(folder) is None
     assert not folder.has_any()
     folder.path.mkdir(parents=True)
     (folder.path / "step_1.pt").write_bytes(b"not ours")
-    assert folder.newest() is None
+    assert newest(folder) is None
     assert not folder.has_any()
 
 
@@ -137,7 +141,7 @@ def test_the_last_few_and_the_best_stay(folder: CheckpointFolder) -> None:
     names = {"step_00000020", "step_00000100", "step_00001000", "best"}
     assert set(os.listdir(folder.path)) == {f"{name}.{ending}" for name in names for ending in ("pt", "json")}
     assert load_content(folder.path / "best.pt")["step"] == 10
-    assert folder.newest() == folder.path / "step_00001000.pt"
+    assert newest(folder) == folder.path / "step_00001000.pt"
 
 
 def test_a_better_checkpoint_takes_the_place_of_the_best(folder: CheckpointFolder) -> None:
@@ -166,11 +170,11 @@ def test_the_checkpoint_just_saved_stays_even_beside_damaged_ones_of_later_steps
         )
     for step in (200, 300):
         flip_a_bit(folder.path / f"step_{step:08d}.pt")
-    assert folder.newest() == folder.path / "step_00000100.pt"
+    assert newest(folder) == folder.path / "step_00000100.pt"
     for step in (150, 160, 170):
         folder.save(content_of(step), step=step, is_best=False, wait=True)
-        assert folder.newest() == folder.path / f"step_{step:08d}.pt"
-    verify(folder.path / "step_00000160.pt")
+        assert newest(folder) == folder.path / f"step_{step:08d}.pt"
+    load_content(folder.path / "step_00000160.pt")
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -207,21 +211,21 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_warning(
     monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
     for step in (1, 2):
         folder.save(content_of(step), step=step, is_best=False, wait=True)
-    newest = folder.path / "step_00000002.pt"
-    damage(newest)
+    damaged = folder.path / "step_00000002.pt"
+    damage(damaged)
     with caplog.at_level(logging.WARNING, logger="dist_deeplab"):
-        assert folder.newest() == folder.path / "step_00000001.pt"
-    assert str(newest) in caplog.text
+        assert newest(folder) == folder.path / "step_00000001.pt"
+    assert str(damaged) in caplog.text
     with pytest.raises(UserError) as caught:
-        load_content(newest)
-    assert str(newest) in str(caught.value)
+        load_content(damaged)
+    assert str(damaged) in str(caught.value)
 
 
 def test_where_all_are_damaged_there_is_none_but_they_are_seen(folder: CheckpointFolder) -> None:
     for step in (1, 2):
         folder.save(content_of(step), step=step, is_best=False, wait=True)
         flip_a_bit(folder.path / f"step_{step:08d}.pt")
-    assert folder.newest() is None
+    assert newest(folder) is None
     assert folder.has_any()
 
 
@@ -287,7 +291,7 @@ def test_a_failing_disk_is_a_metric_and_leaves_what_was_there(
     assert values == {"checkpoint/failed": 1.0}
     assert read_tree(folder.path) == before
     folder.save(content_of(3), step=3, is_best=False, wait=True)
-    assert folder.newest() == folder.path / "step_00000003.pt"
+    assert newest(folder) == folder.path / "step_00000003.pt"
     assert "checkpoint/failed" not in folder.pop_values()
 
 
@@ -319,7 +323,7 @@ def test_a_full_disk_costs_that_checkpoint_only_and_at_the_end_it_is_an_error(sm
         folder.save(large, step=2, is_best=True, wait=True)
     assert read_tree(folder.path) == before
     folder.save(content_of(3), step=3, is_best=False, wait=True)
-    assert folder.newest() == folder.path / "step_00000003.pt"
+    assert newest(folder) == folder.path / "step_00000003.pt"
 
 
 @pytest.fixture
@@ -439,7 +443,7 @@ def test_half_written_files_of_a_killed_run_are_removed_at_the_start(folder: Che
     before = read_tree(folder.path)
     for name in (".step_00000002.pt.tmp", ".best.json.tmp"):
         (folder.path / name).write_bytes(b"half")
-    folder.newest()
+    newest(folder)
     assert read_tree(folder.path) == before
 
 
@@ -466,12 +470,12 @@ def test_kill_9_at_any_rename_leaves_a_sound_newest_and_best(tmp_path: Path) -> 
         folder.save(content_of(1), step=1, is_best=True, wait=True)
         exit_code = save_until_killed(folder, call)
         assert exit_code == (-signal.SIGKILL if exit_code else 0)
-        newest = folder.newest()
-        assert newest is not None
+        found = newest(folder)
+        assert found is not None
         best = load_content(folder.path / "best.pt")["step"]
         assert best in (1, 2), f"killed at rename {call}"
-        assert load_content(newest)["step"] == (2 if call > 3 else 1), "the step's own sidecar is the last rename"
-        assert best >= load_content(newest)["step"], "a step can be found before it is the best"
+        assert load_content(found)["step"] == (2 if call > 3 else 1), "the step's own sidecar is the last rename"
+        assert best >= load_content(found)["step"], "a step can be found before it is the best"
         folder.save(content_of(2), step=2, is_best=True, wait=True)
         assert set(os.listdir(folder.path)) == pairs
         assert load_content(folder.path / "best.pt")["step"] == 2
@@ -489,7 +493,7 @@ def test_a_checkpoint_without_its_sidecar_does_not_count_as_kept(tmp_path: Path)
             (tmp_path / "step_00000020.json").unlink()
     assert sorted(path.stem for path in tmp_path.glob("step_*.json")) == ["step_00000010", "step_00000030"]
     flip_a_bit(tmp_path / "step_00000030.pt")
-    assert folder.newest() == tmp_path / "step_00000010.pt"
+    assert newest(folder) == tmp_path / "step_00000010.pt"
     folder.save(content_of(40), step=40, is_best=False, wait=True)
     folder.save(content_of(50), step=50, is_best=False, wait=True)
     assert sorted(path.stem for path in tmp_path.glob("step_*.pt")) == ["step_00000040", "step_00000050"]

@@ -126,7 +126,7 @@ def test_refresh_sees_a_change_under_the_same_name(url: str, server: FileServer,
     fetch(url, tmp_path)
     (server.root / "data.tar").write_bytes(b"new")
     assert fetch(url, tmp_path).read_bytes() == CONTENT
-    assert fetch(url, tmp_path, refresh=True).read_bytes() == b"new"
+    assert fetch(url, tmp_path, not_before=time.time()).read_bytes() == b"new"
 
 
 # --- broken connections, kills ----------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_passing_errors_are_tried_again_and_lasting_ones_end_in_a_sentence(
     assert len(server.requests) == before + 1
     server.statuses = [503] * 5
     with pytest.raises(DownloadError, match="503"):
-        fetch(url, tmp_path, refresh=True)
+        fetch(url, tmp_path, not_before=time.time())
     with pytest.raises(DownloadError, match="refused"):
         fetch("http://127.0.0.1:9/x.tar", tmp_path)
 

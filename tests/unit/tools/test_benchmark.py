@@ -204,9 +204,24 @@ def test_all_benchmarks_become_one_report_and_those_without_time_are_named(tmp_p
 @pytest.mark.quick("P10")
 def test_scale_counts_what_travels_and_it_stays_flat_beyond_a_node(tmp_path: Path) -> None:
     file = tmp_path / "scale.json"
-    done = run_benchmark("scale", "--crop", 33, "--rounds", 1, "--ranks", 8, 64, 1024, "--json", file)
+    done = run_benchmark("scale", "--crop", 33, "--rounds", 1, "--ranks", 64, 1024, "--json", file)
     assert done.returncode == 0, done.stderr
-    node, some, many = json.loads(file.read_text())["rows"]
-    assert node["collectives"] == some["collectives"] == many["collectives"] > 0
+    some, many = json.loads(file.read_text())["rows"]
+    assert some["collectives"] == many["collectives"] > 0
     assert many["received_kb"] == pytest.approx(some["received_kb"], rel=0.02)
-    assert some["received_kb"] < node["received_kb"]
+    assert some["start_s"] > 0
+    assert many["start_mib"] < 1.2 * some["start_mib"]
+
+
+def test_scale_makes_sets_of_so_many_samples_and_a_checkpoint_keeps_little_of_them(tmp_path: Path) -> None:
+    file = tmp_path / "samples.json"
+    done = run_benchmark("scale", "--samples", 2e6, "--folder", tmp_path, "--json", file)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["samples"], row["shuffle"], row["checkpoint_mib"]) for row in rows] == [
+        (2_000_000, "full", 8),
+        (2_000_000, "blocks", 8),
+    ]
+    assert all(row[name] > 0 for row in rows for name in ("first_batch_s", "rank_mib", "worker_mib"))
+    assert list(tmp_path.iterdir()) == [file]
+    assert run_benchmark("scale", "--samples", 1234).returncode == 2

@@ -7,11 +7,12 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
-from benchmarks.events import Workload, measured_events, modelled_events
+from benchmarks.events import ModelClock, Workload, measured_events, modelled_events
 from benchmarks.modelled_gpu import H100, GpuModel
 from benchmarks.network import Nccl
 from benchmarks.scenario import CHANGES, Scenario
 from benchmarks.stragglers import Stragglers
+from benchmarks.timeline import Event
 from torch import nn
 
 from dist_deeplab.model.batch_norm import norm_factory
@@ -82,6 +83,20 @@ def test_all_gradients_travel_in_buckets_and_the_update_comes_last() -> None:
     alone = modelled_events(replace(SMALL, ranks=1), H100)
     assert [event.kind for event in alone] == ["wait", "end"]
     assert sum(event.launches for event in alone) < sum(event.launches for event in events)
+
+
+def test_collectives_are_launched_too_and_ddp_copies_gradients_into_its_buckets() -> None:
+    clock = ModelClock(GpuModel(H100))
+    clock.collective("sum", 8)
+    clock.mark("gradient", 40_000_000)
+    assert clock.events == [Event("sum", 0.0, 8, 1), Event("gradient", 8e7 / H100.memory_bandwidth, 40_000_000, 1)]
+
+
+def test_one_kernel_for_the_sums_sends_as_much() -> None:
+    scenario = Scenario(SMALL, Nccl(50e9))
+    usual, merged = scenario.events(64), replace(scenario, one_kernel=True).events(64)
+    assert [(event.kind, event.num_bytes) for event in usual] == [(event.kind, event.num_bytes) for event in merged]
+    assert sum(event.launches for event in merged) < sum(event.launches for event in usual)
 
 
 def test_frozen_batch_norm_communicates_gradients_only() -> None:

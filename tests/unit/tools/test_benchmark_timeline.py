@@ -1,6 +1,5 @@
 """The simulated timeline, costs of collectives and stragglers, by hand on small cases."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,8 +7,10 @@ import pytest
 from benchmarks.gloo_parts import ComputeRun, common_events, cores_received
 from benchmarks.network import Collective, Measured, Nccl
 from benchmarks.stragglers import NO_STRAGGLERS, Stragglers
-from benchmarks.timeline import BUCKET, FIRST_BUCKET, Event, Machine, SmallSums, bucketed, simulate
+from benchmarks.timeline import BUCKET, FIRST_BUCKET, Event, Machine, SmallSums, _Timeline, bucketed, simulate
 
+from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.distributed.rank_times import RankTimes
 from dist_deeplab.errors import UserError
 
 
@@ -127,7 +128,7 @@ def test_small_sums_that_take_longer_than_a_step_hold_up_the_next_one() -> None:
     assert step.seconds == pytest.approx(7)
 
 
-def test_parts_of_a_step_add_up_to_the_time_between_steps() -> None:
+def test_parts_of_a_step_add_up_to_the_time_that_passes() -> None:
     events = [
         Event("gather", 1, 2, 3),
         Event("bucket", 1, 5, 9),
@@ -135,13 +136,22 @@ def test_parts_of_a_step_add_up_to_the_time_between_steps() -> None:
         Event("wait", 1),
         Event("end", 1),
     ]
-    machine = Machine(2, Links(demand=0.3), launch_s=0.15, slowest=1.05, sums=SmallSums(Collective(1.0, 1.0, 0.3)))
-    assert simulate(events, machine).seconds == pytest.approx(
-        1.05 * 6
-        + sum(
-            getattr(simulate(events, machine), f"{part}_s") for part in ("sharing", "host", "batch_norm", "gradients")
-        )
-    )
+    sums = SmallSums(Collective(1.0, 1.0, 0.3))
+    timeline = _Timeline(Machine(2, Links(demand=0.3), launch_s=0.15, slowest=1.05, sums=sums))
+    for _ in range(3):
+        began = timeline.now
+        step = timeline.step(events)
+        assert step.seconds == pytest.approx(timeline.now - began)
+        assert step.straggling_s == pytest.approx(0.05 * 6)
+
+
+def test_a_bucket_starts_after_the_last_launch_before_it() -> None:
+    # The host needs 5 s for the first event and 5 s for the second. The bucket travels from 5 to 13.
+    events = [Event("bucket", 1, 7, 50), Event("wait", 4.8, 0, 50)]
+    step = simulate(events, replace(TWO, launch_s=0.1))
+    assert step.gradients_s == pytest.approx(3)
+    assert step.host_s == pytest.approx(10 - 5.8 - 3)
+    assert step.seconds == pytest.approx(10)
 
 
 def test_gradients_are_collected_into_buckets_a_small_one_first() -> None:
@@ -201,13 +211,10 @@ def test_expected_maximum_of_known_distributions() -> None:
 
 
 def test_stragglers_of_a_run(tmp_path: Path) -> None:
-    file = tmp_path / "rank_times.jsonl"
-    lines = [
-        {"step": 10, "data_s": [0.0, 0.5, 0.0], "compute_s": [1.0, 1.5, 1.0], "wait_s": [1.0, 0.0, 1.0]},
-        {"step": 20, "data_s": [0.0, 0.0, 0.0], "compute_s": [2.0, 2.0, 2.0], "wait_s": [0.0, 0.0, 0.0]},
-    ]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert Stragglers.from_rank_times(file).values == (1, 1, 1, 1, 1, 2)
+    run = RankTimes(DistEnv(), tmp_path)
+    run._write(10, {"data_s": [0.0, 0.5, 0.0], "compute_s": [1.0, 1.5, 1.0], "wait_s": [1.0, 0.0, 1.0]}, 2.0)
+    run._write(20, {"data_s": [0.0, 0.0, 0.0], "compute_s": [2.0, 2.0, 2.0], "wait_s": [0.0, 0.0, 0.0]}, 2.0)
+    assert Stragglers.from_rank_times(run.path).values == (1, 1, 1, 1, 1, 2)
 
 
 @pytest.mark.parametrize("content", [None, "", "{", '{"step": 1}\n', '{"data_s": [0.1], "compute_s": [1.0]}\n', "7\n"])

@@ -8,6 +8,7 @@ import torch
 
 from dist_deeplab.config import load_config
 from dist_deeplab.data.order import BatchSplit
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
 from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
@@ -60,5 +61,5 @@ def test_the_whole_network_learns_by_default(trained_state: dict[str, torch.Tens
 
 def test_the_last_layers_alone_need_a_backbone_from_somewhere(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.train_only=head .* model\.init="):
-        starting_weights(load_config(None, ARGUMENTS))
-    assert starting_weights(load_config(None)) is None
+        starting_weights(load_config(None, ARGUMENTS), DistEnv())
+    assert starting_weights(load_config(None), DistEnv()) is None

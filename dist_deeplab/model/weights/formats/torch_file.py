@@ -1,11 +1,12 @@
 """Files of torch.save and of safetensors: named tensors, read without running code that a file may hold."""
 
 import json
+import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -68,23 +69,28 @@ def load_plain(path: Path) -> Any:
         Foreign: it names functions or classes.
         Exception: damaged: torch meets arbitrary bytes.
     """
-    if zipfile.is_zipfile(path):
-        _require_stored(path)
-        check_archive(path)
-    else:
-        _require_magic(path)
-        check_legacy(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with path.open("rb") as file:
+        return load_opened(file, path)
 
 
-def _require_magic(path: Path) -> None:
+def load_opened(file: BinaryIO, path: Path) -> Any:
+    """`load_plain` of a file that is open already; `path` is for messages."""
+    checks = (_require_stored, check_archive) if zipfile.is_zipfile(file) else (_require_magic, check_legacy)
+    file.seek(0)
+    checks[0](file, path)
+    file.seek(0)
+    checks[1](file)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _require_magic(file: BinaryIO, path: Path) -> None:
     """Refuse files that do not begin like those of torch.save before torch 1.6, which are not archives.
 
     Raises:
         UserError: another file; its kind is named if it is recognised.
     """
-    with path.open("rb") as file:
-        head = file.read(512)
+    head = file.read(512)
     if _MAGIC in head[:_MAGIC_WITHIN]:
         return
     if head.startswith(b"PK\x03\x04"):
@@ -100,20 +106,20 @@ def _require_magic(path: Path) -> None:
     raise UserError(f"{path} holds no weights: it is {what}; {KNOWN}")
 
 
-def _require_stored(path: Path) -> None:
+def _require_stored(file: BinaryIO, path: Path) -> None:
     """Refuse an archive that is larger in memory than on disk: torch.save compresses nothing.
 
     Raises:
         UserError: compressed or overlapping members, TorchScript, or some other archive.
         zipfile.BadZipFile: damaged.
     """
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
     if not any(member.filename.endswith("/data.pkl") for member in members):
         raise UserError(f"{path} is an archive of other files, not weights; unpack it and give the file in it")
     if any(member.filename.endswith("/constants.pkl") for member in members):
         raise UserError(f"{path} is a TorchScript program; save the state dict of the network instead")
-    size = path.stat().st_size
+    size = os.fstat(file.fileno()).st_size
     if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
         sum(member.file_size for member in members) > size
     ):

@@ -5,9 +5,9 @@
 read with stand-ins for tensors; what passes is plain data and tensors within their storages.
 """
 
+import os
 import zipfile
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dist_deeplab.model.weights.formats.plain_pickle import PlainUnpickler, StandIn, require_plain_keys
@@ -25,35 +25,35 @@ _OTHER_REBUILDERS = (
 """Of tensors that are refused later, by name."""
 
 
-def check_archive(path: Path) -> None:
+def check_archive(opened: BinaryIO) -> None:
     """Check the pickles in an archive of torch.save, whose members are known to be stored uncompressed.
 
     Raises:
         Damaged: more than plain data and tensors within their storages.
         zipfile.BadZipFile: damaged.
     """
-    with zipfile.ZipFile(path) as archive:
+    size = os.fstat(opened.fileno()).st_size
+    with zipfile.ZipFile(opened) as archive:
         for member in archive.infolist():
             if member.filename.lower().endswith("data.pkl"):  # torch compares names without regard to case
                 if member.file_size > _MAX_PICKLE_BYTES:
                     raise Damaged(f"its pickle has over {_MAX_PICKLE_BYTES:,} bytes")
                 with archive.open(member) as file:
-                    _TorchUnpickler(_Clamped(file, member.file_size), path.stat().st_size).load()
+                    _TorchUnpickler(_Clamped(file, member.file_size), size).load()
 
 
-def check_legacy(path: Path) -> None:
+def check_legacy(file: BinaryIO) -> None:
     """Check the five pickles with which a file of torch before 1.6 begins; the numbers of its storages follow them.
 
     Raises:
         Damaged: more than plain data and tensors within their storages.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        for _ in ("magic number", "protocol", "system", "content", "keys of the storages"):
-            keys = _TorchUnpickler(_Clamped(file, size), size).load()
-        if not isinstance(keys, list):
-            raise Damaged("it has no list of storages")
-        require_plain_keys(keys)
+    size = os.fstat(file.fileno()).st_size
+    for _ in ("magic number", "protocol", "system", "content", "keys of the storages"):
+        keys = _TorchUnpickler(_Clamped(file, size), size).load()
+    if not isinstance(keys, list):
+        raise Damaged("it has no list of storages")
+    require_plain_keys(keys)
 
 
 class _Clamped:

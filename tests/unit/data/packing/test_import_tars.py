@@ -66,6 +66,24 @@ def test_an_index_made_of_our_own_tars_is_the_one_they_had(shard_set: Manifest, 
         index_tars(tars, split="train", labels=LABELS)
 
 
+def test_a_new_index_of_a_packed_set_keeps_what_its_manifest_says_of_the_packing(
+    shard_set: Manifest, own_set: Path
+) -> None:
+    """Else images that were cut into tiles would be scored as if they were whole."""
+    values = json.loads(own_set.read_text())
+    said = {"notes": ["1 image turned upright"], "tile_side": 512, "tile_overlap": 64}
+    own_set.write_text(json.dumps(values | said))
+    tars = [own_set.with_name(shard.name) for shard in shard_set.shards]
+    again = IndexingOptions(overwrite=True)
+    assert json.loads(index_tars(tars, split="train", labels=LABELS, options=again).path.read_text()) == values | said
+
+    others = [Path(shutil.move(tar, tar.with_name(f"other-{tar.name}"))) for tar in tars]
+    for tar in others:
+        tar.write_bytes(tar.read_bytes() + bytes(10240))  # another file, with the same samples
+    manifest = index_tars(others, split="train", labels=LABELS, options=again)
+    assert (manifest.notes, manifest.tile_side) == ((), 0), "those of other tars"
+
+
 def write(path: Path, members: dict[str, dict[str, bytes]]) -> Path:
     with webdataset.TarWriter(str(path)) as writer:
         for key, sample in members.items():

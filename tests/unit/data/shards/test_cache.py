@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dist_deeplab.data.shards import cache as shard_cache
@@ -127,10 +128,16 @@ def test_a_server_that_is_gone_does_not_stop_a_run_whose_shards_are_here(server:
         cached(server, tmp_path / "another")
 
 
-def test_a_set_that_was_made_again_under_its_url_is_seen(server: FileServer, tmp_path: Path) -> None:
+def test_a_set_that_was_made_again_under_its_url_is_seen_by_the_next_start(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And by no rank of this one: they fetch the manifest once per node, and all have the same."""
     cached(server, tmp_path / "cache")
     values = json.loads((server.root / "train.json").read_text())
     (server.root / "train.json").write_text(json.dumps(values | {"split": "renamed"}))
+    assert cached(server, tmp_path / "cache").split == "train"
+    assert [path for path, _ in server.requests] == ["/train.json", "/train.index.npy"]
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: time.time())
     assert cached(server, tmp_path / "cache").split == "renamed"
     (server.root / "train.json").write_text(json.dumps(values | {"index": "../../etc/passwd"}))
     with pytest.raises(ShardError, match=r"index = .*neither the name of a file beside it"):
