@@ -38,6 +38,7 @@ from dist_deeplab.tracking.system_metrics import start_system_metrics
 log = logging.getLogger(__name__)
 
 _COMPUTED = ("train/", "lr/", "val/")  # follow from seed and step; times and memory differ each time
+_BEST = "val/best_mIoU"  # depends on which steps were evaluated, and whose checkpoints could be written
 
 Images = Mapping[str, Path]
 
@@ -148,7 +149,7 @@ class JournalTracker(Tracker):
             return
         for key, value in values.items():
             known = self.journal.points.get((key, step))
-            if known is not None and key.startswith(self._computed):
+            if known is not None and key.startswith(self._computed) and key != _BEST:
                 self._divergence.compare(key, step, known, value)
         diverged, summary = self._divergence.pop_news()
         watched = self.uploader.watch() if self.uploader else {}

@@ -267,6 +267,7 @@ def test_a_value_of_a_wrong_type_is_named_with_its_key(override: str, key: str, 
         ("data.scale_range=[.nan,1]", "finite"),
         ("multi_scale.scales=[0.75,0.5]", "1.0"),
         ("multi_scale.scales=[1.0,1.0]", "once"),
+        ("multi_scale.scales=[1.0]", "one or more other scales"),
         ("multi_scale.scales=[1.0,1.5]", "less than or equal to 1"),
         ("multi_scale.full_grid=[0.75]", "not among the smaller ones ([]) of multi_scale.scales"),
         ("data.scale_step=0.3", "must divide data.scale_range=[0.5, 1.5] evenly"),
@@ -300,6 +301,12 @@ def test_a_value_out_of_range_is_named_with_what_would_be_right(override: str, r
     assert remedy in message
     for word in ("Input", "String", "pattern", "Tuple", "instance", "constrained", "validation"):
         assert word not in message, "a word of pydantic's"
+
+
+def test_auto_takes_what_was_chosen_before_and_is_no_change_of_the_recipe() -> None:
+    chosen, asked = (load_config(None, [f"precision.dtype={dtype}"]) for dtype in ("bf16", "auto"))
+    assert recipe_differences(chosen, asked) == []
+    assert recipe_differences(asked, chosen) == ["precision.dtype: auto -> bf16"]
 
 
 @pytest.mark.parametrize("override", ["loss.class_weights=[1,-2]", "loss.class_weights=[a,2]"])

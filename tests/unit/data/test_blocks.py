@@ -244,6 +244,14 @@ def test_a_reader_keeps_open_what_its_groups_need(shard_set: Manifest) -> None:
         assert dataset.reader.max_open == expected
     assert order.cached_shards(1) == 3, "no more than there are"
     assert BlockShuffle([3] * 1000, seed=5, window_shards=2, groups=8, global_size=16).cached_shards(4) == 2 * 3 * 2
+    assert BlockShuffle([3] * 1000, seed=5, window_shards=2, groups=8, global_size=16).cached_shards(3) == 3 * 3 * 2
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_shards_are_fetched_ahead_by_the_steps_in_which_each_group_moves_by_a_window(groups: int) -> None:
+    order = BlockShuffle([3] * 64, seed=1, window_shards=2, groups=groups, global_size=8)
+    samples_of_a_window, of_a_group_per_step = 2 * 3, 8 // groups
+    assert order.steps_ahead == max(1, samples_of_a_window // of_a_group_per_step)
 
 
 def test_blocks_and_stream_are_not_combined() -> None:

@@ -40,6 +40,17 @@ def test_the_rank_that_the_others_wait_for_is_named(
     )
 
 
+def test_a_rank_that_is_slower_by_less_than_a_fifth_of_the_step_is_not_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
+    rows = torch.tensor([[0.0, 0.0, 0.0], [5.6, 0.4, 0.0], [5.0, 0.4, 4.6]], dtype=torch.float64)
+    monkeypatch.setattr(rank_times, "all_reduce_sum", lambda table: table + rows)
+    own = {"time/step_s": 10.0, "time/data_s": 5.0, "time/wait_s": 4.6}
+    RankTimes(DistEnv(0, 0, 3, "slurm"), tmp_path).record(20, own)  # rank 1 is 0.6 s slower
+    assert not caplog.text
+
+
 def test_another_rank_writes_nothing(others: None, tmp_path: Path) -> None:
     RankTimes(DistEnv(2, 2, 3, "slurm"), tmp_path / "absent").record(20, OWN)
 

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -134,3 +135,23 @@ def test_the_doctor_sees_whether_locks_keep_other_ranks_out(tmp_path: Path, monk
         assert check_locks(other, tmp_path / "lock").text.startswith("file locks keep others out")
     assert "Lustre: -o flock, not localflock" in check_locks(other, tmp_path / "lock").text
     assert check_locks(DistEnv(), tmp_path / "lock").text.startswith("file locks keep others out")
+
+
+@pytest.mark.parametrize(("then", "is_alive"), [("ends", False), ("is silent", False), ("beats", True)])
+def test_a_holder_on_another_host_is_alive_while_its_heartbeat_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str, is_alive: bool
+) -> None:
+    path, clock = tmp_path / "run.lock.json", [0.0]
+    path.write_text(json.dumps({"host": "far", "pid": 1, "boot": "of another host"}))
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if then == "ends":
+            path.unlink(missing_ok=True)
+        elif then == "beats":
+            now = path.stat().st_mtime_ns + 10**9
+            os.utime(path, ns=(now, now))
+
+    fake = SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0], time=time.time)
+    monkeypatch.setattr(run_lock, "time", fake)
+    assert run_lock._Holder(path).is_alive_elsewhere() == is_alive

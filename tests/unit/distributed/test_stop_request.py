@@ -4,10 +4,13 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from dist_deeplab.distributed import session
 from dist_deeplab.distributed import stop_request as preemption
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.stop_request import StopRequest
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -115,3 +118,15 @@ def test_another_ranks_request_is_taken_over() -> None:
     assert stop
     stop.hear("max_hours")
     assert stop.reason == "SIGTERM"
+
+
+@pytest.mark.parametrize(("launched_s_ago", "is_over"), [(3590.0, False), (3610.0, True)])
+def test_a_time_limit_counts_from_the_launch_not_from_the_last_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched_s_ago: float, is_over: bool
+) -> None:
+    monkeypatch.setattr(session, "launched_s_ago", lambda: launched_s_ago)
+    monkeypatch.setattr(StopRequest, "install", lambda stop: stop)
+    limits = {"startup_timeout_s": 60, "hang_timeout_s": 60, "max_hours": 1.0}
+    with session.training_session(DistEnv(), tmp_path / "run", **limits) as run:
+        assert bool(run.stop) == is_over
+        assert run.stop.reason == ("max_hours" if is_over else "")

@@ -257,3 +257,42 @@ def test_a_heartbeat_survives_the_store(tmp_path: Path) -> None:
     dog = watchdog.Watchdog(DistEnv(), None, Progress(), StopRequest(), timeout_s=9, logs=tmp_path)
     own = dog.heartbeat()
     assert Heartbeat(**json.loads(json.dumps(vars(own)))) == own
+
+
+def test_a_rank_that_waits_for_one_that_is_gone_makes_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its watchdog would never end it; as long as new heartbeats come, it does make progress."""
+    store, progress, clock, beats = dist.HashStore(), Progress(), [0.0], 3
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] > 600:
+            raise TimeoutError
+        beat = min(int(clock[0] // heartbeat._ASK_S), beats)  # then rank 1 is silent
+        publish_heartbeat(store, Heartbeat(1, "host", beat, 1, "evaluating", "a.py:1", False))
+
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
+    with pytest.raises(TimeoutError):
+        heartbeat.wait_for_all(DistEnv(0, 0, 2), dist.PrefixStore("arrived", store), store, progress)
+    assert 1 < progress.count <= 1 + beats + 1
+
+
+@pytest.mark.parametrize("limit_s", [1.0, 4.0, 1800.0])
+def test_a_hang_is_noticed_within_a_quarter_more_than_its_limit(limit_s: float) -> None:
+    watch = watchdog.Watchdog(DistEnv(), None, Progress(), StopRequest(), timeout_s=limit_s, logs=None)
+    assert watch.tick_s <= limit_s / 4
+
+
+def test_each_wait_is_for_arrivals_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    own, other = (Session(DistEnv(rank, rank, 2), store) for rank in (0, 1))
+    thread = threading.Thread(target=other.wait_for_all)
+    thread.start()
+    own.wait_for_all()
+    thread.join(60)
+
+    def never(seconds: float) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(sleep=never, monotonic=time.monotonic))
+    with pytest.raises(TimeoutError):
+        own.wait_for_all()  # the other rank has not arrived a second time

@@ -46,6 +46,25 @@ def test_a_full_disk_keeps_lines_waiting_and_warns_once(
     assert [json.loads(line)["step"] for line in lines] == list(range(6))
 
 
+@pytest.mark.parametrize("room", [0, 20, 60])
+def test_a_process_that_cannot_wait_for_space_leaves_no_part_of_its_records(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.append({"step": 1, "key": "a", "value": 1.0})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    disk = FullDisk(room)
+    monkeypatch.setattr(journal_module.os, "write", disk)
+    late = [{"step": step, "key": "a", "value": 1.0} for step in (2, 3)]
+    with pytest.raises(OSError, match="No space left on device"):
+        journal.append_or_fail(*late)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    disk.room = 10_000
+    journal.append_or_fail(*late)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
 def test_records_come_with_the_offset_behind_them_and_reading_resumes_there(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"a": 1}\nnoise\n{"a": 2}\n{"a": 3')

@@ -53,6 +53,15 @@ def test_a_tar_made_by_plain_tar_with_palette_labels_is_read(form: str, voc_root
     assert problems(manifest.path) == []
 
 
+def test_a_tar_without_samples_is_refused_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("nothing to train on")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "notes.txt", arcname="notes.txt")
+    with pytest.raises(ShardError):
+        index_tars([tmp_path / "a.tar"], split="mine", labels=LABELS)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "notes.txt"}
+
+
 def test_an_index_made_of_our_own_tars_is_the_one_they_had(shard_set: Manifest, own_set: Path) -> None:
     names = ("train.json", "train.index.npy", "train.classes.npy")
     expected = [own_set.with_name(name).read_bytes() for name in names]

@@ -142,15 +142,16 @@ def test_more_processes_change_nothing_but_the_time(samples: list[SourceSample],
     assert read_tree(tmp_path / "1") == read_tree(tmp_path / "2")
 
 
-def test_shards_may_be_limited_by_bytes(samples: list[SourceSample], tmp_path: Path) -> None:
-    limit = 3500
+@pytest.mark.parametrize("limit", [3500, 10])
+def test_shards_may_be_limited_by_bytes(samples: list[SourceSample], tmp_path: Path, limit: int) -> None:
+    """A sample above the limit gets a shard of its own; none is empty."""
     manifest = write_shards(
         samples, tmp_path, split="train", labels=VOC_LABELS, options=PackingOptions(max_shard_bytes=limit)
     )
     stored = [ShardReader(manifest).read(i) for i in range(8)]
     sizes = iter([len(sample.image) + len(sample.label) for sample in stored])
     shards = [[next(sizes) for _ in range(shard.num_samples)] for shard in manifest.shards]
-    assert len(shards) > 2
+    assert len(shards) > 2 and all(shards)
     for number, shard in enumerate(shards):
         assert sum(shard) <= limit or len(shard) == 1
         assert number == len(shards) - 1 or sum(shard) + shards[number + 1][0] > limit, "closed too early"

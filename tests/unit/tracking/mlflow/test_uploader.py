@@ -24,6 +24,7 @@ from PIL import Image
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.tracking.mlflow import uploader as uploader_module
 from dist_deeplab.tracking.mlflow.process import Upload, UploaderProcess
+from dist_deeplab.tracking.mlflow.state import UploadState
 from dist_deeplab.tracking.mlflow.store import artifact_location, open_client, store_lock
 from dist_deeplab.tracking.mlflow.uploader import Uploader, upload_until_done
 from dist_deeplab.tracking.tracker import JournalTracker, Reporting, open_tracker
@@ -729,3 +730,34 @@ def test_a_store_whose_making_was_killed_is_made_again(tmp_path: Path, monkeypat
     assert open_client(f"sqlite:///{path}").file == path
     assert path.read_text() == "all tables"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+
+def test_after_each_outage_the_waits_begin_again_with_the_shortest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploader_module, "_RETRY_S", (2.0, 5.0, 15.0))
+    monkeypatch.setattr(uploader_module, "_POLL_S", 1.0)
+    answers: list[Any] = [OSError("away"), OSError("away"), None, OSError("away"), None, "FINISHED"]
+    pauses: list[float] = []
+
+    class Store:
+        """In place of an Uploader: what it answers, one after the other."""
+
+        run_dir, state = Path("run"), {"status": ""}
+        finish = note_failure = note_success = lambda *_: None
+
+        def send_new(self) -> str | None:
+            answer = answers.pop(0)
+            if isinstance(answer, OSError):
+                raise answer
+            return answer  # type: ignore[no-any-return]
+
+    assert upload_until_done(Store(), is_running=lambda: True, pause=lambda s, _: pauses.append(s))  # type: ignore[arg-type]
+    assert pauses == [2.0, 5.0, 1.0, 2.0, 1.0]
+
+
+def test_what_another_process_wrote_about_the_copy_is_kept(tmp_path: Path) -> None:
+    """The uploader notes failures while `log_model` notes the model's address."""
+    ours, theirs = UploadState(tmp_path, "http://host:5000"), UploadState(tmp_path, "http://host:5000")
+    theirs.save(model="models:/1")
+    ours.save(failed_sends=1)
+    now = UploadState(tmp_path, "http://host:5000")
+    assert (now["model"], now["failed_sends"]) == ("models:/1", 1)
