@@ -19,5 +19,5 @@ cd "$REPO"
 if [[ ${1:-} == --quick ]]; then
     set -- -m quick "${@:2}"
 fi
-# pytest-xdist: a worker for each core; which tests share one, and which come first, is in tests/conftest.py.
+# pytest-xdist: how many workers, which tests share one and which come first is in tests/conftest.py.
 exec python -m pytest -n auto --dist loadscope --no-loadscope-reorder "$@"

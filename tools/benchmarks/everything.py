@@ -36,7 +36,7 @@ _SHORT: Mapping[str, Sequence[str]] = {
     "batch_norm": ["--crop", "33", "--images", "2", "--rounds", "4"],
     "step": ["--crop", "33", "--images", "2", "--rounds", "4", "--ours", "fp32", "--without", "amp"],
     "scaling": ["--crop", "33", "--images", "1", "--ranks", "1", "8", "64"],
-    "scale": ["--crop", "33", "--rounds", "2"],
+    "scale": ["--crop", "33", "--rounds", "2", "--ranks", "8", "1024"],
     "evaluate": ["--images", "5", "--shrink", "8", "--rounds", "1"],
     "loader": ["--crop", "65", "--images", "20", "--batch", "5", "--rounds", "2"],
     "crf": ["--processes", "1", "--images", "1", "--size", "64", "64", "--rounds", "2"],

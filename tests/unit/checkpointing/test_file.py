@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_deeplab.checkpointing import file as checkpoint
-from dist_deeplab.checkpointing.file import load_content, write_tensors
+from dist_deeplab.checkpointing.file import DamagedCheckpoint, load_content, write_tensors
 from dist_deeplab.errors import UserError
 
 
@@ -60,6 +60,46 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't be read"):
         load_content(path)
     assert not (tmp_path / "trace").exists()
+
+
+def save(path: Path, step: int) -> None:
+    torch.save({"format": "dist_deeplab.checkpoint/1", "step": step, "weight": torch.zeros(1000)}, path)
+    write_sidecar(path)
+
+
+def test_what_is_read_are_the_bytes_that_were_verified_though_the_file_is_replaced_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "x.pt", tmp_path / "other.pt"
+    save(path, step=1)
+    save(other, step=2)
+    real = checkpoint.load_opened
+
+    def replace_then_load(file: Any, name: Path) -> Any:
+        os.replace(other, path)
+        return real(file, name)
+
+    monkeypatch.setattr(checkpoint, "load_opened", replace_then_load)
+    assert load_content(path)["step"] == 1
+
+
+def test_a_checkpoint_that_is_written_to_while_it_is_read_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.pt"
+    save(path, step=1)
+    real = checkpoint.load_opened
+
+    def write_then_load(file: Any, name: Path) -> Any:
+        with path.open("r+b") as same:
+            same.seek(path.stat().st_size // 2)
+            same.write(b"\x01")
+        os.utime(path, ns=(0, 10**18))  # later than before, however coarse the file system's clock is
+        return real(file, name)
+
+    monkeypatch.setattr(checkpoint, "load_opened", write_then_load)
+    with pytest.raises(DamagedCheckpoint, match="was written to while it was read"):
+        load_content(path)
 
 
 def test_the_digest_is_of_what_was_meant_not_of_what_the_disk_gives_back(
