@@ -45,7 +45,7 @@ class Network(Protocol):
 class Protocols:
     """How NCCL sends, in the order LL, LL128, Simple. Microseconds, and shares of the links' bandwidth.
 
-    Latencies are those by which NCCL 2.28 chooses (`baseLatencies` and `hwLatencies` of its tuning model): base for the
+    Latencies are those by which NCCL chooses (`baseLatencies` and `hwLatencies` of its tuning model): base for the
     launch, then for each hop. Shares too: LL sends a flag with each word, LL128 one with every 15.
     """
 
