@@ -9,7 +9,7 @@
 # Variables that users may set:
 #     VIRTUAL_ENV, CONDA_PREFIX     an active environment; if it has the package, nothing is installed, else what is missing
 #     PYTHON=python3.12             without one: the interpreter that makes .venv in the repository
-#                                   (default: the first of python3.13 ... python3.11, python3 that runs and is >= 3.11)
+#                                   (default: the first of python3.13 ... 3.11, 3.14 and python3 that runs and is >= 3.11)
 #     TORCH_INDEX_URL=URL           where to get torch from when it has to be installed (a CPU or another CUDA build)
 #     OMP_NUM_THREADS=N             CPU threads per process (default: cores / processes)
 #
@@ -90,7 +90,7 @@ find_python() {
         printf '%s\n' "$PYTHON"
         return
     fi
-    for candidate in python3.13 python3.12 python3.11 python3; do
+    for candidate in python3.13 python3.12 python3.11 python3.14 python3; do
         if is_supported "$(python_version "$candidate")"; then
             printf '%s\n' "$candidate"
             return

@@ -271,7 +271,8 @@ def test_the_newest_python_that_runs_is_taken(repo: Path, tmp_path: Path):
 
 
 def test_without_a_suitable_python_the_error_says_what_to_install(repo: Path, tmp_path: Path):
-    path = programs(tmp_path / "bin", python3_13="", python3_12="", python3_11="", python3="3.10", python="")
+    missing = dict.fromkeys(("python3_14", "python3_13", "python3_12", "python3_11", "python"), "")
+    path = programs(tmp_path / "bin", **missing, python3="3.10")
     done = source(repo, 'setup_environment ""; echo went on', PATH=path)
     assert_one_sentence(done, 1, "no Python >= 3.11", "apt-get install python3", "PYTHON")
     assert not (repo / ".venv").exists()
