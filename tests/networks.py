@@ -30,7 +30,7 @@ def discerning_network(num_classes: int, images: torch.Tensor | None = None) -> 
 
 
 def checkpoint_of(net: DeepLabV2) -> dict[str, Any]:
-    """Return what a checkpoint of a resnet_tiny for VOC's classes holds, but for an optimizer's state."""
+    """Content of a checkpoint of a resnet_tiny for VOC's classes, without an optimizer's state."""
     config = RunConfig.model_validate(
         {"model": {"backbone": "resnet_tiny"}, "precision": {"dtype": "fp32"}, "data": {"num_workers": 0}}
     )

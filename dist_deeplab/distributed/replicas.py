@@ -1,7 +1,9 @@
 """Whether all ranks still hold the same network: a checksum of every tensor, made on the device."""
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -28,6 +30,8 @@ def check_replicas(model: nn.Module, *, buffers: bool = True, when: str = "at th
         return
     tensors = dict(_tensors(model, buffers=buffers))
     sums = torch.stack([checksum(tensor) for tensor in tensors.values()]).tolist()  # the host waits
+    if len(set(gather_to_all(digest(list(tensors), sums)))) == 1:  # 18 bytes of each rank, mostly all that travels
+        return
     all_ranks = gather_to_all((list(tensors), sums))
     if any(names != list(tensors) for names, _ in all_ranks):
         raise TrainingError(f"the ranks hold networks of other tensors {when}; start all of them from the same code")
@@ -47,6 +51,11 @@ def check_replicas(model: nn.Module, *, buffers: bool = True, when: str = "at th
             f"{'holds' if len(ranks) == 1 else 'hold'} other values than the rest in {named}{more} {when}; do all have "
             "the same code, files and hardware? the same command resumes from the last checkpoint"
         )
+
+
+def digest(names: Sequence[str], sums: Sequence[int]) -> str:
+    """16 hexadecimal digits that differ where a tensor's name or checksum does."""
+    return hashlib.sha256(json.dumps([names, sums]).encode()).hexdigest()[:16]
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:

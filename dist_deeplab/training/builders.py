@@ -108,9 +108,10 @@ def starting_weights(config: RunConfig, env: DistEnv) -> Weights | None:
     Raises:
         UserError: no such weights, or only the last layers are to be trained and nothing says on what backbone.
     """
-    if config.model.init:
-        init = config.model.init.real
-        return Weights.from_plain(load_on_main(env, lambda: load_weights(init).to_plain()))
+    init = config.model.init.real
+    found = load_on_main(env, lambda: load_weights(init).to_plain() if init else None)
+    if found:
+        return Weights.from_plain(found)
     if config.model.train_only == "head":
         raise UserError("model.train_only=head leaves the backbone as it is; give its weights by model.init=...")
     return None

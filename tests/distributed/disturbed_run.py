@@ -29,6 +29,7 @@ from dist_deeplab.training.state import TrainState
 
 TIME_LIMIT_S = 120.0
 KILLED = -signal.SIGKILL
+ENDED = -signal.SIGTERM  # before the run caught signals
 
 FILES = ("checkpoint", "checkpoint_write", "sidecar", "best", "journal", "other")
 """Kinds of files of a run: a checkpoint is opened, synced, renamed, deleted, and filled by 1,000 writes; its sidecar;

@@ -1,15 +1,15 @@
-"""Kill a training run at random, again and again, and compare what comes of it with a run that was undisturbed.
+"""Kill a training run at random, again and again, and compare its end with that of an undisturbed run.
 
     python tests/distributed/killer.py --rounds 50 [--ranks 4] [--seed 0] [--out DIR] [--hangs] [--mlflow] [--remote]
 
-Each round trains under `torchrun --max-restarts 3` while random things happen to it at random moments (a step, a save,
+Each round trains under `torchrun --max-restarts 3` while random faults strike it at random moments (a step, a save,
 an evaluation): SIGKILL of a rank, of all, of torchrun; SIGTERM and SIGUSR1 to a rank or to torchrun; with --hangs also
 SIGSTOP of a rank, which the watchdog must find. With --mlflow the run is tracked in a SQLite store, where there must be
 one run with the same curves in the end; with --remote its shards come from a slow HTTP server into a cache, and the
 first fault strikes while they do. With either, single child processes of a rank are killed too (what feeds MLflow, what
 fetches shards, a loader worker). The same command is started again until it is done. Then the final weights' SHA-256
 and the logged curves must be those of the undisturbed run, to the last bit. Everything is drawn from the seed and
-printed. (When a signal arrives depends on the machine's load too: a seed is no exact replay.) Ended by SIGTERM or
+printed. (When a signal arrives depends on the machine's load too: a seed does not replay exactly.) Ended by SIGTERM or
 Ctrl-C, the killer ends all that it started.
 """
 

@@ -23,13 +23,13 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import HealthCheck, Phase, currently_in_test_context, note, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from dist_deeplab.checkpointing.file import load_content
 from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.errors import STOPPED_EARLY, UserError
-from tests.distributed.disturbed_run import FILES, KILLED, MOMENTS, Fault, start
+from tests.distributed.disturbed_run import ENDED, FILES, KILLED, MOMENTS, Fault, start
 from tests.networks import checkpoint_of, discerning_network, write_checkpoint
 
 MAX_STEPS = 6
@@ -261,7 +261,7 @@ class Histories(RuleBasedStateMachine):
         arguments += [f"{key}={value}" for key, value in changes.items()]
         code = start(arguments, self.run_dir, log, fault=fault, ranks=ranks)
         said = log.read_text()
-        note(f"{split} {changes} {fault}: {code}\n{said}")
+        (note if currently_in_test_context() else print)(f"{split} {changes} {fault}: {code}\n{said}")
         return code, said
 
     def begun(self, attempt: Attempt) -> None:
@@ -275,7 +275,7 @@ class Histories(RuleBasedStateMachine):
 
     def check_exit(self, code: int, said: str, fault: Fault | None) -> None:
         kind = fault.kind if fault else ""
-        possible = {"": {0}, "stop": {0, STOPPED_EARLY}, "full": {0, 1, 2}}.get(kind, {0, KILLED})
+        possible = {"": {0}, "stop": {0, STOPPED_EARLY, ENDED}, "full": {0, 1, 2}}.get(kind, {0, KILLED})
         assert code in possible, said
         assert "Traceback" not in said, said
         if code in (1, 2):
@@ -292,7 +292,7 @@ class Histories(RuleBasedStateMachine):
             for name in ("model", "optimizer"):
                 self.check_tensors(content[name], self.expected.contents[step][name])
         best = self.run_dir / "checkpoints" / "best.pt"
-        if best.exists() and not any(best.samefile(path) for path in best.parent.glob("step_*.pt")):
+        if best.exists() and not any(map(best.samefile, best.parent.glob("step_*"))):
             load_content(best)
             self.check_tensors(content_of(best)["model"], self.expected.contents[content_of(best)["step"]]["model"])
 
@@ -372,7 +372,7 @@ class Histories(RuleBasedStateMachine):
 def test_any_history_ends_in_the_undisturbed_run_or_a_refusal(sample_shards: Path, tmp_path: Path) -> None:
     data = Data(sample_shards, tmp_path)
     chosen = settings(
-        max_examples=LONG or 6,
+        max_examples=LONG or 4,
         stateful_step_count=8 if LONG else 3,
         derandomize=not LONG,
         deadline=None,
@@ -382,3 +382,21 @@ def test_any_history_ends_in_the_undisturbed_run_or_a_refusal(sample_shards: Pat
         phases=(Phase.generate,),  # to shrink a failure takes many minutes, and brings little
     )
     run_state_machine_as_test(lambda: Histories(data, tmp_path / "histories"), settings=chosen)
+
+
+def test_a_history_with_a_stop_a_kill_a_full_disk_a_damaged_file_and_another_recipe(
+    sample_shards: Path, tmp_path: Path
+) -> None:
+    """What the drawn ones may lack: each kind of fault once, and a resume within a log line."""
+    history = Histories(Data(sample_shards, tmp_path), tmp_path / "history")
+    settings_now = {key: values[0] for key, values in HARMLESS.items()}
+    history.begin("sync")
+    within = {**settings_now, "tracking.log_every": 3, "eval.every": 3}
+    assert history.launch("one rank", within, Fault("stop", "step", 3)) == STOPPED_EARLY
+    history.other_recipe("optim.lr=2e-3")
+    assert history.launch("one rank", within, Fault("kill_within", "checkpoint_write", 500)) == KILLED
+    history.half_a_line_in_the_journal(b'{"step": 3, "time": 17')
+    assert history.launch("one rank", settings_now, Fault("full", "sidecar", 0, lasting=10**6)) == 1
+    history.damage_newest("flipped byte", 0.5)
+    assert history.launch("one rank", settings_now, Fault("stop", "evaluation", 2)) == STOPPED_EARLY
+    history.teardown()

@@ -286,7 +286,7 @@ def test_another_recipe_is_taken_where_told_so_and_another_network_is_not(
 
 
 def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:
-    """Return once the journal holds a point of `step` or later."""
+    """Wait until the journal holds a point of `step` or later."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         journal = run_dir / "metrics.jsonl"

@@ -1,11 +1,13 @@
-"""What can't be written is refused in one sentence, and nothing is written yet."""
+"""What can't be written is refused in one sentence, and nothing is written yet; what a run can do without warns."""
 
+import errno
+import logging
 from pathlib import Path
 
 import pytest
 
 from dist_deeplab.errors import UserError
-from dist_deeplab.files import prepare_file, prepare_folder
+from dist_deeplab.files import NonEssentialWrites, prepare_file, prepare_folder
 
 
 def test_a_folder_is_made_with_those_above_it_and_may_be_there_already(tmp_path: Path) -> None:
@@ -39,3 +41,16 @@ def test_a_folder_without_the_right_to_write_is_refused(tmp_path: Path, monkeypa
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"cannot write the file {tmp_path}: it is a folder; choose another --json"):
         prepare_file(tmp_path, remedy="choose another --json")
+
+
+def test_writes_that_a_run_can_do_without_warn_once_for_each_time_that_the_disk_is_full(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
+    writing = NonEssentialWrites("the list")
+    for is_full in (True, True, False, True, True, False):
+        with writing():
+            if is_full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+    assert len(caplog.messages) == 2
+    assert all("the list is not written" in message for message in caplog.messages)

@@ -81,16 +81,16 @@ def first(runs: Runs) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("argument", "stands_still"),
+    ("argument", "is_frozen"),
     [
         ("model.train_only=head", lambda name: name.startswith("backbone.")),
         ("model.batch_norm=frozen", lambda name: ".bn" in name or ".downsample.1." in name),
     ],
 )
-def test_what_is_to_be_frozen_is_in_a_real_run(runs: Runs, first: Path, argument: str, stands_still: Any) -> None:
+def test_what_is_to_be_frozen_is_in_a_real_run(runs: Runs, first: Path, argument: str, is_frozen: Any) -> None:
     assert runs("second", "max_steps=2", f"model.init={first}", argument) == 0
     before, after = runs.saved("first", 2)["model"], runs.saved("second", 2)["model"]
-    assert {name for name in before if torch.equal(before[name], after[name])} == set(filter(stands_still, before))
+    assert {name for name in before if torch.equal(before[name], after[name])} == set(filter(is_frozen, before))
     assert 2 in runs.journal("second", "lr/head_weight")
     assert "network resnet_tiny, frozen batch norm" in (runs.folder / "second" / "logs" / "rank_0.log").read_text()
 
@@ -155,7 +155,7 @@ def test_a_run_that_is_continued_anyway_has_the_new_settings(runs: Runs, first: 
 
 
 @pytest.mark.parametrize("scales", [("[]", "[1.0,0.5]"), ("[1.0,0.5]", "[]")])
-def test_other_scales_may_come_in_the_midst_of_a_log_line(runs: Runs, scales: tuple[str, str]) -> None:
+def test_other_scales_may_come_within_a_log_line(runs: Runs, scales: tuple[str, str]) -> None:
     before, after = (f"multi_scale.scales={each}" for each in scales)
     assert runs("run", "max_steps=4", before, "max_hours=1e-9", "tracking.log_every=3") == STOPPED_EARLY
     assert runs("run", "max_steps=4", after, "resume_anyway=true", "tracking.log_every=3") == 0
@@ -265,10 +265,10 @@ def test_a_dry_run_starts_from_the_weights_that_a_run_would_continue_from(runs: 
 def test_a_finished_network_is_asked_with_the_arithmetic_of_its_run(
     runs: Runs, first: Path, sample_shards: Path
 ) -> None:
-    pictures = sample_shards.parent / "VOCdevkit/VOC2012/JPEGImages/sample_000000.jpg"
+    image = sample_shards.parent / "VOCdevkit/VOC2012/JPEGImages/sample_000000.jpg"
     commands = [
         (evaluate_command.main, ("--data", sample_shards / "val.json", "--no-mlflow", "eval.num_panels=0")),
-        (predict.main, (pictures, "--out", runs.folder / "masks")),
+        (predict.main, (image, "--out", runs.folder / "masks")),
     ]
     for main, arguments in commands:  # on a GPU, torch would let fp32 convolutions round to tf32, and products not
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

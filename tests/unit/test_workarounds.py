@@ -1,6 +1,6 @@
 """Each shows, with the library alone, why the code goes out of its way. One that fails says what to remove.
 
-Not shown by any test, since it does not come each time, or on a
+Beside these: `tests/distributed/test_workarounds.py`. Not shown by any test, since it does not come each time, or on a
 GPU or in a browser alone: gloo's threads that abort an ending interpreter (`distributed/launcher.py: hard_exit`),
 `fold` compiled by inductor (`model/deeplabv2.py: ASPP`), MLflow's telemetry thread (`tracking/mlflow/store.py`), the
 order of sections on MLflow's pages (`tracking/mlflow/pages.py`), batch norm behind DDP's buckets with NCCL.

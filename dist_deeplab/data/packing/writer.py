@@ -220,7 +220,6 @@ def write_manifest(tars: Sequence[Path], path: Path, draft: Draft, *, members: S
     index_path = path.with_suffix(".index.npy")
     indexed = replace_file(index_path, lambda temporary: build_index(tars, temporary, members=members))
     if not sum(indexed.samples_per_tar):
-        index_path.unlink()
         raise ShardError(f"there are no samples in {', '.join(map(str, tars[:3]))}")
     manifest = Manifest(
         split=draft.split,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_deeplab.distributed import replicas
-from dist_deeplab.distributed.replicas import check_replicas, checksum
+from dist_deeplab.distributed.replicas import check_replicas, checksum, digest
 from dist_deeplab.errors import TrainingError
 
 
@@ -36,23 +36,30 @@ def _net() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3))
 
 
-def _check_among(others: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch, *, buffers: bool = True) -> None:
-    """Check `_net()` as rank 0 among other ranks' networks."""
+def _check_among(
+    others: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch, *, buffers: bool = True
+) -> list[object]:
+    """Check `_net()` as rank 0 among other ranks' networks; what it has sent to them."""
+    sent: list[object] = []
 
     def gather(own: object) -> list[object]:
-        rest = []
+        sent.append(own)
+        rest: list[object] = []
         for other in others:
             tensors = dict(replicas._tensors(other, buffers=buffers))
-            rest.append((list(tensors), [int(checksum(tensor)) for tensor in tensors.values()]))
+            content = list(tensors), [int(checksum(tensor)) for tensor in tensors.values()]
+            rest.append(digest(*content) if isinstance(own, str) else content)
         return [own, *rest]
 
     monkeypatch.setattr(replicas, "get_world_size", lambda: 1 + len(others))
     monkeypatch.setattr(replicas, "gather_to_all", gather)
     check_replicas(_net(), buffers=buffers, when="at step 7")
+    return sent
 
 
 def test_equal_ranks_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    _check_among([_net(), _net()], monkeypatch)
+    [sent] = _check_among([_net(), _net()], monkeypatch)
+    assert len(str(sent)) == 16, "more would travel between all ranks"
 
 
 @pytest.mark.parametrize("odd_one", [1, 2])

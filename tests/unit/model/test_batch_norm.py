@@ -31,7 +31,7 @@ TIMEOUT_S = 30.0  # a rank that fails breaks the barrier for the others instead 
 class ThreadWorld:
     """Ranks as threads of one process; has the part of `torch.distributed` that SyncBatchNorm uses.
 
-    kernels: they go the way of CUDA tensors. gather_ranks: up to so many ranks statistics are gathered, else summed.
+    kernels: they go the way of CUDA tensors. gather_ranks: up to this many ranks statistics are gathered, else summed.
     """
 
     def __init__(self, size: int, *, kernels: bool = False, gather_ranks: int = 8) -> None:

@@ -39,7 +39,7 @@ def randomise(net: nn.Module, seed: int) -> None:
 
 
 def outputs_of(net: nn.Module, image: torch.Tensor) -> Outputs:
-    """Return the output of each convolution and batch norm, by module name, and the network's own as `logits`."""
+    """Outputs of all convolutions and batch norms, by module name, and the network's own as `logits`."""
     outputs: Outputs = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -359,7 +359,7 @@ def run_caffe(layers: list[CaffeLayer], image: torch.Tensor) -> Outputs:
 
 
 def drsleep_variables(blocks: tuple[int, ...], width: int, num_classes: int, seed: int) -> Arrays:
-    """Return the variables of `DeepLabResNetModel` with random values."""
+    """The variables of `DeepLabResNetModel` with random values."""
     rng = np.random.default_rng(seed)
     variables: Arrays = {}
 

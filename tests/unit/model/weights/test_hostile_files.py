@@ -269,7 +269,7 @@ def _object_npy(content: Any) -> bytes:
     return file.getvalue()
 
 
-def test_foreign_objects_in_a_checkpoint_are_named(tmp_path: Path) -> None:
+def test_objects_of_other_types_in_a_checkpoint_are_named(tmp_path: Path) -> None:
     state = TorchvisionResNet(BLOCKS, WIDTH, with_fc=False).state_dict()
     torch.save({"state_dict": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"plain values \(argparse\.Namespace\).*save its state dict alone"):
