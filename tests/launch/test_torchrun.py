@@ -20,14 +20,14 @@ from dist_deeplab.distributed.launcher import write_status
 
 mode, rank = sys.argv[1], int(os.environ["RANK"])
 stop = []
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-    signal.signal(number, lambda number, frame: stop.append(number))
-if mode == "mistake":
+if mode == "mistake":  # before a run has its signal handlers, or after it has put them back
     if rank == 0:
         print("error: no such file", file=sys.stderr, flush=True)
         write_status("refused")
         os._exit(2)
     time.sleep(60)  # as exit_with_error does: the main rank's sentence comes first, then torchrun ends this process
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: stop.append(number))
 if mode == "killed" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 if rank == 0:

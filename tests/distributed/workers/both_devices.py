@@ -2,6 +2,7 @@
 a snapshot work on that device; sums travel without the host waiting. Exits non-zero with the assertion that fails."""
 
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -34,17 +35,22 @@ def check_collectives(env: DistEnv) -> None:
 
 
 def check_sums_on_their_way(env: DistEnv) -> None:
-    """Two at a time; a rank starts a while after the one before, which knows it afterwards and never waits before."""
-    rank_sums = RankSums(env.device)
+    """Two at a time. A rank starts half a second after the one before, which waits for none and knows it afterwards."""
+    rank_sums, store = RankSums(env.device), dist.distributed_c10d._get_default_store()
     rank_sums.start([0]).read()  # connected
-    time.sleep(0.5 * env.rank)
-    started = time.perf_counter()
+    if env.rank:
+        store.wait(
+            [f"started by {env.rank - 1}"], timedelta(seconds=120)
+        )  # never there, if starting waited for this rank
+        time.sleep(0.5)
     first, second = rank_sums.start([env.rank, 1, 0.5]), rank_sums.start([2.0**40 + env.rank])
-    assert time.perf_counter() - started < 0.3, "starting waits for the other rank"
+    store.set(f"started by {env.rank}", "")
     assert first.read() == [sum(range(env.world_size)), env.world_size, 0.5 * env.world_size]
     assert second.on_device().device == env.device
     assert second.on_device().tolist() == [env.world_size * 2.0**40 + sum(range(env.world_size))]
-    assert (first.wait_s() > 0.2) == (env.rank < env.world_size - 1)
+    waits = gather_to_all(first.wait_s())
+    assert waits == sorted(waits, reverse=True), waits
+    assert min(waits[:-1]) > 0.4, waits
 
 
 def check_step(env: DistEnv) -> None:
