@@ -103,7 +103,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: _place(item.nodeid))
 
 
-COMMANDS_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+HANDLERS = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------
 
@@ -127,10 +127,18 @@ def _own_environ() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _own_signals() -> Iterator[None]:
-    """Undo what a command run in this process did to signals: processes forked by later tests would ignore SIGTERM."""
-    before = {number: signal.getsignal(number) for number in COMMANDS_SIGNALS}
+    """Undo what a command run in this process did to signals: processes forked by later tests would ignore SIGTERM.
+
+    Before a test too: fixtures that tests share may have run one.
+    """
+    restore_signals()
     yield
-    for number, handler in before.items():
+    restore_signals()
+
+
+def restore_signals() -> None:
+    """Handle signals as this process did at its start."""
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

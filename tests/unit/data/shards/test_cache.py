@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def _read_all(manifest: Manifest) -> list[str]:
 
 def test_all_processes_of_a_node_share_one_download(server: FileServer, tmp_path: Path) -> None:
     manifest = cached(server, tmp_path / "cache")
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        keys = pool.map(_read_all, [manifest] * 4)
+    with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
+        keys = list(pool.map(_read_all, [manifest] * 4))
     assert keys == [_read_all(manifest)] * 4
     assert sorted(downloads(server)) == [f"/train-00000{i}.tar" for i in range(3)]
 
@@ -302,8 +303,8 @@ def _mark(folder: Path, url: str) -> bool:
 
 
 def test_processes_that_make_the_cache_at_once_have_one(server: FileServer, tmp_path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(8) as pool:
-        assert all(pool.starmap(_mark, [(tmp_path / "cache", f"{server.url}/train.json")] * 8))
+    with ProcessPoolExecutor(8, multiprocessing.get_context("fork")) as pool:
+        assert all(pool.map(_mark, [tmp_path / "cache"] * 8, [f"{server.url}/train.json"] * 8))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "server"]
 
 

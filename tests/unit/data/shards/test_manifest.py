@@ -8,6 +8,7 @@ import pickle
 import random
 import shutil
 import tarfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,8 @@ def test_a_reader_that_has_read_pickles_without_its_files(shard_set: Manifest) -
 def test_a_spawned_process_reads_the_same(shard_set: Manifest) -> None:
     reader = ShardReader(shard_set)
     expected = reader.read(5)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        assert pool.map(reader.read, [5, 0]) == [expected, reader.read(0)]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert list(pool.map(reader.read, [5, 0])) == [expected, reader.read(0)]
 
 
 def test_forked_processes_share_open_files_without_disturbing_each_other(shard_set: Manifest) -> None:
