@@ -40,39 +40,48 @@ def refuse() -> None:
     raise UserError("no such thing; look elsewhere")
 
 
-def run_rank(rank: int, store: Path, load: Callable[[], Any], pipe: Any) -> None:
-    """One rank: the result or the error, and how often this rank called `load`."""
-    world, calls = 3, 0
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world, timeout=timeout
-    )
+def nothing() -> None:
+    return None
 
-    def counted() -> Any:
-        nonlocal calls
-        calls += 1
-        time.sleep(0.2)  # the others are there first
-        return load()
 
-    try:
-        found: Any = load_on_main(DistEnv(rank, rank, world, "torchrun", "cpu"), counted)
-        torch.save((found, "", calls), pipe)
-    except UserError as error:
-        torch.save((None, str(error), calls), pipe)
+LOADS: tuple[Callable[[], Any], ...] = (content, refuse, nothing)
+Outcome = tuple[Any, str, int]
+
+
+def run_rank(rank: int, folder: Path) -> None:
+    """One rank: for each of LOADS the result or the error, and how often this rank called it."""
+    world = 3
+    store, timeout = dist.FileStore(str(folder / "store"), world), datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+    from_main._GROUP_BYTES = 100  # a tensor may take several groups, a group hold several tensors
+    outcomes = []
+    for load in LOADS:
+        calls = []
+
+        def counted(load: Callable[[], Any] = load, calls: list[None] = calls) -> Any:
+            calls.append(None)
+            time.sleep(0.2)  # the others are there first
+            return load()
+
+        try:
+            found: Any = load_on_main(DistEnv(rank, rank, world, "torchrun", "cpu"), counted)
+            outcomes.append((found, "", len(calls)))
+        except UserError as error:
+            outcomes.append((None, str(error), len(calls)))
+    torch.save(outcomes, folder / f"rank_{rank}")
     os._exit(0)
 
 
-def on_three_ranks(load: Callable[[], Any], folder: Path) -> list[tuple[Any, str, int]]:
-    context = multiprocessing.get_context("fork")
-    files = [folder / f"rank_{rank}" for rank in range(3)]
-    ranks = [
-        context.Process(target=run_rank, args=(rank, folder / "store", load, file)) for rank, file in enumerate(files)
-    ]
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[list[Outcome]]:
+    """Per rank the outcome of each of LOADS. Spawned: a fork of a process with threads may hang."""
+    folder, context = tmp_path_factory.mktemp("ranks"), multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=run_rank, args=(rank, folder)) for rank in range(3)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
-    return [torch.load(file, weights_only=True) for file in files]
+        process.join(180)
+    return [torch.load(folder / f"rank_{rank}", weights_only=True) for rank in range(3)]
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -93,24 +102,21 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-def test_all_ranks_have_what_the_main_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        from_main, "_GROUP_BYTES", 100
-    )  # a tensor may take several groups, a group hold several tensors
-    results = on_three_ranks(content, tmp_path)
+def test_all_ranks_have_what_the_main_one_read(outcomes: list[list[Outcome]]) -> None:
+    results = [rank[LOADS.index(content)] for rank in outcomes]
     assert [calls for _, _, calls in results] == [1, 0, 0]
     for found, _, _ in results:
         assert_same(found, content())
     assert results[2][0]["model"]["conv"].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_an_error_of_the_main_rank_is_one_of_all(tmp_path: Path) -> None:
-    results = on_three_ranks(refuse, tmp_path)
+def test_an_error_of_the_main_rank_is_one_of_all(outcomes: list[list[Outcome]]) -> None:
+    results = [rank[LOADS.index(refuse)] for rank in outcomes]
     assert results == [(None, "no such thing; look elsewhere", number) for number in (1, 0, 0)]
 
 
-def test_nothing_is_a_result_too(tmp_path: Path) -> None:
-    assert on_three_ranks(lambda: None, tmp_path) == [(None, "", number) for number in (1, 0, 0)]
+def test_nothing_is_a_result_too(outcomes: list[list[Outcome]]) -> None:
+    assert [rank[LOADS.index(nothing)] for rank in outcomes] == [(None, "", number) for number in (1, 0, 0)]
 
 
 def test_a_single_process_just_reads() -> None:
