@@ -151,24 +151,25 @@ def encode_label(label: np.ndarray) -> bytes:
 def _opencv(data: bytes, flags: int) -> "np.ndarray | None":
     import cv2
 
-    if not data or (data.startswith(_PNG_SIGNATURE) and not _chunks_fit(data)):
-        return None
+    if data.startswith(_PNG_SIGNATURE):
+        data = _up_to_its_end(data)
     try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     except cv2.error:  # e.g. a header that claims more pixels than OpenCV takes
         return None
 
 
-def _chunks_fit(data: bytes) -> bool:
-    """Whether a PNG's chunks lie within its bytes: OpenCV 5 allocates what a chunk claims, up to 4 GiB, and then fails.
+def _up_to_its_end(data: bytes) -> bytes:
+    """A PNG without what follows its end chunk; empty where a chunk claims more bytes than there are.
 
-    A chunk is its length (4 bytes), kind, content and checksum (PNG, third edition, section 5.3).
+    OpenCV 5 allocates what a chunk claims, up to 4 GiB, and then fails; it also takes for chunks what comes after the
+    end chunk. A chunk is its length (4 bytes), kind, content and checksum (PNG, third edition, section 5.3).
     """
     at, kind = len(_PNG_SIGNATURE), b""
     while at + 8 <= len(data) and kind != b"IEND":
         kind = data[at + 4 : at + 8]
         at += 12 + int.from_bytes(data[at : at + 4], "big")
-    return at <= len(data)
+    return data[:at] if at <= len(data) else b""
 
 
 def _turn_back(pixels: np.ndarray, file: Image.Image, orientation: int, options: DecodeOptions) -> np.ndarray:

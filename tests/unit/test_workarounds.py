@@ -42,7 +42,7 @@ at = data.index(b"IDAT")
 claims = data[: at - 4] + (0xF1000030).to_bytes(4, "big") + data[at:]
 """
     grown = grown_gib(prepare, "cv2.imdecode(np.frombuffer(claims, np.uint8), cv2.IMREAD_UNCHANGED)")
-    assert grown > 2, "OpenCV reads a chunk as far as it is there: remove _chunks_fit from data/decode.py"
+    assert grown > 2, "OpenCV reads a chunk as far as it is there: remove the check in _up_to_its_end of data/decode.py"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
