@@ -39,6 +39,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="what the inputs depend on (default: other ones each time)")
     parser.add_argument("--corpus", type=Path, help="folder that keeps what was found to reach new code")
     arguments = parser.parse_args()
+    if any(number is not None and number < 1 for number in (arguments.seconds, arguments.runs)):
+        parser.error("--seconds and --runs must be 1 or more")
     if arguments.seed and os.environ.get("PYTHONHASHSEED") != "0":
         start_again_alike()
     seconds = arguments.seconds or (MAX_SECONDS_OF_RUNS if arguments.runs else DEFAULT_SECONDS)
@@ -49,6 +51,9 @@ def main() -> int:
         from tests.fuzz.harness import all_targets
 
         names = [target.name for target in all_targets()]  # imports the readers
+    unknown = set(arguments.targets) - set(names)
+    if unknown:
+        parser.error(f"there is no target {', '.join(sorted(unknown))}; those known are {', '.join(names)}")
     with tempfile.TemporaryDirectory(prefix="fuzz_corpus_") as temporary:
         ended = run_all(arguments.targets or names, options, arguments.corpus or Path(temporary))
         broken = [name for name, exit_code, output in ended if not is_sound(name, exit_code, output)]

@@ -72,7 +72,12 @@ def run(arguments: argparse.Namespace) -> Report:
         UserError: impossible numbers, a file of rank times that can't be read, or ranks that failed.
     """
     positive = [*(arguments.bandwidth_gbit or []), arguments.nics, arguments.gpus, arguments.nvlink_gb]
-    positive += [arguments.matmul_tflops, arguments.memory_tb, arguments.images or 1, *(arguments.ranks or [])]
+    positive += [
+        arguments.matmul_tflops,
+        arguments.memory_tb,
+        1 if arguments.images is None else arguments.images,
+        *(arguments.ranks or []),
+    ]
     others = [arguments.latency_scale, arguments.kernel_us, arguments.launch_us, arguments.step_ms, arguments.jitter]
     if min([*positive, *arguments.check, 1]) <= 0 or min(others) < 0:
         raise UserError("numbers of ranks, images and cards and all rates are positive, times and shares not negative")

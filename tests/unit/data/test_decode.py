@@ -333,10 +333,12 @@ def test_a_flipped_bit_never_changes_a_label_unnoticed(encode: Callable[[np.ndar
     assert changed == [], f"byte and bit, of {len(data)} bytes"
 
 
-def test_a_png_whose_chunk_claims_gigabytes_is_refused_without_taking_them() -> None:
+@pytest.mark.parametrize("before_it", [b"", b"\0\0\0\0IEND\xaeB`\x82", b"\0\0\0\0tEXt\0\0\0\0"], ids=repr)
+@pytest.mark.parametrize("kind", [b"IDAT", b"IEND", b"IHDR"], ids=repr)
+def test_a_png_whose_chunk_claims_gigabytes_is_refused_without_taking_them(kind: bytes, before_it: bytes) -> None:
     whole = encode_label(np.zeros((8, 8), np.uint8))
     at = whole.index(b"IDAT")
-    claims = whole[: at - 4] + (0xF1000030).to_bytes(4, "big") + whole[at:]
+    claims = whole[: at - 4] + before_it + (0xF1000030).to_bytes(4, "big") + kind + whole[at + 4 :]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for decode in (decode_label, decode_packed):
         with pytest.raises(DecodeError):
