@@ -71,16 +71,13 @@ def run(arguments: argparse.Namespace) -> Report:
     Raises:
         UserError: impossible numbers, a file of rank times that can't be read, or ranks that failed.
     """
-    positive = [*(arguments.bandwidth_gbit or []), arguments.nics, arguments.gpus, arguments.nvlink_gb]
-    positive += [
-        arguments.matmul_tflops,
-        arguments.memory_tb,
-        1 if arguments.images is None else arguments.images,
-        *(arguments.ranks or []),
-    ]
-    others = [arguments.latency_scale, arguments.kernel_us, arguments.launch_us, arguments.step_ms, arguments.jitter]
-    if min([*positive, *arguments.check, 1]) <= 0 or min(others) < 0:
-        raise UserError("numbers of ranks, images and cards and all rates are positive, times and shares not negative")
+    positive = ("bandwidth_gbit", "nics", "gpus", "nvlink_gb", "matmul_tflops", "memory_tb", "images", "ranks", "check")
+    for name in (*positive, "latency_scale", "kernel_us", "launch_us", "step_ms", "jitter"):
+        given = getattr(arguments, name)
+        for number in given if isinstance(given, list | tuple) else [] if given is None else [given]:
+            if number < 0 or (number == 0 and name in positive):
+                least = "must be above 0" if name in positive else "must be 0 or more"
+                raise UserError(f"--{name.replace('_', '-')} {number:g}: {least}")
     if arguments.check:
         return check_report(arguments)
     if len(arguments.crop or []) > 1:
