@@ -64,7 +64,7 @@ class SumsOnHost:
 
     def read(self) -> list[float]:
         self._wait()
-        return [float(value) for value in self._values.tolist()]
+        return list(self._values.tolist())
 
     def wait_s(self) -> float:
         self._wait()
@@ -100,7 +100,7 @@ class SumsOnStream:
 
     def read(self) -> list[float]:
         self._copied.synchronize()
-        return [float(value) for value in self._host.tolist()]
+        return list(self._host.tolist())
 
     def wait_s(self) -> float:
         self._copied.synchronize()

@@ -232,7 +232,7 @@ def open_tracker(
         tracker = env.on_main(lambda: JournalTracker(run_dir, env.world_size, running_s=running_s))
     except OSError as error:
         raise TrainingError(
-            f"cannot write to {run_dir / JOURNAL} ({error.strerror or error}), without which there is no run; make "
+            f"cannot write to {run_dir / JOURNAL} ({error.strerror or error}), which a run needs; make "
             "room or give permission, then the same command resumes"
         ) from None
     if tracker is None:
