@@ -22,15 +22,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-GATHER_RANKS = 8  # a node's; see above
+from dist_deeplab.model import rank_exchange
+
 _NOTHING = 1e-30  # the number of values of a rank without images
-
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-
-
-def is_alone() -> bool:
-    """Whether there is no other rank to share statistics with."""
-    return not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def has_kernels(input: torch.Tensor) -> bool:
@@ -55,7 +49,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         Raises:
             ValueError: in training, fewer than two values per channel over all ranks.
         """
-        if not self.training or is_alone():
+        if not self.training or rank_exchange.is_alone():
             return super().forward(input)
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
@@ -126,7 +120,7 @@ class _SyncNormalize(torch.autograd.Function):
         # d loss / d input of (x - mean) * invstd, where mean and var depend on every x:
         #   weight * invstd * (grad - sum(grad) / n - xhat * sum(grad * xhat) / n)      (Ioffe and Szegedy 2015, sec. 3)
         # The first term is there; the other two are again a normalisation of x, with other weight and bias.
-        sums = _sum(torch.stack([grad_weight, grad_bias]), ctx.group)
+        sums = rank_exchange.total(torch.stack([grad_weight, grad_bias]), ctx.group)
         slope, offset = sums * (weight * torch.rsqrt(var + ctx.eps) / count)
         if input.numel():
             grad_input -= F.batch_norm(input, mean, var, slope, offset, False, 0.0, ctx.eps)
@@ -144,8 +138,8 @@ def _global_moments(
     else:
         mean, var = wide.new_zeros(channels), wide.new_zeros(channels)
     local = torch.cat([mean, var, mean.new_full((1,), input.numel() // channels)])
-    if _gathers():
-        mean, var, count = _merge(_gather(local, group).view(-1, local.numel()), channels)
+    if rank_exchange.gathers():
+        mean, var, count = _merge(rank_exchange.gather(local, group).view(-1, local.numel()), channels)
     else:
         mean, var, count = _merge_by_sums(local, running_mean, group)
     _require_two_values(input, count)
@@ -173,7 +167,7 @@ def _merge_by_sums(
     mean, var, count = local.double().split([len(pivot), len(pivot), 1])
     deviation = mean - pivot
     moments = torch.cat([deviation, torch.addcmul(var, deviation, deviation), torch.ones_like(count)])
-    sums = _all_reduce(moments * count, group)
+    sums = rank_exchange.all_reduce(moments * count, group)
     deviation, square = (sums[:-1] / sums[-1]).chunk(2)
     return pivot + deviation, torch.addcmul(square, deviation, deviation, value=-1).clamp(min=0), sums[-1]
 
@@ -206,7 +200,7 @@ def _merge_in_place(
     torch.pow(invstd, -2, out=square).addcmul_(deviation, deviation)  # var + eps + deviation^2
     sums[:-1].mul_(num_values)
     count.fill_(num_values)
-    _all_reduce(sums, group)
+    rank_exchange.all_reduce(sums, group)
     sums[:-1].div_(count)
     square.addcmul_(deviation, deviation, value=-1).clamp_(min=eps)
     merged = torch.add(pivot, deviation, out=torch.empty_like(mean)), torch.rsqrt(square, out=torch.empty_like(invstd))
@@ -248,9 +242,11 @@ class _SyncNormalizeByKernels(torch.autograd.Function):
         else:
             mean, invstd = running_mean.new_zeros(channels), running_mean.new_ones(channels)
         num_values = input.numel() // channels
-        if _gathers():
+        if rank_exchange.gathers():
             local = torch.cat([mean, invstd, mean.new_full((1,), num_values or _NOTHING)])  # 0 of 0: NaN in the kernel
-            means, invstds, counts = _gather(local, group).view(-1, local.numel()).split([channels, channels, 1], dim=1)
+            means, invstds, counts = (
+                rank_exchange.gather(local, group).view(-1, local.numel()).split([channels, channels, 1], dim=1)
+            )
             counts = counts.reshape(-1)
         else:
             means, invstds, counts = _merge_in_place(mean, invstd, num_values, pivot=running_mean, eps=eps, group=group)
@@ -269,13 +265,13 @@ class _SyncNormalizeByKernels(torch.autograd.Function):
         input, weight, mean, invstd, counts = ctx.saved_tensors
         if not input.numel():
             nothing = torch.zeros_like(mean)
-            _sum(nothing.new_zeros(2 * len(mean)), ctx.group)
+            rank_exchange.total(nothing.new_zeros(2 * len(mean)), ctx.group)
             return torch.zeros_like(input), nothing, nothing, None, None, None, None, None
         grad = _dense(grad)
         sum_grad, sum_product, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
             grad, input, mean, invstd, weight, True, True, True
         )
-        sum_grad, sum_product = _sum(torch.cat([sum_grad, sum_product]), ctx.group).chunk(2)
+        sum_grad, sum_product = rank_exchange.total(torch.cat([sum_grad, sum_product]), ctx.group).chunk(2)
         grad_input = torch.batch_norm_backward_elemt(grad, input, mean, invstd, weight, sum_grad, sum_product, counts)
         return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
@@ -283,38 +279,3 @@ class _SyncNormalizeByKernels(torch.autograd.Function):
 def _dense(x: torch.Tensor) -> torch.Tensor:
     """`x` in a memory format that the kernels know."""
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
-
-
-def _gathers() -> bool:
-    return dist.get_world_size() <= GATHER_RANKS
-
-
-def _sum(tensor: torch.Tensor, group: "dist.ProcessGroup | None") -> torch.Tensor:
-    """The sum over all ranks; on few CPU ranks gathered and added in rank order, which gloo does in half the time."""
-    if tensor.is_cuda or not _gathers():
-        return _all_reduce(tensor, group)
-    return _gather(tensor.flatten(), group).view(-1, *tensor.shape).sum(0)
-
-
-def _gather(tensor: torch.Tensor, group: "dist.ProcessGroup | None") -> torch.Tensor:
-    """A flat tensor's values of all ranks, one rank after the other."""
-    if torch.compiler.is_compiling():
-        return _functional().all_gather_tensor(tensor, 0, group or dist.group.WORLD)
-    gathered = tensor.new_empty(dist.get_world_size() * tensor.numel())
-    _all_gather(gathered, tensor, group=group)
-    return gathered
-
-
-def _all_reduce(tensor: torch.Tensor, group: "dist.ProcessGroup | None") -> torch.Tensor:
-    """The sum over all ranks."""
-    if torch.compiler.is_compiling():
-        return _functional().all_reduce(tensor, "sum", group or dist.group.WORLD)
-    dist.all_reduce(tensor, group=group)
-    return tensor
-
-
-def _functional() -> Any:
-    """torch's collectives that can be compiled; the module's name says that it may move."""
-    import torch.distributed._functional_collectives as functional
-
-    return functional

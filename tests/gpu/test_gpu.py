@@ -17,7 +17,7 @@ from dist_deeplab.config import OptimConfig, load_config
 from dist_deeplab.data.batch import Batch, blank_batch
 from dist_deeplab.distributed.parallel import prepare_model
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.model import sync_batch_norm
+from dist_deeplab.model import rank_exchange, sync_batch_norm
 from dist_deeplab.model.batch_norm import EPS, MOMENTUM, SyncBatchNorm, norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
@@ -191,8 +191,8 @@ class EchoWorld:
 @pytest.fixture
 def two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     world = EchoWorld()
-    monkeypatch.setattr(sync_batch_norm, "dist", world)
-    monkeypatch.setattr(sync_batch_norm, "_all_gather", world.all_gather)
+    monkeypatch.setattr(rank_exchange, "dist", world)
+    monkeypatch.setattr(rank_exchange, "_all_gather", world.all_gather)
 
 
 def _filled(make: Callable[[int], nn.BatchNorm2d], device: str) -> nn.BatchNorm2d:
@@ -216,7 +216,7 @@ def way(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture(params=[1, 8], ids=["summed", "gathered"])
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sync_batch_norm, "GATHER_RANKS", request.param)
+    monkeypatch.setattr(rank_exchange, "GATHER_RANKS", request.param)
 
 
 @pytest.mark.usefixtures("two_equal_ranks", "way", "exchange")
@@ -269,15 +269,13 @@ def test_a_rank_without_images_counts_as_nothing(own_images: int, device: str, m
         sent = []
         other = _filled(SyncBatchNorm, device)
         with monkeypatch.context() as patch:
-            patch.setattr(
-                sync_batch_norm, "_gather", lambda tensor, group: sent.append(tensor) or torch.cat([own, own])
-            )
+            patch.setattr(rank_exchange, "gather", lambda tensor, group: sent.append(tensor) or torch.cat([own, own]))
             other((x[:0] if own_images else x).to(device))
         return torch.cat([own, sent[0]])
 
-    monkeypatch.setattr(sync_batch_norm, "is_alone", lambda: False)
-    monkeypatch.setattr(sync_batch_norm, "_gathers", lambda: True)
-    monkeypatch.setattr(sync_batch_norm, "_gather", exchange)
+    monkeypatch.setattr(rank_exchange, "is_alone", lambda: False)
+    monkeypatch.setattr(rank_exchange, "gathers", lambda: True)
+    monkeypatch.setattr(rank_exchange, "gather", exchange)
     y = layer(x[:own_images].to(device))
     torch.testing.assert_close(y.cpu(), expected[:own_images], rtol=1e-4, atol=1e-4)
     for name in ("running_mean", "running_var"):

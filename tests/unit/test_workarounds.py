@@ -78,7 +78,7 @@ def test_torch_still_warns_of_workers_in_four_lines() -> None:
 @pytest.mark.parametrize(
     ("file", "word", "since"),
     [
-        ("model/sync_batch_norm.py", "all_gather_single", (2, 13)),
+        ("model/rank_exchange.py", "all_gather_single", (2, 13)),
         ("distributed/parallel.py", "forward_sync_buffers", (2, 13)),
     ],
 )

@@ -20,7 +20,7 @@ from torch.nn.modules._functions import SyncBatchNorm as TorchSyncNormalize
 
 from benchmarks.harness import Report, Row, interleave, ratio_column, synchronizer
 from dist_deeplab.distributed.process_group import DistEnv, backend_of, process_group
-from dist_deeplab.model import batch_norm, sync_batch_norm
+from dist_deeplab.model import batch_norm, rank_exchange, sync_batch_norm
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 
 SUMMARY = "synchronised batch norm against torch's and against BatchNorm2d"
@@ -136,7 +136,7 @@ def one_rank_group(env: DistEnv) -> Iterator[None]:
         return
     dist.init_process_group(backend_of(env.device), store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with mock.patch.object(sync_batch_norm, "is_alone", return_value=False):
+        with mock.patch.object(rank_exchange, "is_alone", return_value=False):
             yield
     finally:
         dist.destroy_process_group()

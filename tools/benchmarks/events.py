@@ -19,7 +19,7 @@ from dist_deeplab.config import OptimConfig
 from dist_deeplab.data.batch import Batch
 from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.distributed.process_group import DistEnv
-from dist_deeplab.model import sync_batch_norm
+from dist_deeplab.model import rank_exchange, sync_batch_norm
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
@@ -43,7 +43,7 @@ class Workload:
     images: int
     norm: Norm
     ranks: int = 1
-    gather_ranks: int = sync_batch_norm.GATHER_RANKS
+    gather_ranks: int = rank_exchange.GATHER_RANKS
 
 
 def modelled_events(workload: Workload, gpu: Gpu) -> tuple[Event, ...]:
@@ -141,10 +141,10 @@ def marked_batch_norm(mark: Mark, workload: Workload) -> Iterator[None]:
             output.view(workload.ranks, -1).copy_(tensor.flatten())
 
     with (
-        mock.patch.object(sync_batch_norm, "is_alone", return_value=workload.ranks == 1),
-        mock.patch.object(sync_batch_norm, "dist", NoOthers),
-        mock.patch.object(sync_batch_norm, "GATHER_RANKS", workload.gather_ranks),
-        mock.patch.object(sync_batch_norm, "_all_gather", gather),
+        mock.patch.object(rank_exchange, "is_alone", return_value=workload.ranks == 1),
+        mock.patch.object(rank_exchange, "dist", NoOthers),
+        mock.patch.object(rank_exchange, "GATHER_RANKS", workload.gather_ranks),
+        mock.patch.object(rank_exchange, "_all_gather", gather),
     ):
         yield
 

@@ -21,7 +21,7 @@ from dist_deeplab.distributed.parallel import prepare_model
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all
 from dist_deeplab.distributed.rank_sums import RankSums
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
-from dist_deeplab.model.sync_batch_norm import _all_gather
+from dist_deeplab.model.rank_exchange import _all_gather
 from dist_deeplab.training.optim import build_optimizer
 
 _SMALL_SUMS = [0.0] * 6  # what the ranks agree on per step

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from benchmarks import set_sizes
 from benchmarks.harness import Report, Row
 from benchmarks.start_up import in_new_process, saved_run, start
-from dist_deeplab.model import sync_batch_norm
+from dist_deeplab.model import rank_exchange
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 
@@ -104,7 +104,7 @@ def counted(ranks: int) -> Iterator[list[float]]:
         return tensor.mul_(ranks)
 
     with (
-        mock.patch.object(sync_batch_norm, "_all_gather", gather),
-        mock.patch.object(sync_batch_norm, "_all_reduce", reduce),
+        mock.patch.object(rank_exchange, "_all_gather", gather),
+        mock.patch.object(rank_exchange, "all_reduce", reduce),
     ):
         yield counts

@@ -201,7 +201,7 @@ def _write_tars(
 class Draft:
     """What a manifest says beside what its tars show: see `Manifest`.
 
-    contents: of all samples, or of none where they are not known yet; then there is no file of classes.
+    contents: of all samples, or empty where they are not known yet; then no file of classes is written.
     """
 
     split: str

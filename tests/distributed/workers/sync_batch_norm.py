@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_deeplab.distributed.parallel import separate_group
 from dist_deeplab.distributed.process_group import DistEnv, all_reduce_sum
-from dist_deeplab.model import sync_batch_norm
+from dist_deeplab.model import rank_exchange, sync_batch_norm
 from dist_deeplab.model.batch_norm import SyncBatchNorm
 
 CHANNELS = 5
@@ -66,5 +66,5 @@ def main(env: DistEnv, *shares: str) -> None:
     for sizes in shares:
         for layout in (torch.contiguous_format, torch.channels_last):
             for gather_ranks in (1, 8):  # sums, and gathered moments
-                with mock.patch.object(sync_batch_norm, "GATHER_RANKS", gather_ranks):
+                with mock.patch.object(rank_exchange, "GATHER_RANKS", gather_ranks):
                     check(env, group, [int(size) for size in sizes.split(",")], layout)

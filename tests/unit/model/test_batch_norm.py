@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dist_deeplab.errors import UserError
-from dist_deeplab.model import sync_batch_norm
+from dist_deeplab.model import rank_exchange
 from dist_deeplab.model.batch_norm import (
     EPS,
     MOMENTUM,
@@ -73,9 +73,9 @@ class ThreadWorld:
                 raise
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sync_batch_norm, "dist", self)
-            patch.setattr(sync_batch_norm, "_all_gather", self.all_gather)
-            patch.setattr(sync_batch_norm, "GATHER_RANKS", self.gather_ranks)
+            patch.setattr(rank_exchange, "dist", self)
+            patch.setattr(rank_exchange, "_all_gather", self.all_gather)
+            patch.setattr(rank_exchange, "GATHER_RANKS", self.gather_ranks)
             if self.kernels:
                 norm_kernels.use(patch)
             with ThreadPoolExecutor(self.size) as pool:
