@@ -74,7 +74,7 @@ class _Disturbance:
         """To be called before an operation; what it returns is to be called after it.
 
         Raises:
-            OSError: there is no space.
+            OSError: the disk is full.
         """
         fault = self.fault
         if where != fault.where:

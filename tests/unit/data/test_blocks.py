@@ -12,8 +12,8 @@ from dist_deeplab.data.blocks import BlockShuffle
 from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.data.shards.manifest import Manifest
-from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.errors import UserError
+from tests.unit.data.pixels import AUGMENTATION, GLOBAL_SIZE, assert_the_same_for_any_split_worker_count_and_start
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -205,34 +205,11 @@ def test_memory_and_time_of_a_large_set() -> None:
 
 # --- in the loader ----------------------------------------------------------------------------------------------------
 
-AUGMENTATION = Augmentation(33, (0.5, 1.5), True, 255)
-
-
-def stream_of(manifest: Manifest, split: BatchSplit, *, workers: int = 0, start: int = 0) -> dict[int, bytes]:
-    """{position: pixels} of the steps `start` to 8, over all ranks."""
-    pixels = {}
-    sizes = [shard.num_samples for shard in manifest.shards]
-    for rank in range(split.world_size):
-        order = BlockShuffle(sizes, seed=5, window_shards=1, groups=2, global_size=split.global_size)
-        dataset = TrainDataset(manifest, num_classes=21, augmentation=AUGMENTATION, seed=5, sample_order=order)
-        loader = TrainLoader(
-            dataset, StepSampler(start, 8, split=split, rank=rank), num_workers=workers, pin_memory=False
-        )
-        for step, micro_batches in loader:
-            for positions, batch in zip(split.positions(step, rank), micro_batches, strict=True):
-                for position, image in zip(positions.tolist(), batch.image, strict=True):
-                    pixels[position] = image.numpy().tobytes()
-    return pixels
-
 
 def test_pixels_are_the_same_for_any_split_worker_count_and_start(shard_set: Manifest) -> None:
-    expected = stream_of(shard_set, BatchSplit(6, 6, 1, contiguous=True))
-    assert set(expected) == set(range(48))
-    for split in (BatchSplit(6, 2, 1, True), BatchSplit(6, 3, 2, True), BatchSplit(6, 1, 4, True)):
-        assert stream_of(shard_set, split) == expected
-    assert stream_of(shard_set, BatchSplit(6, 2, 2, True), workers=2) == expected
-    later = stream_of(shard_set, BatchSplit(6, 2, 3, True), start=5)
-    assert later == {position: image for position, image in expected.items() if position >= 30}
+    sizes = [shard.num_samples for shard in shard_set.shards]
+    order = BlockShuffle(sizes, seed=5, window_shards=1, groups=2, global_size=GLOBAL_SIZE)
+    assert_the_same_for_any_split_worker_count_and_start(shard_set, order, contiguous=True)
 
 
 def test_a_reader_keeps_open_what_its_groups_need(shard_set: Manifest) -> None:

@@ -12,13 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_deeplab.config import load_config
-from dist_deeplab.data.loader import StepSampler, TrainDataset, TrainLoader
-from dist_deeplab.data.order import BatchSplit, FullShuffle, hash_each, hash_integers
+from dist_deeplab.data.order import FullShuffle, hash_each, hash_integers
 from dist_deeplab.data.repeat import RepeatShuffle, repeat_factors
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.data.shards.presence import read_presence
-from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.errors import UserError
+from tests.unit.data.pixels import assert_the_same_for_any_split_worker_count_and_start
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -182,35 +181,11 @@ def test_memory_and_reach_of_a_large_set() -> None:
 
 # --- in the loader ----------------------------------------------------------------------------------------------------
 
-AUGMENTATION = Augmentation(33, (0.5, 1.5), True, 255)
-
-
-def stream_of(manifest: Manifest, split: BatchSplit, *, workers: int = 0, start: int = 0) -> dict[int, bytes]:
-    """{position: pixels} of the steps `start` to 8, over all ranks."""
-    pixels = {}
-    factors = repeat_factors(read_presence(manifest), num_classes=21, threshold=0.9).samples
-    assert factors.max() > 1
-    for rank in range(split.world_size):
-        order = RepeatShuffle(factors, seed=5)
-        dataset = TrainDataset(manifest, num_classes=21, augmentation=AUGMENTATION, seed=5, sample_order=order)
-        loader = TrainLoader(
-            dataset, StepSampler(start, 8, split=split, rank=rank), num_workers=workers, pin_memory=False
-        )
-        for step, micro_batches in loader:
-            for positions, batch in zip(split.positions(step, rank), micro_batches, strict=True):
-                for position, image in zip(positions.tolist(), batch.image, strict=True):
-                    pixels[position] = image.numpy().tobytes()
-    return pixels
-
 
 def test_pixels_are_the_same_for_any_split_worker_count_and_start(shard_set: Manifest) -> None:
-    expected = stream_of(shard_set, BatchSplit(6, 6, 1))
-    assert set(expected) == set(range(48))
-    for split in (BatchSplit(6, 2, 1), BatchSplit(6, 3, 2), BatchSplit(6, 1, 4)):
-        assert stream_of(shard_set, split) == expected
-    assert stream_of(shard_set, BatchSplit(6, 2, 2), workers=2) == expected
-    later = stream_of(shard_set, BatchSplit(6, 2, 3), start=5)
-    assert later == {position: image for position, image in expected.items() if position >= 30}
+    factors = repeat_factors(read_presence(shard_set), num_classes=21, threshold=0.9).samples
+    assert factors.max() > 1
+    assert_the_same_for_any_split_worker_count_and_start(shard_set, RepeatShuffle(factors, seed=5), contiguous=False)
 
 
 @pytest.mark.parametrize("other", ["data.shuffle=blocks", "data.access=stream"])
