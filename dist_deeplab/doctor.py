@@ -32,6 +32,7 @@ from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.distributed import diagnostics
 from dist_deeplab.distributed.diagnostics import Finding
+from dist_deeplab.distributed.from_main import wait_for_main
 from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks_on_host
 from dist_deeplab.distributed.session import Session, session
@@ -57,15 +58,20 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
     limits = config.distributed
     with session(env, startup_timeout_s=limits.startup_timeout_s, hang_timeout_s=limits.hang_timeout_s) as ranks:
         findings, rates, expected = examine(config, ranks)
-    env.on_main(sys.stdout.write, diagnostics.render(findings))
-    if arguments.json:
+        wait_for_main(env, lambda: report(findings, rates, expected, arguments.json))
+    return 1 if any(finding.status == "FAILED" for finding in findings) else 0
+
+
+def report(findings: Sequence[Finding], rates: Rates, expected: Forecast | None, file: Path | None) -> None:
+    """Print the table, and write the same to a JSON file where one is wanted."""
+    sys.stdout.write(diagnostics.render(findings))
+    if file:
         content = {
             "findings": [asdict(finding) for finding in findings],
             "rates": asdict(rates),
             "forecast": asdict(expected) if expected else None,
         }
-        env.on_main(replace_text, arguments.json, json.dumps(content, indent=1) + "\n")
-    return 1 if any(finding.status == "FAILED" for finding in findings) else 0
+        replace_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

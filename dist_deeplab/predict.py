@@ -24,7 +24,7 @@ from dist_deeplab.checkpointing.checkpoint import Checkpoint, load_checkpoint
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig
 from dist_deeplab.data.image_file import MAX_PIXELS, DecodeOptions
-from dist_deeplab.distributed.from_main import load_on_main
+from dist_deeplab.distributed.from_main import load_on_main, wait_for_main
 from dist_deeplab.distributed.launcher import hard_exit, run_command
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks_on_host
 from dist_deeplab.distributed.session import Session, session
@@ -60,7 +60,7 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
         prepare_folder(arguments.out, remedy="choose another --out")
         sources = [Source(Path(path), name) for path, name in named]
         problems = predict(ranks, checkpoint, settings, sources, results, arguments)
-        env.on_main(report, problems, len(sources), arguments)
+        wait_for_main(env, lambda: report(problems, len(sources), arguments))
     return 1 if problems else 0
 
 

@@ -103,7 +103,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: _place(item.nodeid))
 
 
-HANDLERS = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
+HANDLERS = {
+    signal.SIGINT: signal.default_int_handler,
+    **dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP), signal.SIG_DFL),
+}
+"""What signals do in the tests and in what they start, under `nohup` or in a script's background too."""
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------
 
@@ -137,7 +141,7 @@ def _own_signals() -> Iterator[None]:
 
 
 def restore_signals() -> None:
-    """Handle signals as this process did at its start."""
+    """Handle signals as Python does by itself."""
     for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 

@@ -9,7 +9,7 @@ import shutil
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,7 +46,7 @@ class Finding:
     text: str
 
 
-def render(findings: list[Finding]) -> str:
+def render(findings: Sequence[Finding]) -> str:
     """The table, and how many failed."""
     width = max(len(finding.what) for finding in findings)
     lines = [f"{finding.status:7}  {finding.what:{width}}  {finding.text}" for finding in findings]

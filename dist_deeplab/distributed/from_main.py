@@ -6,6 +6,7 @@ process group: by NCCL where there are GPUs, else by gloo, whose broadcast is a 
 receive them once and hand them on among their ranks.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -48,6 +49,22 @@ def load_on_main(env: DistEnv, load: Callable[[], T]) -> T:
         result = _rebuild(about, tensors)
     _broadcast(env, tensors)
     return result  # type: ignore[return-value]
+
+
+def wait_for_main(env: DistEnv, work: Callable[[], object]) -> None:
+    """Call `work()` on the main rank, and leave on no rank before it is done; every rank must call this.
+
+    For what a command says at its end: a rank whose exit code is not 0 makes torchrun end all others at once.
+
+    Raises:
+        UserError: `work` raised one: on all ranks, with the same sentence.
+    """
+
+    def worked() -> None:
+        work()
+        sys.stdout.flush()
+
+    load_on_main(env, worked)
 
 
 def _describe(value: Any, tensors: list[torch.Tensor]) -> Any:
