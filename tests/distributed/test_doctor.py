@@ -17,7 +17,7 @@ SMALL = ["model.backbone=resnet_tiny", "data.crop_size=65", "data.num_workers=1"
 def test_a_sound_machine_passes(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
     file = tmp_path / "doctor.json"
     data = [f"data.train={sample_shards}/train.json", f"output_dir={tmp_path}/runs"]
-    done = run_ranks(2, "-m", "dist_deeplab.doctor", *data, *SMALL, "--json", file)
+    done = run_ranks(2, REPO / "tests/distributed/workers/hasty_doctor.py", *data, *SMALL, "--json", file)
     assert done.returncode == 0, done.stderr + done.stdout
     for what in ("code", "libraries", "devices", "all-reduce (gloo)", "shared disk", "data.train", "whole step (fp32)"):
         assert f"ok       {what}" in done.stdout

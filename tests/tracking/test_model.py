@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,12 @@ import torch
 import uvicorn
 from PIL import Image
 
+from dist_deeplab import train
 from dist_deeplab.checkpointing.checkpoint import read_checkpoint
 from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.evaluation.images import read_image
 from dist_deeplab.evaluation.inference import Predictor, load_network
 from dist_deeplab.log_model import how_to_serve
-from tests.conftest import command_environ
 from tests.tracking.conftest import Server, training
 
 LOADS = """
@@ -42,10 +43,9 @@ print(json.dumps({"code": code, "masks": masks, "metadata": model.metadata.metad
 
 @dataclass(frozen=True)
 class Trained:
-    """A training that has logged its best checkpoint at its end: its folder, what it said, the model's address."""
+    """A training that has logged its best checkpoint at its end: its folder, and the model's address."""
 
     folder: Path
-    output: str
     address: str
 
 
@@ -53,12 +53,11 @@ class Trained:
 def trained(server: Server, sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     out = tmp_path_factory.mktemp("trained")
     arguments = [*training(server, sample_shards, out), "name=street", "tracking.experiment=models", "eval.every=3"]
-    command = [sys.executable, "-m", "dist_deeplab.train", *arguments, "tracking.register_as=street-deeplab"]
-    done = subprocess.run(command, env=command_environ(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = re.search(r"the best checkpoint is in MLflow as (\S+)", done.stdout + done.stderr)
-    assert found is not None, done.stdout + done.stderr
-    return Trained(out / "street", done.stdout, found[1])
+    with redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
+        assert train.main([*arguments, "tracking.register_as=street-deeplab"]) == 0
+    found = re.search(r"the best checkpoint is in MLflow as (\S+)", said.getvalue())
+    assert found is not None, said.getvalue()
+    return Trained(out / "street", found[1])
 
 
 @pytest.fixture(scope="module")

@@ -39,15 +39,15 @@ def test_opencv_still_allocates_what_a_png_claims() -> None:
 import cv2, numpy as np
 data = cv2.imencode(".png", np.zeros((8, 8), np.uint8))[1].tobytes()
 at = data.index(b"IDAT")
-claims = data[: at - 4] + (0xF1000030).to_bytes(4, "big") + data[at:]
+claims = data[: at - 4] + (0x40000000).to_bytes(4, "big") + data[at:]
 """
     grown = grown_gib(prepare, "cv2.imdecode(np.frombuffer(claims, np.uint8), cv2.IMREAD_UNCHANGED)")
-    assert grown > 2, "OpenCV reads a chunk as far as it is there: remove the check in _up_to_its_end of data/decode.py"
+    assert grown > 0.9, "OpenCV reads a chunk as far as it is there: remove the check in data/decode.py"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
-def test_a_safe_load_still_takes_a_gib_for_60_bytes(tmp_path: Path) -> None:
-    pickle = b"\x80\x02c__builtin__\nbytearray\nJ" + (2**30).to_bytes(4, "little") + b"\x85R."
+def test_a_safe_load_still_takes_256_mib_for_60_bytes(tmp_path: Path) -> None:
+    pickle = b"\x80\x02c__builtin__\nbytearray\nJ" + (2**28).to_bytes(4, "little") + b"\x85R."
     path = tmp_path / "a.pt"
     torch.save({}, path)
     with zipfile.ZipFile(path) as archive:
@@ -56,7 +56,7 @@ def test_a_safe_load_still_takes_a_gib_for_60_bytes(tmp_path: Path) -> None:
         for name, content in members.items():
             archive.writestr(name, pickle if name.endswith("data.pkl") else content)
     grown = grown_gib("import torch", f"torch.load({str(path)!r}, weights_only=True)")
-    assert grown > 0.9, "torch.load bounds memory: see whether model/weights/formats/torch_pickle.py is still needed"
+    assert grown > 0.2, "torch.load bounds memory: see whether model/weights/formats/torch_pickle.py is still needed"
 
 
 def test_a_worker_of_pytest_xdist_still_loses_the_groups_of_its_tests(request: pytest.FixtureRequest) -> None:

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = kind.add_argument
     add("--what-if", nargs="?", const="sync", choices=["sync", "frozen"], help="list changes to this batch norm's run")
     add("--check", type=int, nargs="+", default=[], metavar="RANKS", help="run on real gloo ranks instead, e.g. 2 4")
+    parser.add_argument("--rounds", type=int, default=30, help="steps of each --check; default: %(default)s")
     network = parser.add_argument_group(
         "network", "NCCL's latencies per hop are in benchmarks/network.py. Not for --check."
     )
@@ -71,7 +72,8 @@ def run(arguments: argparse.Namespace) -> Report:
     Raises:
         UserError: impossible numbers, a file of rank times that can't be read, or ranks that failed.
     """
-    positive = ("bandwidth_gbit", "nics", "gpus", "nvlink_gb", "matmul_tflops", "memory_tb", "images", "ranks", "check")
+    of_network = ("bandwidth_gbit", "nics", "gpus", "nvlink_gb")
+    positive = (*of_network, "matmul_tflops", "memory_tb", "images", "ranks", "check", "rounds")
     for name in (*positive, "latency_scale", "kernel_us", "launch_us", "step_ms", "jitter"):
         given = getattr(arguments, name)
         for number in given if isinstance(given, list | tuple) else [] if given is None else [given]:
@@ -194,7 +196,7 @@ def check_report(arguments: argparse.Namespace) -> Report:
     """Predicted and measured steps of real gloo ranks, with synchronised and frozen batch norm."""
     backbone, images = arguments.backbone or "resnet_tiny", arguments.images or 4
     rows = [
-        check(Workload(backbone, crop, images, norm, ranks))
+        check(Workload(backbone, crop, images, norm, ranks), arguments.rounds)
         for crop in arguments.crop or [65, 161]
         for ranks in arguments.check
         for norm in ("sync", "frozen")
@@ -207,8 +209,8 @@ def check_report(arguments: argparse.Namespace) -> Report:
     return Report(f"prediction against real gloo ranks: {backbone}, {images} images per rank", rows, explained)
 
 
-def check(workload: Workload) -> Row:
-    """The row of real gloo ranks, beside what their parts predict.
+def check(workload: Workload, rounds: int) -> Row:
+    """The row of real gloo ranks, beside what their parts predict; means of so many steps.
 
     Raises:
         UserError: the ranks failed.
@@ -218,7 +220,7 @@ def check(workload: Workload) -> Row:
         worker = [str(TOOLS / "benchmarks" / "scaling_worker.py"), str(out)]
         ranks = f"--nproc_per_node={workload.ranks}"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *worker]
-        command += [workload.backbone, str(workload.crop), str(workload.images), workload.norm]
+        command += [workload.backbone, str(workload.crop), str(workload.images), workload.norm, str(rounds)]
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(TOOLS.parent)]), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environ, capture_output=True, text=True)
         if done.returncode:

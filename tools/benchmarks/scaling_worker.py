@@ -1,6 +1,7 @@
 """One of the real ranks of `scaling --check`: measures parts of a step and whole steps in turns, and predicts these.
 
-Arguments: OUT BACKBONE CROP IMAGES BATCH_NORM, under torchrun. The main rank writes a row of the table to OUT. Parts:
+Arguments: OUT BACKBONE CROP IMAGES BATCH_NORM ROUNDS, under torchrun. The main rank writes a row of
+the table to OUT. Parts:
 
 - compute, in processor time, of a step of all ranks at once whose collectives return without communicating;
 - how much of the cores all ranks together got during that;
@@ -30,10 +31,10 @@ from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.sync_batch_norm import use_group
 from dist_deeplab.workers import num_cores
 
-ROUNDS, WARMUP = 30, 3
+WARMUP = 3
 
 
-def main(env: DistEnv, out: str, workload: Workload) -> None:
+def main(env: DistEnv, out: str, workload: Workload, rounds: int) -> None:
     torch.manual_seed(0)
     net = DeepLabV2(workload.backbone, NUM_CLASSES, norm=norm_factory(workload.norm))
     [batch] = draw_batches(workload.images, 1, workload.crop)
@@ -42,7 +43,7 @@ def main(env: DistEnv, out: str, workload: Workload) -> None:
     use_group(real.model, group)
     replay = Replay(group, env.world_size, real.sums)
     own, seconds = [], []
-    for turn in range(ROUNDS + WARMUP):
+    for turn in range(rounds + WARMUP):
         compute, whole_s = silent.run(batch), real.whole_step(batch)
         if turn >= WARMUP:  # DDP forms its buckets in the first
             replay.run(compute)
@@ -74,7 +75,8 @@ def row(predicted: Sequence[Step], measured_s: float, capacity: float) -> dict[s
 
 if __name__ == "__main__":
     this = replace(DistEnv.from_environ(), device_kind="cpu")
-    out, backbone, crop, images, norm = sys.argv[1:]
+    out, backbone, crop, images, norm, rounds = sys.argv[1:]
     with process_group(this):
-        main(this, out, Workload(backbone, int(crop), int(images), norm, this.world_size))  # type: ignore[arg-type]
+        workload = Workload(backbone, int(crop), int(images), norm, this.world_size)  # type: ignore[arg-type]
+        main(this, out, workload, int(rounds))
     hard_exit(0)

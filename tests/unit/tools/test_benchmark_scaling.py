@@ -156,7 +156,7 @@ def test_what_if_sorts_changes_by_what_they_give(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_check_predicts_real_ranks(tmp_path: Path) -> None:
     file = tmp_path / "check.json"
-    done = run_benchmark("scaling", "--check", 2, "--crop", 33, "--images", 1, "--json", file)
+    done = run_benchmark("scaling", "--check", 2, "--crop", 33, "--images", 1, "--rounds", 3, "--json", file)
     assert done.returncode == 0, done.stderr
     sync, frozen = json.loads(file.read_text())["rows"]
     assert (sync["what"], frozen["what"]) == ("2 ranks, crop 33, sync", "2 ranks, crop 33, frozen")
@@ -171,6 +171,7 @@ def test_check_predicts_real_ranks(tmp_path: Path) -> None:
         ["--check", "0"],
         ["--launch-us", "-1"],
         ["--ranks", "0"],
+        ["--rounds", "0"],
         ["--crop", "33", "65"],
         ["--rank-times", "missing.jsonl"],
     ],
