@@ -24,6 +24,7 @@ from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.rank_exchange import _all_gather
 from dist_deeplab.training.optim import build_optimizer
 
+_IN_A_ROW = 5  # steps that are timed together
 _SMALL_SUMS = [0.0] * 6  # what the ranks agree on per step
 _SMALL_SUMS_KEY = ("all_reduce", 8 * len(_SMALL_SUMS))
 
@@ -50,14 +51,18 @@ class Replica:
         wait()
         self.optimizer.step()
 
-    def whole_step(self, batch: Batch) -> float:
-        """Seconds of a step with all its communication, of ranks that start together."""
+    def whole_steps(self, batch: Batch) -> float:
+        """Seconds of a step with all its communication: of some in a row, as a run makes them.
+
+        Ranks leave a barrier at different times, which would count in each step if each began with one.
+        """
         dist.barrier()
         started = time.perf_counter()
-        pending = self.sums.start(_SMALL_SUMS)
-        self.step(batch)
-        pending.read()
-        return time.perf_counter() - started
+        for _ in range(_IN_A_ROW):
+            pending = self.sums.start(_SMALL_SUMS)
+            self.step(batch)
+            pending.read()
+        return (time.perf_counter() - started) / _IN_A_ROW
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,12 @@ class Silent:
 
 
 def cores_received(runs: Sequence[ComputeRun], cores: int) -> float:
-    """Cores that these ranks, which computed at the same time, would get if they wanted all."""
+    """Cores that these ranks, which computed at the same time, would get if they wanted all.
+
+    The shares of ranks that begin or end at different times add up to more than there is.
+    """
     received = sum(run.processor_s / run.seconds for run in runs)
-    return received * max(1.0, cores / len(runs))
+    return min(cores, received * max(1.0, cores / len(runs)))
 
 
 def common_events(runs: Sequence[ComputeRun], capacity: float) -> list[Event]:

@@ -44,7 +44,7 @@ def main(env: DistEnv, out: str, workload: Workload, rounds: int) -> None:
     replay = Replay(group, env.world_size, real.sums)
     own, seconds = [], []
     for turn in range(rounds + WARMUP):
-        compute, whole_s = silent.run(batch), real.whole_step(batch)
+        compute, whole_s = silent.run(batch), real.whole_steps(batch)
         if turn >= WARMUP:  # DDP forms its buckets in the first
             replay.run(compute)
             own.append(compute)

@@ -242,6 +242,7 @@ def test_cores_received() -> None:
     half = run_of(1.0, processor_s=0.9, wall_s=1.8)
     assert cores_received([half] * 4, cores=2) == pytest.approx(2.0)
     assert cores_received([half] * 2, cores=2) == pytest.approx(1.0)  # others have the rest
+    assert cores_received([run_of(1.0, processor_s=0.9, wall_s=1.2)] * 4, cores=2) == 2.0  # not all at the same time
     assert cores_received([half] * 2, cores=8) == pytest.approx(4.0)  # of cores that these ranks do not ask for too
 
 
