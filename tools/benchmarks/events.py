@@ -165,7 +165,8 @@ class ModelClock:
         """An event at this moment; DDP copies each gradient into its bucket first."""
         if kind == "gradient":
             self.model.add(2 * num_bytes / self.model.gpu.memory_bandwidth)
-        self.events.append(Event(kind, self.model.seconds, num_bytes, self.model.launches))
+        model = self.model
+        self.events.append(Event(kind, model.seconds, num_bytes, model.launches, model.weight_gradients_s))
         self.model.reset()
 
     def update(self, optimizer: Optimizer) -> None:

@@ -36,7 +36,7 @@ H100 = Gpu()
 
 
 class GpuModel(TorchDispatchMode):
-    """Adds up seconds and launches of the operators that run in it, on meta tensors.
+    """Adds up seconds and launches of the operators that run in it, on meta tensors; `weight_gradients_s` are a part.
 
     Not modelled: what the caching allocator, cuDNN's choice of algorithms and clocks under a power limit do.
     """
@@ -44,8 +44,7 @@ class GpuModel(TorchDispatchMode):
     def __init__(self, gpu: Gpu) -> None:
         super().__init__()
         self.gpu = gpu
-        self.seconds = 0.0
-        self.launches = 0
+        self.reset()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -69,7 +68,7 @@ class GpuModel(TorchDispatchMode):
 
     def reset(self) -> None:
         """Begin at zero."""
-        self.seconds, self.launches = 0.0, 0
+        self.seconds, self.weight_gradients_s, self.launches = 0.0, 0.0, 0
 
     def add(self, seconds: float) -> None:
         """One kernel of that many seconds, or of the shortest time."""
@@ -82,8 +81,11 @@ class GpuModel(TorchDispatchMode):
         made = [output] if packet is aten.convolution else [t for t in output[:2] if t is not None]
         flops = flop_registry[packet](*args, out_val=output)
         num_bytes = sum(map(self._bytes, [args[0], args[1], *made]))
+        each_s = max(flops / self.gpu.matmul_flops, num_bytes / self.gpu.memory_bandwidth) / len(made)
         for _ in made:
-            self.add(max(flops / len(made) / self.gpu.matmul_flops, num_bytes / len(made) / self.gpu.memory_bandwidth))
+            self.add(each_s)
+        if packet is aten.convolution_backward and output[1] is not None:
+            self.weight_gradients_s += max(each_s, self.gpu.kernel_s)
         if self.gpu.activation_bytes < weight.element_size():
             self.add((weight.element_size() + self.gpu.activation_bytes) * weight.numel() / self.gpu.memory_bandwidth)
 

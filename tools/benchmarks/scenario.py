@@ -26,6 +26,7 @@ class Scenario:
     sums_ahead: whether the step's small sums travel one step ahead, by NCCL; else the host waits for gloo's.
     own_group: whether batch norm has a process group of its own.
     norm_ranks: how many ranks share batch norm's statistics; 0: all.
+    late_weight_gradients: whether weights' gradients are computed while batch norm's next sums travel.
     one_kernel: whether one kernel merges batch norm's sums, as one merges gathered statistics.
     """
 
@@ -39,6 +40,7 @@ class Scenario:
     sums_ahead: bool = True
     own_group: bool = True
     norm_ranks: int = 0
+    late_weight_gradients: bool = False
     one_kernel: bool = False
 
     def step(self, ranks: int) -> Step:
@@ -63,6 +65,7 @@ class Scenario:
             slowest=self.stragglers.expected_maximum(ranks),
             own_group=self.own_group,
             norm_ranks=self.norm_ranks,
+            late_weight_gradients=self.late_weight_gradients,
             sums=SmallSums(sums if self.sums_ahead else Collective(2 * (ranks - 1) * GLOO_HOP_S), self.sums_ahead),
         )
 
@@ -80,7 +83,10 @@ class Scenario:
         else:
             events = list(_events(workload, self.gpu))
         scale = self._scale()
-        events = [replace(event, compute_s=scale * event.compute_s) for event in events]
+        events = [
+            replace(event, compute_s=scale * event.compute_s, weight_gradients_s=scale * event.weight_gradients_s)
+            for event in events
+        ]
         return [self._compress(event) for event in events] if self.compressed else events
 
     def _scale(self) -> float:
@@ -94,7 +100,8 @@ class Scenario:
         if event.kind != "bucket":
             return event
         extra_s = 4 * event.num_bytes / (self.gpu or H100).memory_bandwidth
-        return Event("bucket", event.compute_s + extra_s, event.num_bytes // 2, event.launches + 3)
+        compute_s, num_bytes = event.compute_s + extra_s, event.num_bytes // 2
+        return replace(event, compute_s=compute_s, num_bytes=num_bytes, launches=event.launches + 3)
 
 
 @functools.cache
@@ -115,6 +122,7 @@ CHANGES: Mapping[str, Callable[[Scenario], Scenario]] = {
     "batch norm synchronised within each node": lambda s: replace(s, norm_ranks=s.network.gpus),
     "statistics gathered at any number of ranks": lambda s: _with_workload(s, gather_ranks=10**6),
     "batch norm's sums merged by one kernel": lambda s: replace(s, one_kernel=True),
+    "weights' gradients computed while sums travel": lambda s: replace(s, late_weight_gradients=True),
     "half the latency": lambda s: _with_network(s, latency_scale=s.network.latency_scale / 2),
     "twice the network's bandwidth": lambda s: _with_network(s, node_bandwidth=2 * s.network.node_bandwidth),
     "one network card per node": lambda s: _with_network(s, node_bandwidth=s.network.node_bandwidth / s.network.gpus),

@@ -32,12 +32,14 @@ class Event:
     compute_s: seconds on the device.
     num_bytes: that each rank contributes.
     launches: kernels that the host launches for this compute.
+    weight_gradients_s: the part of `compute_s` in which gradients of convolutions' weights are computed.
     """
 
     kind: str
     compute_s: float
     num_bytes: int = 0
     launches: int = 0
+    weight_gradients_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Machine:
     host_computes: whether host and device are the same (a CPU), so that the host can't run ahead.
     norm_ranks: how many ranks, one after the other, share batch norm's statistics; 0: all.
     own_group: whether batch norm has a process group of its own; else it queues up behind buckets of gradients.
+    late_weight_gradients: whether weights' gradients are computed while batch norm's next collective travels.
     sums: the step's small sums.
     """
 
@@ -77,6 +80,7 @@ class Machine:
     host_computes: bool = False
     norm_ranks: int = 0
     own_group: bool = True
+    late_weight_gradients: bool = False
     sums: SmallSums = SmallSums()
 
 
@@ -108,18 +112,19 @@ class Step:
 
 def bucketed(events: Iterable[Event]) -> Iterator[Event]:
     """The same events with gradients collected into the buckets that torch's DDP would make of them."""
-    compute_s, launches, num_bytes, limit = 0.0, 0, 0, FIRST_BUCKET
+    compute_s, weights_s, launches, num_bytes, limit = 0.0, 0.0, 0, 0, FIRST_BUCKET
     for event in events:
         compute_s += event.compute_s
+        weights_s += event.weight_gradients_s
         launches += event.launches
         if event.kind == "gradient":
             num_bytes += event.num_bytes
         if num_bytes >= limit or (event.kind == "wait" and num_bytes):
-            yield Event("bucket", compute_s, num_bytes, launches)
-            compute_s, launches, num_bytes, limit = 0.0, 0, 0, BUCKET
+            yield Event("bucket", compute_s, num_bytes, launches, weights_s)
+            compute_s, weights_s, launches, num_bytes, limit = 0.0, 0.0, 0, 0, BUCKET
         if event.kind != "gradient":
-            yield replace(event, compute_s=compute_s, launches=launches)
-            compute_s, launches = 0.0, 0
+            yield replace(event, compute_s=compute_s, launches=launches, weight_gradients_s=weights_s)
+            compute_s, weights_s, launches = 0.0, 0.0, 0
 
 
 def simulate(events: Sequence[Event], machine: Machine) -> Step:
@@ -162,17 +167,19 @@ class _Timeline:
         compute_s = sharing_s = batch_norm_s = gradients_s = 0.0
         norm_group = "batch_norm" if self.machine.own_group else "gradients"
         for event in events:
+            waits = event.kind in ("gather", "sum") and self.machine.ranks > 1
+            late_s = event.weight_gradients_s if waits and self.machine.late_weight_gradients else 0.0
             compute_s += event.compute_s
             launched = self.host + event.launches * self.machine.launch_s
             host_s += self._pass(until=self.host + min(1, event.launches) * self.machine.launch_s)
-            work_s = event.compute_s * self.machine.slowest
-            sharing_s += self._pass(work_s=work_s) - work_s
+            sharing_s += self._compute(event.compute_s - late_s)
             host_s += self._pass(until=launched)
             self.host = max(self.host, launched)
             if self.machine.ranks == 1:
                 continue
-            if event.kind in ("gather", "sum"):
+            if waits:
                 self._start(norm_group, event)
+                sharing_s += self._compute(late_s)
                 batch_norm_s += self._pass(group=norm_group)
             elif event.kind == "bucket":
                 self._start("gradients", event)
@@ -180,6 +187,11 @@ class _Timeline:
                 gradients_s += self._pass(group="gradients")
         straggling_s = compute_s * (self.machine.slowest - 1)
         return Step(compute_s, straggling_s, sharing_s, host_s, batch_norm_s, gradients_s)
+
+    def _compute(self, seconds: float) -> float:
+        """Let the slowest rank compute what takes a usual one `seconds`; what communication costs it."""
+        work_s = seconds * self.machine.slowest
+        return self._pass(work_s=work_s) - work_s
 
     def _agree(self) -> float:
         """Send the step's small sums; the seconds for which the device waits for those that the host waits for."""

@@ -49,6 +49,14 @@ def test_batch_norm_is_waited_for_in_forward_and_in_backward() -> None:
     assert step.seconds == pytest.approx(60 + 9)
 
 
+def test_late_weight_gradients_are_computed_while_the_next_sum_travels() -> None:
+    events = [Event("sum", 10, 3, weight_gradients_s=2), Event("sum", 10, 3, weight_gradients_s=9), Event("end", 5)]
+    step = simulate(events, replace(TWO, late_weight_gradients=True))
+    assert step.compute_s == 25
+    assert step.batch_norm_s == pytest.approx((1 + 3 - 2) + 0)
+    assert simulate(events, TWO).batch_norm_s == pytest.approx(2 * (1 + 3))
+
+
 def test_a_single_rank_communicates_nothing() -> None:
     events = [Event("gather", 10, 3), Event("bucket", 20, 3), Event("wait", 0), Event("end", 30)]
     assert simulate(events, replace(TWO, ranks=1, sums=SmallSums(Collective(9.0), ahead=False))).seconds == 60
