@@ -15,7 +15,6 @@ import contextlib
 import functools
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,9 +161,7 @@ def validate(run: Run, state: TrainState) -> bool:
         return False
     predictor = Predictor.build(state.net, run.variant.preprocessing, run.config.eval, dtype=run.config.precision.dtype)
     scored = validation.Validation(run.val_set, run.config, run.session, run.tracker)
-    started = time.perf_counter()
     miou = validation.score(scored, predictor, step=state.step)
-    run.session.meter.evaluation_s = time.perf_counter() - started
     state.pending_evaluation = miou is None
     forget_lost_best(run, state)
     if miou is None:

@@ -53,7 +53,7 @@ def score(validation: Validation, predictor: Predictor, *, step: int) -> float |
     except EvaluationStopped:
         return None
     result, names = scores(evaluation.confusion), val_set.class_names
-    seconds = time.perf_counter() - started
+    validation.session.meter.evaluation_s = seconds = time.perf_counter() - started
     tracker.log(step, report.metric_values(result, names) | {"time/eval_s": seconds})
     scored = report.Report(evaluation, names)
     folder = config.run_dir / "eval" / f"step_{step:08d}"
