@@ -8,7 +8,7 @@ from dist_deeplab.config import RunConfig
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.parallel import share_buffers
 from dist_deeplab.distributed.process_group import ranks_on_host
-from dist_deeplab.distributed.session import Session
+from dist_deeplab.distributed.session import TrainingSession
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.crf import open_crf
@@ -26,7 +26,7 @@ class Validation:
 
     val_set: Manifest
     config: RunConfig
-    session: Session
+    session: TrainingSession
     tracker: Tracker
 
 
