@@ -210,7 +210,7 @@ def check_report(arguments: argparse.Namespace) -> Report:
 
 
 def check(workload: Workload, rounds: int) -> Row:
-    """The row of real gloo ranks, beside what their parts predict; means of so many steps.
+    """The row of real gloo ranks, beside what their parts predict; means of `rounds` steps.
 
     Raises:
         UserError: the ranks failed.
