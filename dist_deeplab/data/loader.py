@@ -25,6 +25,7 @@ from dist_deeplab.data.shards.prefetch import Plan, Prefetch
 from dist_deeplab.data.shards.reader import Sample, ShardReader
 from dist_deeplab.data.transforms import Augmentation, next_grid_size, pad_to
 from dist_deeplab.errors import UserError
+from dist_deeplab.workers import end_with_parent
 
 _MAX_ATTEMPTS = 100  # at one position
 
@@ -259,7 +260,12 @@ def _kill_workers() -> None:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread per worker, which ignores the signals that ask the rank to stop: it ends its workers itself."""
+    """One thread per worker, which ignores the signals that ask the rank to stop: it ends its workers itself.
+
+    torch's own look for the rank misses one that is killed while the worker starts: it compares the parent's id with
+    what that was at the worker's start, when another process may have adopted it.
+    """
+    end_with_parent()
     import cv2
 
     cv2.setNumThreads(0)
