@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from dist_deeplab.commands import sample_voc, shards
+from tests.processes import command_of, environ_of, processes_with
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -24,6 +26,12 @@ for _name in [name for name in os.environ if name.startswith("PET_") or name == 
 
 
 # --- which worker runs what ------------------------------------------------------------------------------------------
+
+SESSION = "DIST_DEEPLAB_TESTS"
+"""Variable in the environment of all that the tests start."""
+
+PATIENCE_S = 60
+"""How long what the last tests started may take to end."""
 
 MOST_WORKERS = 8
 """More bring nothing: the longest group decides then."""
@@ -58,6 +66,25 @@ def pytest_configure() -> None:
     """
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault(SESSION, str(os.getpid()))  # of the process that starts the workers; they inherit it
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where a test has left a process behind: a machine that runs the tests every day would fill up.
+
+    Only once workers have ended: helpers of multiprocessing live as long as the process that runs the tests.
+    """
+    own = str(os.getpid())
+    if os.environ[SESSION] != own or not session.config.getoption("numprocesses", None):
+        return
+    deadline = time.monotonic() + PATIENCE_S
+    while (left := processes_with(SESSION, own) - {os.getpid()}) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in sorted(left):
+        test = environ_of(pid).get("PYTEST_CURRENT_TEST", "before the tests")
+        print(f"\nleft behind by {test}: {pid} {command_of(pid)}", file=sys.stderr)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_collection_finish() -> None:

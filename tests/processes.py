@@ -27,3 +27,17 @@ def environ_of(pid: int) -> dict[str, str]:
     except OSError:
         return {}
     return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def processes_with(name: str, value: str) -> set[int]:
+    """The processes that were started with this in their environment, as far as this user may see it."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return {pid for pid in pids if environ_of(pid).get(name) == value}
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process, empty for one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+    except OSError:
+        return ""
