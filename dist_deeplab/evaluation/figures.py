@@ -45,12 +45,12 @@ def render(figure: Figure) -> np.ndarray:
 def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
     """Draw the matrix with each row as shares of the true class's pixels, of the classes in labels or predictions."""
     shown = np.flatnonzero(confusion.sum(0) + confusion.sum(1))
-    left_out = f"; {len(class_names) - len(shown)} of {len(class_names)} classes neither true nor predicted"
+    left_out = f"\n{len(class_names) - len(shown)} of {len(class_names)} classes neither true nor predicted"
     title = "Share of each true class's pixels (%)" + (left_out if len(shown) < len(class_names) else "")
     confusion, class_names = confusion[np.ix_(shown, shown)], [class_names[c] for c in shown.tolist()]
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     num, class_names = len(class_names), [_literal(name) for name in class_names]
-    side = max(5.0, 0.42 * num + 2)
+    side = max(3.5, 0.42 * num) + max(1.5, 0.1 * max(map(len, class_names)))  # inches: cells, and names beside them
     figure = _figure(side + 1, side)
     axes = figure.add_subplot()
     image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)

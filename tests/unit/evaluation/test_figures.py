@@ -1,12 +1,21 @@
 """Figures show what they say, and panels are comparable from one evaluation to the next."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from dist_deeplab.data.voc import CLASS_NAMES, PALETTE
 from dist_deeplab.evaluation.confusion import scores
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel
-from dist_deeplab.evaluation.figures import confusion_figure, iou_figure, panel_images, panels_figure, render
+from dist_deeplab.evaluation.figures import (
+    confusion_figure,
+    iou_figure,
+    panel_images,
+    panels_figure,
+    render,
+    trimap_figure,
+)
 
 
 def _panel(pred: np.ndarray, key: str = "image") -> Panel:
@@ -62,7 +71,24 @@ def test_the_matrix_leaves_out_classes_that_are_neither_true_nor_predicted() -> 
         ((0, 1), "25"),
         ((2, 1), "75"),
     ]
-    assert axes.get_title().endswith("; 1 of 4 classes neither true nor predicted")
+    assert axes.get_title().endswith("\n1 of 4 classes neither true nor predicted")
+
+
+@pytest.mark.parametrize("num_present", [2, 8, 21])
+@pytest.mark.parametrize("names", [CLASS_NAMES, [f"a class with quite a long name, {i}" for i in range(21)]])
+def test_titles_and_names_are_inside_the_figure(num_present: int, names: Sequence[str]) -> None:
+    confusion = np.zeros((21, 21), dtype=np.int64)
+    confusion[:num_present, :num_present] = 1
+    result = scores(confusion)
+    for figure in (confusion_figure(confusion, names), iou_figure(result, names), trimap_figure({1: result}, result)):
+        render(figure)
+        axes = figure.axes[0]
+        named = [t for t in (*axes.get_xticklabels(), *axes.get_yticklabels()) if t.get_text() in names]
+        labels = [label for label in (axes.xaxis.label, axes.yaxis.label) if label.get_text()]
+        for text in (axes.title, *labels, *named):
+            extent = text.get_window_extent()
+            assert figure.bbox.padded(1).contains(extent.x0, extent.y0), text
+            assert figure.bbox.padded(1).contains(extent.x1, extent.y1), text
 
 
 def test_a_name_with_dollars_is_not_a_formula() -> None:
