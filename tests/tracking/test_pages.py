@@ -131,6 +131,7 @@ def test_the_sweep_s_page_says_who_won(browser: Browser, server: Server, sweep: 
     curves = re.search(r"curves, best first: (http\S+)", sweep.output)
     assert curves is not None
     text = browser.open(curves[1], "2 matching runs", "accuracy/mIoU", "poly-power_0.5", "poly-power_2.0")
+    browser.wait_for(lambda: browser.evaluate("document.querySelectorAll('svg.main-svg').length"), "a drawn chart")
     browser.screenshot(SCREENSHOTS / "curves.png")
     best = re.search(r"winner: power=([0-9.]+)", winner)
     assert best is not None
