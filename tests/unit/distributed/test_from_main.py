@@ -3,6 +3,7 @@
 import datetime
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dist_deeplab.distributed import from_main
-from dist_deeplab.distributed.from_main import load_on_main
+from dist_deeplab.distributed.from_main import load_on_main, wait_for_main
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
 
@@ -44,12 +45,17 @@ def nothing() -> None:
     return None
 
 
+def report_late() -> None:
+    time.sleep(0.2)
+    print("all is well")
+
+
 LOADS: tuple[Callable[[], Any], ...] = (content, refuse, nothing)
 Outcome = tuple[Any, str, int]
 
 
 def run_rank(rank: int, folder: Path) -> None:
-    """One rank: for each of LOADS the result or the error, and how often this rank called it."""
+    """One rank: for each of LOADS the result or the error, and how often this rank called it; what was said by then."""
     world = 3
     store, timeout = dist.FileStore(str(folder / "store"), world), datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
@@ -68,20 +74,29 @@ def run_rank(rank: int, folder: Path) -> None:
             outcomes.append((found, "", len(calls)))
         except UserError as error:
             outcomes.append((None, str(error), len(calls)))
-    torch.save(outcomes, folder / f"rank_{rank}")
+    with (folder / "said").open("a") as sys.stdout:
+        wait_for_main(DistEnv(rank, rank, world, "torchrun", "cpu"), report_late)
+        said = (folder / "said").read_text()
+    torch.save((outcomes, said), folder / f"rank_{rank}")
     os._exit(0)
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[list[Outcome]]:
-    """Per rank the outcome of each of LOADS. Spawned: a fork of a process with threads may hang."""
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[Outcome], str]]:
+    """Per rank what `run_rank` saved. Spawned: a fork of a process with threads may hang."""
     folder, context = tmp_path_factory.mktemp("ranks"), multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=run_rank, args=(rank, folder)) for rank in range(3)]
-    for process in ranks:
+    processes = [context.Process(target=run_rank, args=(rank, folder)) for rank in range(3)]
+    for process in processes:
         process.start()
-    for process in ranks:
+    for process in processes:
         process.join(180)
     return [torch.load(folder / f"rank_{rank}", weights_only=True) for rank in range(3)]
+
+
+@pytest.fixture
+def outcomes(ranks: list[tuple[list[Outcome], str]]) -> list[list[Outcome]]:
+    """Per rank the outcome of each of LOADS."""
+    return [outcomes for outcomes, _ in ranks]
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -117,6 +132,10 @@ def test_an_error_of_the_main_rank_is_one_of_all(outcomes: list[list[Outcome]]) 
 
 def test_nothing_is_a_result_too(outcomes: list[list[Outcome]]) -> None:
     assert [rank[LOADS.index(nothing)] for rank in outcomes] == [(None, "", number) for number in (1, 0, 0)]
+
+
+def test_no_rank_leaves_before_the_main_one_has_said_what_it_has_to_say(ranks: list[tuple[list[Outcome], str]]) -> None:
+    assert [said for _, said in ranks] == ["all is well\n"] * 3
 
 
 def test_a_single_process_just_reads() -> None:
