@@ -183,7 +183,7 @@ def finish(run: Run, state: TrainState) -> int:
 
 def stop_early(run: Run, state: TrainState) -> int:
     """Say that the run was asked to stop and is saved; the exit code."""
-    reason = run.session.stop.reason
+    reason = run.session.stop.reason or "as another rank was asked to"
     run.session.report("stopped", state.step)
     run.tracker.stopped()
     log.warning("stopped (%s), saved step %d; the same command continues from there", reason, state.step)

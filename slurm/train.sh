@@ -59,6 +59,7 @@ use_environment
 # "STATUS FIRST_STEP LAST_STEP", written by the run: running, stopped (saved, to be resumed), done or refused (would
 # fail again). torchrun's exit code tells none of that.
 export DIST_DEEPLAB_OUTCOME=$PWD/.dist_deeplab-$SLURM_JOB_ID.outcome
+export DIST_DEEPLAB_REQUEUES=${MAX_REQUEUES:-20} # a run that stops says "requeued" as long as it will be
 before=$DIST_DEEPLAB_OUTCOME.before # the first step of the attempt before this one
 restarts=${SLURM_RESTART_COUNT:-0}
 
@@ -74,8 +75,8 @@ is_running() { [[ $(scontrol show job "$SLURM_JOB_ID" 2>/dev/null) == *JobState=
 
 requeue() {
     local why=$1 first
-    if ((restarts >= ${MAX_REQUEUES:-20})); then
-        echo "job $SLURM_JOB_ID: $why; not requeued: MAX_REQUEUES=${MAX_REQUEUES:-20} is reached. Submit it again."
+    if ((restarts >= DIST_DEEPLAB_REQUEUES)); then
+        echo "job $SLURM_JOB_ID: $why; not requeued: MAX_REQUEUES=$DIST_DEEPLAB_REQUEUES is reached. Submit it again."
     elif ! has_progressed; then
         echo "job $SLURM_JOB_ID: $why; not requeued: it got no further than the attempt before."
     elif ! is_running; then
@@ -89,8 +90,8 @@ requeue() {
     fi
 }
 
-if ((restarts > ${MAX_REQUEUES:-20})); then
-    fail 1 "this is restart $restarts, MAX_REQUEUES is ${MAX_REQUEUES:-20}: submit the same command again to resume."
+if ((restarts > DIST_DEEPLAB_REQUEUES)); then
+    fail 1 "this is restart $restarts, MAX_REQUEUES is $DIST_DEEPLAB_REQUEUES: submit the same command again to resume."
 fi
 rm -f "$DIST_DEEPLAB_OUTCOME"
 

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The status file is slurm/train.sh's where there is one: it reads it too.
         status_file = Path(os.environ.setdefault(STATUS_VARIABLE, str(Path(folder) / "status")))
         quieten_agent(status_file)
+        arguments.log_dir = arguments.log_dir or folder  # torchrun leaves its own behind
         try:
             launch(arguments)
         except ChildFailedError as error:

@@ -11,7 +11,7 @@ from dist_deeplab.data.shards.manifest import Manifest
 
 @dataclass(frozen=True)
 class Contamination:
-    """Images of the scored set that were training samples too, by their keys."""
+    """Images of the scored set with the keys of training samples."""
 
     num_images: int
     num_scored: int
@@ -19,8 +19,8 @@ class Contamination:
     def __str__(self) -> str:
         share = 100 * self.num_images / self.num_scored
         return (
-            f"WARNING: {self.num_images:,} of these {self.num_scored:,} images ({share:.0f} %) were trained on: this "
-            "is not a validation score"
+            f"WARNING: {self.num_images:,} of these {self.num_scored:,} images ({share:.0f} %) have the names of "
+            "images that were trained on; if they are the same images, this is not a validation score"
         )
 
 

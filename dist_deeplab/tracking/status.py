@@ -115,5 +115,5 @@ def run_hook(command: str, run_dir: Path, event: str, content: Mapping[str, Any]
 
 def is_requeued(environ: Mapping[str, str]) -> bool:
     """Whether slurm/train.sh, which started this, will have a run that stopped start again."""
-    restarts, limit = environ.get("SLURM_RESTART_COUNT") or "0", environ.get("MAX_REQUEUES") or "20"
-    return "DIST_DEEPLAB_OUTCOME" in environ and restarts.isdigit() and limit.isdigit() and int(restarts) < int(limit)
+    restarts, limit = environ.get("SLURM_RESTART_COUNT") or "0", environ.get("DIST_DEEPLAB_REQUEUES", "")
+    return restarts.isdigit() and limit.isdigit() and int(restarts) < int(limit)

@@ -10,6 +10,7 @@ from dist_deeplab.checkpointing.checkpoint import Checkpoint, read_checkpoint, r
 from dist_deeplab.checkpointing.folder import CheckpointFolder
 from dist_deeplab.config import RunConfig, recipe_differences, score_settings
 from dist_deeplab.data.shards.manifest import Manifest
+from dist_deeplab.distributed.from_main import load_on_main
 from dist_deeplab.distributed.parallel import share_buffers
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.replicas import check_replicas
@@ -34,6 +35,7 @@ def checkpoint_of(run: Run, state: TrainState) -> Checkpoint:
         class_names=tuple(run.train_set.class_names),
         train_keys_sha256=run.train_set.keys_sha256,
         train_key_hashes=on_main(lambda: torch.from_numpy(run.train_set.key_hashes.view(np.int64))),
+        train_contents=on_main(lambda: run.train_set.contents) or "",
         mlflow_run_id=on_main(mlflow_run_id, run.config.run_dir) or "",
         versions=on_main(installed_versions, _LIBRARIES) or {},
     )
@@ -54,8 +56,7 @@ def find_checkpoint(
     if saved is None:
         return None
     changes = recipe_differences(saved.config, config)
-    if saved.train_keys_sha256 != train_set.keys_sha256:
-        changes.append("data.train: other samples")
+    changes += _data_differences(saved, train_set, env)
     if changes and not config.resume_anyway:
         raise UserError(
             f"{saved} is of another recipe ({'; '.join(changes)}); restore these settings, choose another name=, or "
@@ -66,6 +67,21 @@ def find_checkpoint(
     if config.model.init and str(config.model.init) != str(saved.config.model.init):
         log.warning("model.init is not read by a run that resumes: its weights are those of %s", saved)
     return saved
+
+
+def _data_differences(saved: Checkpoint, train_set: Manifest, env: DistEnv) -> list[str]:
+    """How the training set differs from that of the checkpoint; every rank must call it."""
+    names, old_names = tuple(train_set.class_names), saved.class_names
+    if names != old_names:
+        label = next((k for k, pair in enumerate(zip(names, old_names)) if len(set(pair)) == 2), None)
+        if label is None:
+            return [f"data.train: {len(old_names)} -> {len(names)} classes"]
+        return [f"data.train: class {label}: {old_names[label]} -> {names[label]}"]
+    if saved.train_keys_sha256 != train_set.keys_sha256:
+        return ["data.train: other samples"]
+    if saved.train_contents and load_on_main(env, lambda: train_set.contents) != saved.train_contents:
+        return ["data.train: other images or labels of the same names"]
+    return []
 
 
 def _read(config: RunConfig, folder: CheckpointFolder) -> Checkpoint | None:

@@ -54,7 +54,8 @@ def describe(run: Run, state: TrainState) -> None:
         log.info("  %s", note)
     if shared := env.on_main(shared_images, train_set, val_set):
         log.warning(
-            "WARNING: %d of the %d validation images are training images too: their scores are not validation scores",
+            "WARNING: %d of the %d validation images have the names of training images; if they are the same images, "
+            "their scores are not validation scores",
             shared,
             val_set.num_samples if val_set else 0,
         )

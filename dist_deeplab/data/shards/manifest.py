@@ -28,6 +28,7 @@ from dist_deeplab.files import replace_text
 
 FORMAT: Final = "dist_deeplab.shards/2"
 MAX_KEY_HASHES = 2**20  # 8 MiB in a checkpoint
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, 2^64 over the golden ratio: spreads a number's bits (Knuth, TAOCP 6.4)
 _MAX_CLASSES = 255  # 8 bits less the void label
 
 
@@ -113,6 +114,16 @@ class Manifest(ManifestFile):
         """Where a shard comes from, for messages: its path, or its URL."""
         name = self.shards[number].name
         return shown(join_url(self.url, name)) if self.url else str(self.path.with_name(name))
+
+    @cached_property
+    def contents(self) -> str:
+        """Digest of all samples' keys, images and labels, whatever their order and shards, from their CRC-32s."""
+        total = np.zeros(1, dtype=np.uint64)
+        for rows in self.open_index().chunks():
+            both = rows["image_crc32"].astype(np.uint64) << np.uint64(32) | rows["label_crc32"]
+            mixed = (rows["key_hash"] ^ both * _MIX) * _MIX
+            total += ((mixed ^ mixed >> np.uint64(29)) * _MIX).sum(dtype=np.uint64)
+        return f"{total[0]:016x}"
 
     @cached_property
     def key_hashes(self) -> np.ndarray:

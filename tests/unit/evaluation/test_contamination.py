@@ -49,4 +49,4 @@ def test_of_sets_too_large_to_be_listed_the_share_is_extrapolated(
 
 
 def test_the_warning_is_loud_and_says_how_many() -> None:
-    assert str(Contamination(3, 12)).startswith("WARNING: 3 of these 12 images (25 %) were trained on")
+    assert str(Contamination(3, 12)).startswith("WARNING: 3 of these 12 images (25 %) have the names of")

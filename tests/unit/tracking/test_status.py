@@ -35,8 +35,9 @@ def open_here(run_dir: Path, on_event: str) -> Any:
         ("FINISHED", {}, "finished"),
         ("FAILED", {}, "failed"),
         ("KILLED", {}, "stopped"),
-        ("KILLED", {"DIST_DEEPLAB_OUTCOME": "/x"}, "requeued"),
-        ("KILLED", {"DIST_DEEPLAB_OUTCOME": "/x", "SLURM_RESTART_COUNT": "3", "MAX_REQUEUES": "3"}, "stopped"),
+        ("KILLED", {"DIST_DEEPLAB_OUTCOME": "/x"}, "stopped"),  # dist-deeplab torchrun's
+        ("KILLED", {"DIST_DEEPLAB_REQUEUES": "20"}, "requeued"),
+        ("KILLED", {"DIST_DEEPLAB_REQUEUES": "3", "SLURM_RESTART_COUNT": "3"}, "stopped"),
     ],
 )
 def test_start_and_end_are_told_to_file_command_and_journal(
@@ -108,8 +109,8 @@ def test_a_full_disk_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 def test_only_a_launcher_that_requeues_makes_a_stop_a_requeue() -> None:
     assert not is_requeued({"SLURM_JOB_ID": "1"})
-    assert is_requeued({"DIST_DEEPLAB_OUTCOME": "x", "SLURM_RESTART_COUNT": "19"})
-    assert not is_requeued({"DIST_DEEPLAB_OUTCOME": "x", "SLURM_RESTART_COUNT": "20"})
+    assert is_requeued({"DIST_DEEPLAB_REQUEUES": "20", "SLURM_RESTART_COUNT": "19"})
+    assert not is_requeued({"DIST_DEEPLAB_REQUEUES": "20", "SLURM_RESTART_COUNT": "20"})
 
 
 @pytest.mark.parametrize("name", ["a#1", "a?1", "a%20b"])

@@ -1,5 +1,6 @@
 """What a resumed run takes over from its checkpoint, and what it does not."""
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from dist_deeplab.checkpointing.checkpoint import Checkpoint
 from dist_deeplab.config import load_config
+from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.training import resume
@@ -47,6 +49,27 @@ def test_a_best_score_counts_only_where_images_are_scored_as_they_were(
     saved = Checkpoint(state.state_dict(), load_config(None, before), SCRATCH, ("a", "b"))
     restore(state, saved, load_config(None, now), None)
     assert state.best_miou == (0.5 if is_kept else -1.0)
+
+
+@pytest.mark.parametrize(
+    ("names", "keys", "contents", "difference"),
+    [
+        ("ab", "k", "c", []),
+        ("ba", "k", "c", ["data.train: class 0: a -> b"]),
+        ("abc", "k", "c", ["data.train: 2 -> 3 classes"]),
+        ("ab", "other", "c", ["data.train: other samples"]),
+        ("ab", "k", "other", ["data.train: other images or labels of the same names"]),
+    ],
+)
+def test_a_resume_notices_other_classes_samples_images_and_labels(
+    state: TrainState, names: str, keys: str, contents: str, difference: list[str]
+) -> None:
+    train_set: Any = SimpleNamespace(class_names=list(names), keys_sha256=keys, contents=contents)
+    saved = Checkpoint(state.state_dict(), load_config(None, []), SCRATCH, ("a", "b"), "k", train_contents="c")
+    assert resume._data_differences(saved, train_set, DistEnv()) == difference
+    of_an_older_version = dataclasses.replace(saved, train_contents="")
+    if contents == "other":
+        assert resume._data_differences(of_an_older_version, train_set, DistEnv()) == []
 
 
 def test_a_checkpoint_holds_the_losses_of_the_steps_since_the_last_log_line(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -76,6 +77,22 @@ def test_shared_images_are_counted_by_key(tmp_path: Path) -> None:
     assert count_shared(trained.key_hashes, pack(tmp_path / "c", 0, 1, prefix="other")) == 0
     assert count_shared(trained.key_hashes, trained) == 4
     assert count_shared(np.zeros(0, np.uint64), trained) == 0
+
+
+def test_contents_change_with_an_image_a_label_or_a_key_and_not_with_order_or_shards(tmp_path: Path) -> None:
+    def contents(name: str, *values: int, side: int = 40, prefix: str = "image") -> str:
+        (tmp_path / name).mkdir()
+        return pack(tmp_path / name, *values, side=side, prefix=prefix).contents
+
+    first = contents("a", 0, 1, 2)
+    assert contents("again", 0, 1, 2) == first
+    others = [contents("b", 0, 1, 1), contents("c", 1, 0, 2), contents("d", 0, 1, 2, side=48)]
+    others += [contents("e", 0, 1, 2, prefix="other"), contents("f", 0, 1)]
+    assert len({first, *others}) == 6
+    manifest = pack(tmp_path / "again", 0, 1, 2)
+    rows = np.concatenate(list(manifest.open_index().chunks()))
+    reordered = SimpleNamespace(open_index=lambda: SimpleNamespace(chunks=lambda: iter([rows[[2]], rows[:2]])))
+    assert Manifest.contents.func(reordered) == first
 
 
 def test_of_cut_lists_of_keys_the_share_is_extrapolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
