@@ -1,5 +1,9 @@
 """What a command prints, returns and writes for its launcher: errors, exit codes, the run's status."""
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,3 +131,26 @@ def test_torchrun_is_ended_only_if_it_would_start_again(
     monkeypatch.setattr(launcher, "_is_torchrun", lambda pid: True)
     launcher.refuse_restart()
     assert sent == [(launcher.os.getppid(), launcher.signal.SIGTERM)] * signals
+
+
+REFUSED_BESIDE_THE_MAIN_RANK = """
+from dist_deeplab.distributed.launcher import exit_with_error
+from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.distributed.stop_request import StopRequest
+from dist_deeplab.errors import UserError
+StopRequest().install()
+print("ready", flush=True)
+exit_with_error(DistEnv(1, 1, 2, "torchrun"), UserError("another recipe"))
+"""
+
+
+def test_another_rank_of_a_run_leaves_without_a_word_when_the_launcher_ends_it() -> None:
+    """A run saves on SIGTERM; one that was refused has nothing to save, and the main rank has said why."""
+    command = [sys.executable, "-c", REFUSED_BESIDE_THE_MAIN_RANK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.3)
+        process.terminate()
+        assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == -signal.SIGTERM
