@@ -118,7 +118,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
 
 def write_program(model: Exportable, out: Path, metadata: dict[str, str]) -> Model:
     """Write a torch.export program, load it again and return it as a function."""
-    with out.open("wb") as target:  # given a path, torch warns of any suffix but .pt2
+    # Given a path, torch warns of any suffix but .pt2; and torch 2.13 of tensors that share memory on another device.
+    with out.open("wb") as target, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No complete tensor found")
         torch.export.save(_export(model), target, extra_files={"metadata.json": json.dumps(metadata, indent=1)})
     with out.open("rb") as source:
         program = torch.export.load(source).module()

@@ -104,11 +104,16 @@ print(json.loads(extra["metadata.json"])["checkpoint"])
 
 
 def test_a_program_takes_any_size_and_batch(
-    checkpoint: Path, saved: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    saved: dict[str, object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     """Loaded by torch alone, in another process."""
     out = tmp_path / "model.pt2"
     assert tool.main([str(checkpoint), str(out)]) == 0
+    assert [str(warning.message) for warning in recwarn] == []
     assert "checked on 5 images" in capsys.readouterr().out
     image = torch.rand(3, 3, 41, 70) * 255
     torch.save(image, tmp_path / "image.pt")
