@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
 from matplotlib.patches import Patch
 
-from dist_deeplab.data.figure_names import LEGEND, legend_columns, literal, shorten
+from dist_deeplab.data.figure_names import LEGEND, legend_columns, literal, shorten, widest
 from dist_deeplab.data.voc import PALETTE
 from dist_deeplab.evaluation.confusion import Scores
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel
@@ -22,6 +22,7 @@ _WRONG, _RIGHT, _VOID = (214, 40, 40), (225, 225, 225), (255, 255, 255)
 _WIDTH_IN = 12.0  # of a row of four images
 _LEGEND_COLUMNS, _LEGEND_ROWS, _LEGEND_ENTRIES = 8, 6, 24  # at most
 _LEGEND_NAME, _LEGEND_FONT = 32, 11  # characters at most; points
+_TICK_FONT = 10  # points
 _TITLE_IN, _GAP_IN, _LEGEND_ROW_IN = 0.35, 0.03, 0.28
 
 
@@ -73,14 +74,15 @@ def iou_figure(result: Scores, class_names: Sequence[str]) -> Figure:
     """Draw a bar for each class in the set, in VOC's colours, and the mean as a line."""
     shown = [c for c, iou in enumerate(result.iou.tolist()) if not math.isnan(iou)]
     values = result.iou[shown].tolist()
-    figure = _figure(8, 0.3 * len(shown) + 1.5)
+    names = [class_names[c] for c in shown]
+    figure = _figure(7 + max(1.0, widest(names, font_size=_TICK_FONT)), 0.3 * len(shown) + 1.5)
     axes = figure.add_subplot()
     axes.barh(range(len(shown)), values, color=PALETTE[shown] / 255.0, edgecolor="black", linewidth=0.5)
     for row, iou in enumerate(values):
         background = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # the dashed line must not cross it
         axes.text(iou + 0.008, row, f"{iou:.3f}", va="center", fontsize=8, bbox=background)
     axes.axvline(result.miou, color="black", linestyle="--", linewidth=1, zorder=0)
-    axes.set_yticks(range(len(shown)), [literal(class_names[c]) for c in shown])
+    axes.set_yticks(range(len(shown)), [literal(name) for name in names], fontsize=_TICK_FONT)
     axes.invert_yaxis()
     axes.margins(y=0.01)
     absent = f"; {result.num_absent} of {len(class_names)} classes not in this set" if result.num_absent else ""

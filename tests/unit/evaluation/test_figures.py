@@ -115,6 +115,17 @@ def test_titles_and_names_are_inside_the_figure(num_present: int, names: Sequenc
             assert figure.bbox.padded(1).contains(extent.x1, extent.y1), text
 
 
+@pytest.mark.parametrize("name", ["x", "a class with quite a long name, {}", "W" * 60 + "{}"])
+def test_the_bars_keep_their_width_and_the_title_is_whole_beside_names_of_any_length(name: str) -> None:
+    result = scores(np.diag([1] * 10 + [0] * 11))
+    figure = iou_figure(result, [name.format(c) for c in range(21)])
+    render(figure)
+    axes = figure.axes[0]
+    assert axes.get_window_extent().width > 650
+    title = axes.title.get_window_extent()
+    assert 0 <= title.x0 < title.x1 <= figure.bbox.width
+
+
 def test_a_name_with_dollars_is_not_a_formula() -> None:
     names, confusion = ["$_$^", "dog"], np.array([[3, 1], [0, 2]])
     panels = panels_figure([_panel(np.zeros((9, 9), np.uint8), "$_$^")], names, ignore_label=255)
