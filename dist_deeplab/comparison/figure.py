@@ -3,6 +3,7 @@
 Imported where it is drawn: matplotlib takes a moment.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -13,8 +14,13 @@ from matplotlib.ticker import MaxNLocator
 
 from dist_deeplab.comparison.record import MIOU
 from dist_deeplab.comparison.settings import Comparison, Setting
+from dist_deeplab.data.figure_names import LEGEND, legend_columns, literal, shorten, widest
 
 _MAX_SETTINGS = 10  # more lines can't be told apart
+_MAX_NAME, _MAX_LABEL = 25, 60  # characters of a class's name, of a setting's
+_MANY_CLASSES = 25  # names of more classes overlap unless they are upright and small
+_WIDTH_IN, _CURVES_IN, _BARS_IN, _CLASS_IN = 13.0, 4.2, 3.1, 0.14  # of a class: one upright name
+_LEGEND_FONT = 10  # points
 _CURVES = (
     (MIOU, "mIoU on the validation set"),
     ("train/loss", "training loss"),
@@ -29,18 +35,22 @@ def comparison_figure(comparison: Comparison) -> Figure:
     """
     shown = comparison.settings[:_MAX_SETTINGS]
     classes = [name for name in comparison.classes if any(name in setting.class_scores for setting in shown)]
-    figure = Figure(figsize=(13, 4.2 + (3.8 if classes else 0)), layout="constrained")
-    rows = figure.subfigures(2 if classes else 1, 1, squeeze=False)[:, 0]
-    for axes, (key, title) in zip(rows[0].subplots(1, 3), _CURVES, strict=True):
+    heights = [_CURVES_IN, _BARS_IN + _names_height(classes)] if classes else [_CURVES_IN]
+    width = max(_WIDTH_IN, _CLASS_IN * len(classes) + 1)
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (key, name) in zip(rows[0].subplots(1, 3), _CURVES, strict=True):
         for index, setting in enumerate(shown):
             _draw_curve(axes, setting, key, color=colormaps["tab10"](index))
-        axes.set(title=title, xlabel="step")
+        axes.set(title=name, xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
     if classes:
         _draw_classes(rows[1].subplots(), comparison, shown, classes)
     handles, texts = rows[0].axes[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside upper center", ncols=min(5, len(shown)), title=_title(comparison, shown))
+    columns = legend_columns(texts, width=width, font_size=_LEGEND_FONT, most=min(5, len(shown)))
+    title, font = _title(comparison, shown), {"fontsize": _LEGEND_FONT, **LEGEND}
+    figure.legend(handles, texts, loc="outside upper center", ncols=columns, title=title, **font)
     return figure
 
 
@@ -54,12 +64,17 @@ def _title(comparison: Comparison, shown: Sequence[Setting]) -> str | None:
 
 
 def _draw_curve(axes: Axes, setting: Setting, key: str, *, color: tuple[float, float, float, float]) -> None:
-    label = _literal(setting.label) + (f" ({len(setting.counted)} seeds)" if len(setting.counted) > 1 else "")
+    label = literal(shorten(setting.label, _MAX_LABEL)) + (
+        f" ({len(setting.counted)} seeds)" if len(setting.counted) > 1 else ""
+    )
     points = setting.curve(key)
     steps, means = [step for step, _, _ in points], [mean for _, mean, _ in points]
-    marker = "o" if key == MIOU else None
+    is_point = sum(map(math.isfinite, means)) == 1  # no line to be seen, and no band
+    marker = "o" if key == MIOU or is_point else None
     axes.plot(steps, means, color=color, label=label, marker=marker, markersize=4, linewidth=1.5)
     if any(spread for _, _, spread in points):
+        if is_point:
+            axes.errorbar(steps, means, [spread for _, _, spread in points], fmt="none", ecolor=color, capsize=3)
         low, high = [mean - spread for _, mean, spread in points], [mean + spread for _, mean, spread in points]
         axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
 
@@ -85,7 +100,9 @@ def _draw_classes(axes: Axes, comparison: Comparison, shown: Sequence[Setting], 
     title = "IoU of each class at the best step"
     if len(shown) > 1:
         title += ", * best beyond noise" if comparison.noise.degrees else ", * best"
-    axes.set_xticks(range(len(groups)), [_literal(name) for name in groups], rotation=35, ha="right")
+    names, (size, rotation) = [literal(shorten(name, _MAX_NAME)) for name in groups], _font(classes)
+    align = "right" if rotation < 90 else "center"
+    axes.set_xticks(range(len(groups)), names, fontsize=size, rotation=rotation, ha=align)
     axes.set(title=title, xlim=(-0.6, len(groups) - 0.4))
     axes.margins(y=0.1)  # space for the stars
     axes.set_ylim(bottom=0)
@@ -98,6 +115,12 @@ def _winner(comparison: Comparison) -> Setting | None:
     return scored[0] if len(scored) > 1 and comparison.lead(scored[0], scored[1]).is_real else None
 
 
-def _literal(name: str) -> str:
-    """A name as matplotlib shows it unchanged: between two dollars it would read a formula."""
-    return name.replace("$", r"\$")
+def _font(classes: Sequence[str]) -> tuple[int, int]:
+    """Points and rotation in degrees of the classes' names."""
+    return (8, 90) if len(classes) > _MANY_CLASSES else (10, 35)
+
+
+def _names_height(classes: Sequence[str]) -> float:
+    """Inches that the classes' names take below the bars."""
+    size, rotation = _font(classes)
+    return widest([shorten(name, _MAX_NAME) for name in classes], font_size=size) * math.sin(math.radians(rotation))

@@ -1,6 +1,7 @@
 """Names and colours of classes, drawn as wide as they are: nothing is cut."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -13,10 +14,17 @@ Entry = tuple[str, np.ndarray]
 """A name and its colour, uint8 [3] RGB."""
 
 
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib ships: Pillow's own font has no accented, Greek or Cyrillic letters."""
+    from matplotlib import get_data_path  # 0.3 s
+
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
 def draw_legend(entries: Sequence[Entry], width: int) -> Image.Image:
     """Squares of the classes' colours with their names, in lines of `width` pixels, more where a name is wider."""
     scale = max(1.0, width / _SHOWN_WIDTH)
-    line, pad, font = round(scale * _LINE), round(scale * GAP), ImageFont.load_default(round(scale * _FONT))
+    line, pad, font = round(scale * _LINE), round(scale * GAP), load_font(round(scale * _FONT))
     lengths = [line + int(np.ceil(font.getlength(name))) + 2 * pad for name, _ in entries]
     width = max([width, *(pad + length for length in lengths)])
     places, x, y = [], pad, 0

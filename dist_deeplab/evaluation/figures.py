@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
 from matplotlib.patches import Patch
 
+from dist_deeplab.data.figure_names import LEGEND, legend_columns, literal, shorten, widest
 from dist_deeplab.data.voc import PALETTE
 from dist_deeplab.evaluation.confusion import Scores
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel
@@ -19,7 +20,9 @@ from dist_deeplab.evaluation.evaluator import Evaluation, Panel
 DPI = 100
 _WRONG, _RIGHT, _VOID = (214, 40, 40), (225, 225, 225), (255, 255, 255)
 _WIDTH_IN = 12.0  # of a row of four images
-_LEGEND_COLUMNS, _LEGEND_ROWS = 8, 3
+_LEGEND_COLUMNS, _LEGEND_ROWS, _LEGEND_ENTRIES = 8, 6, 24  # at most
+_LEGEND_NAME, _LEGEND_FONT = 32, 11  # characters at most; points
+_TICK_FONT = 10  # points
 _TITLE_IN, _GAP_IN, _LEGEND_ROW_IN = 0.35, 0.03, 0.28
 
 
@@ -49,7 +52,7 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
     title = "Share of each true class's pixels (%)" + (left_out if len(shown) < len(class_names) else "")
     confusion, class_names = confusion[np.ix_(shown, shown)], [class_names[c] for c in shown.tolist()]
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    num, class_names = len(class_names), [_literal(name) for name in class_names]
+    num, class_names = len(class_names), [literal(name) for name in class_names]
     side = max(3.5, 0.42 * num) + max(1.5, 0.1 * max(map(len, class_names)))  # inches: cells, and names beside them
     figure = _figure(side + 1, side)
     axes = figure.add_subplot()
@@ -71,14 +74,15 @@ def iou_figure(result: Scores, class_names: Sequence[str]) -> Figure:
     """Draw a bar for each class in the set, in VOC's colours, and the mean as a line."""
     shown = [c for c, iou in enumerate(result.iou.tolist()) if not math.isnan(iou)]
     values = result.iou[shown].tolist()
-    figure = _figure(8, 0.3 * len(shown) + 1.5)
+    names = [class_names[c] for c in shown]
+    figure = _figure(7 + max(1.0, widest(names, font_size=_TICK_FONT)), 0.3 * len(shown) + 1.5)
     axes = figure.add_subplot()
     axes.barh(range(len(shown)), values, color=PALETTE[shown] / 255.0, edgecolor="black", linewidth=0.5)
     for row, iou in enumerate(values):
         background = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # the dashed line must not cross it
         axes.text(iou + 0.008, row, f"{iou:.3f}", va="center", fontsize=8, bbox=background)
     axes.axvline(result.miou, color="black", linestyle="--", linewidth=1, zorder=0)
-    axes.set_yticks(range(len(shown)), [_literal(class_names[c]) for c in shown])
+    axes.set_yticks(range(len(shown)), [literal(name) for name in names], fontsize=_TICK_FONT)
     axes.invert_yaxis()
     axes.margins(y=0.01)
     absent = f"; {result.num_absent} of {len(class_names)} classes not in this set" if result.num_absent else ""
@@ -108,8 +112,11 @@ def trimap_figure(bands: Mapping[int, Scores], result: Scores) -> Figure:
 
 def panels_figure(panels: Sequence[Panel], class_names: Sequence[str], *, ignore_label: int) -> Figure:
     """Draw a row image | label | prediction | errors for each panel, with a legend of the classes shown."""
-    num_rows = min(_LEGEND_ROWS, math.ceil((len(class_names) + 3) / _LEGEND_COLUMNS))  # whatever is predicted
-    entries = _legend_entries(panels, class_names, ignore_label, _LEGEND_COLUMNS * num_rows)
+    class_names = [shorten(name, _LEGEND_NAME) for name in class_names]
+    # Of all names, whichever are shown: an image keeps its size whatever is predicted.
+    num_columns = legend_columns([*class_names, "wrong"], width=_WIDTH_IN, font_size=_LEGEND_FONT, most=_LEGEND_COLUMNS)
+    num_rows = min(_LEGEND_ROWS, math.ceil(min(_LEGEND_ENTRIES, len(class_names) + 3) / num_columns))
+    entries = _legend_entries(panels, class_names, ignore_label, num_columns * num_rows)
     width = _WIDTH_IN / 4
     heights = [(width - 2 * _GAP_IN) * panel.label.shape[0] / panel.label.shape[1] + _TITLE_IN for panel in panels]
     height = sum(heights) + _LEGEND_ROW_IN * num_rows + 4 * _GAP_IN
@@ -126,22 +133,24 @@ def panels_figure(panels: Sequence[Panel], class_names: Sequence[str], *, ignore
             extent = (left, left + width - 2 * _GAP_IN, top + own_height, top + _TITLE_IN)
             axes.imshow(image, extent=extent, interpolation="nearest", aspect="auto")
             axes.text(
-                (column + 0.5) * width, top + 0.6 * _TITLE_IN, _literal(title), ha="center", va="center", fontsize=12
+                (column + 0.5) * width, top + 0.6 * _TITLE_IN, literal(title), ha="center", va="center", fontsize=12
             )
         top += own_height
     axes.set(xlim=(0, _WIDTH_IN), ylim=(height, 0))
     axes.set_axis_off()
     handles = [
-        Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="black", label=_literal(name))
+        Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="black", label=literal(name))
         for name, (red, green, blue) in entries
     ]
-    figure.legend(handles=handles, loc="lower center", ncols=_LEGEND_COLUMNS, fontsize=11, borderaxespad=0.2)
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=num_columns,
+        fontsize=_LEGEND_FONT,
+        borderaxespad=0.2,
+        **LEGEND,
+    )
     return figure
-
-
-def _literal(name: str) -> str:
-    """A name that matplotlib shows unchanged: between two dollars it would read a formula, or fail to."""
-    return name.replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dist_deeplab.data.legend import GAP, draw_legend
+from dist_deeplab.data.legend import GAP, draw_legend, load_font
 from dist_deeplab.data.packing.verify import load_sample
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.data.shards.reader import ShardReader
@@ -58,7 +58,7 @@ def _cell(image: np.ndarray, label: np.ndarray, key: str, manifest: Manifest, pa
     there = np.unique(label).tolist()
     names = [name for value, name in enumerate(manifest.class_names) if value in there]
     width = 2 * _TILE + GAP // 2
-    font = ImageFont.load_default(_CAPTION_FONT)
+    font = load_font(_CAPTION_FONT)
     lines = _wrapped(f"{key}: {', '.join(names) or 'void alone'}", width, font)
     cell = Image.new("RGB", (width, size[1] + 4 + _LINE * len(lines)), "white")
     for left, part in ((0, shown), (_TILE + GAP // 2, colours)):
@@ -69,7 +69,7 @@ def _cell(image: np.ndarray, label: np.ndarray, key: str, manifest: Manifest, pa
     return cell
 
 
-def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     """The text in lines of at most `width` pixels; a word that is longer is broken."""
     lines = [""]
     for word in text.split(" "):

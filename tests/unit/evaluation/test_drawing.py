@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_deeplab.data.legend import draw_legend, load_font
 from dist_deeplab.data.voc import CLASS_NAMES, PALETTE
 from dist_deeplab.evaluation.drawing import side_by_side
 
@@ -26,3 +27,12 @@ def test_names_that_do_not_fit_go_to_another_line() -> None:
     drawn = side_by_side(np.zeros((*pred.shape, 3), dtype=np.uint8), pred, names)
     assert drawn.height - 90 > 4 * 24
     assert isinstance(drawn, Image.Image)
+
+
+@pytest.mark.parametrize("letters", ["àéü", "ßøł", "жшю", "αβγ"])
+def test_letters_beyond_ascii_are_drawn_as_themselves(letters: str) -> None:
+    font = load_font(16)
+    shapes = {bytes(font.getmask(letter)) for letter in f"{letters}\uffff"}
+    assert len(shapes) == 4, "three letters, and the box of one that no font has"
+    one, other = (np.asarray(draw_legend([(name, PALETTE[1])], 200)) for name in letters[:2])
+    assert (one != other).any()

@@ -29,19 +29,43 @@ def _has_color(image: np.ndarray, color: "tuple[int, ...] | np.ndarray") -> int:
 
 
 @pytest.mark.parametrize("num_wrong", [0, 5, 20])
-def test_a_panels_image_keeps_its_size_whatever_is_predicted(num_wrong: int) -> None:
+@pytest.mark.parametrize("names", [CLASS_NAMES, ["void", *(f"a class with a long name, {i}" for i in range(20))]])
+def test_a_panels_image_keeps_its_size_whatever_is_predicted(num_wrong: int, names: Sequence[str]) -> None:
     pred = np.zeros((50, 70), dtype=np.uint8)
     for c in range(1, num_wrong + 1):
         pred[10:40, 3 * c : 3 * c + 2] = c
-    images = panel_images(Evaluation(np.eye(21), 2, 255, [_panel(pred, "a"), _panel(pred, "b")]), CLASS_NAMES)
+    images = panel_images(Evaluation(np.eye(21), 2, 255, [_panel(pred, "a"), _panel(pred, "b")]), names)
     assert list(images) == ["a", "b"]
-    plain = panel_images(Evaluation(np.eye(21), 1, 255, [_panel(np.zeros_like(pred))]), CLASS_NAMES)["image"]
+    plain = panel_images(Evaluation(np.eye(21), 1, 255, [_panel(np.zeros_like(pred))]), names)["image"]
     for image in images.values():
         assert image.dtype == np.uint8
         assert image.shape == plain.shape
         assert image.shape[1] == 1200
         for c in range(1, num_wrong + 1):
             assert _has_color(image, PALETTE[c])
+
+
+@pytest.mark.parametrize("num_classes", [1, 6, 21, 150])
+@pytest.mark.parametrize("name", ["x", "a class with a longer name, {}", "WIDE {}", "a$b$ {}", "W" * 200 + "{}"])
+def test_the_legend_is_inside_the_figure_below_the_panels(num_classes: int, name: str) -> None:
+    pred = np.tile(np.arange(num_classes, dtype=np.uint8)[:, None], (2, 90))
+    names = [name.format(c) for c in range(num_classes)]
+    figure = panels_figure([_panel(pred)], names, ignore_label=255)
+    height = render(figure).shape[0]
+    legend = figure.legends[0]
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= 1200
+    assert 0 <= box.y0 < box.y1 <= height - max(image.get_extent()[2] for image in figure.axes[0].images) * 100
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown[-3:] == ["void", "wrong", "right"]
+    assert len(shown) > 3
+
+
+def test_names_that_differ_at_the_end_still_differ_in_the_legend() -> None:
+    names = ["a name that is much longer than a legend's column " + end for end in ("one", "two")]
+    pred = np.repeat(np.uint8([[0], [1]]), 8, axis=0).repeat(9, axis=1)
+    shown = panels_figure([_panel(pred)], names, ignore_label=255).legends[0].get_texts()
+    assert [text.get_text()[-4:] for text in shown[:2]] == [" one", " two"]
 
 
 def test_the_legend_keeps_the_classes_with_most_pixels_where_there_are_too_many() -> None:
@@ -89,6 +113,17 @@ def test_titles_and_names_are_inside_the_figure(num_present: int, names: Sequenc
             extent = text.get_window_extent()
             assert figure.bbox.padded(1).contains(extent.x0, extent.y0), text
             assert figure.bbox.padded(1).contains(extent.x1, extent.y1), text
+
+
+@pytest.mark.parametrize("name", ["x", "a class with quite a long name, {}", "W" * 60 + "{}"])
+def test_the_bars_keep_their_width_and_the_title_is_whole_beside_names_of_any_length(name: str) -> None:
+    result = scores(np.diag([1] * 10 + [0] * 11))
+    figure = iou_figure(result, [name.format(c) for c in range(21)])
+    render(figure)
+    axes = figure.axes[0]
+    assert axes.get_window_extent().width > 650
+    title = axes.title.get_window_extent()
+    assert 0 <= title.x0 < title.x1 <= figure.bbox.width
 
 
 def test_a_name_with_dollars_is_not_a_formula() -> None:

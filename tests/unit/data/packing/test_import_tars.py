@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -168,6 +169,15 @@ def test_a_sound_set_has_no_problem_and_is_what_its_images_are(shard_set: Manife
     assert sheet.dtype == np.uint8
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 20, "images and colours"
     assert contact_sheet(shard_set, num_samples=1).shape < sheet.shape
+
+
+def test_captions_of_the_sheet_show_accented_letters(shard_set: Manifest) -> None:
+    sheets = [
+        contact_sheet(replace(shard_set, class_names=(letter,) * len(shard_set.class_names)), num_samples=1)
+        for letter in "éü"
+    ]
+    assert sheets[0].shape == sheets[1].shape
+    assert (sheets[0][-20:] != sheets[1][-20:]).any(), "the caption, at the bottom"
 
 
 def flip_byte(path: Path, member: str, offset: int) -> None:
