@@ -52,7 +52,9 @@ def exit_with_error(env: DistEnv, error: UserError) -> int:
     prints only if the mistake turns out to be its own, e.g. data missing on its node.
     """
     if not env.is_main:
-        _leave_time_to_others(_GRACE_S)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run would go on to save
+        time.sleep(_GRACE_S)
     where = "" if env.is_main else f" (rank {env.rank})"
     print(f"error{where}: {error}", file=sys.stderr, flush=True)
     write_status("refused")
@@ -67,19 +69,12 @@ def exit_with_crash(env: DistEnv, error: Exception) -> int:
     to end this process.
     """
     if env.world_size > 1 and isinstance(error, RuntimeError | OtherRankFailed):
-        _leave_time_to_others(_ECHO_GRACE_S)
+        time.sleep(_ECHO_GRACE_S)
     if isinstance(error, OtherRankFailed):
         log.error("rank %d ends: %s", env.rank, error)
     else:
         log.error("rank %d failed", env.rank, exc_info=error)
     return 1
-
-
-def _leave_time_to_others(seconds: float) -> None:
-    """Let the rank whose error it is report it; the launcher then ends this process, which has nothing to save now."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(seconds)
 
 
 def hard_exit(exit_code: int) -> NoReturn:
