@@ -27,6 +27,7 @@ from benchmarks.network import Nccl
 from benchmarks.scenario import CHANGES, Scenario
 from benchmarks.stragglers import Stragglers
 from dist_deeplab.errors import UserError
+from dist_deeplab.logs import format_count
 
 SUMMARY = "what a step would take on n GPUs, simulated and checked"
 TOOLS = Path(__file__).resolve().parent.parent
@@ -255,7 +256,8 @@ def notes(scenario: Scenario, arguments: argparse.Namespace) -> list[str]:
     draws = f"drawn from {arguments.rank_times}" if arguments.rank_times else f"{arguments.jitter:g} (normal; assumed)"
     return [
         compute + scaled,
-        f"network: {arguments.nics} cards per node of {network.gpus} GPUs; parts are those at the last bandwidth; "
+        f"network: {format_count(arguments.nics, 'card')} per node of {format_count(network.gpus, 'GPU')}; "
+        "parts are those at the last bandwidth; "
         f"NVLink {arguments.nvlink_gb:g} GB/s; NCCL's latencies x {arguments.latency_scale:g}",
         f"deviation of a rank's step time: {draws}; all wait for the slowest",
         f"small sums: {arguments.sums}",
@@ -276,7 +278,9 @@ def check_report(arguments: argparse.Namespace) -> Report:
         "ranks and to gloo's threads on these cores",
         "sums, batch norm: waited for; gradients: waited for after backward; nothing is taken from measured steps",
     ]
-    return Report(f"prediction against real gloo ranks: {backbone}, {images} images per rank", rows, explained)
+    return Report(
+        f"prediction against real gloo ranks: {backbone}, {format_count(images, 'image')} per rank", rows, explained
+    )
 
 
 def check(workload: Workload, rounds: int) -> Row:
@@ -294,6 +298,8 @@ def check(workload: Workload, rounds: int) -> Row:
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(TOOLS.parent)]), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environ, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"the check on {workload.ranks} ranks failed: {done.stderr.strip().splitlines()[-1]}")
+            raise UserError(
+                f"the check on {format_count(workload.ranks, 'rank')} failed: {done.stderr.strip().splitlines()[-1]}"
+            )
         found = json.loads(out.read_text(encoding="utf-8"))
-    return {"what": f"{workload.ranks} ranks, crop {workload.crop}, {workload.norm}", **found}
+    return {"what": f"{format_count(workload.ranks, 'rank')}, crop {workload.crop}, {workload.norm}", **found}
