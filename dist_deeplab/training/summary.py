@@ -50,7 +50,7 @@ def describe(run: Run, state: TrainState) -> None:
     missing = "a dry run does not score them" if config.data.val else "no data.val, so there will be no score"
     validated = f", validated on {val_set.num_samples}" if val_set else f"; {missing}"
     log.info("data %s: %s%s", train_set.path, format_count(train_set.num_samples, "sample"), validated)
-    for note in (*train_set.notes, *(val_set.notes if val_set else ())):
+    for note in packing_notes(train_set, val_set):
         log.info("  %s", note)
     if shared := env.on_main(shared_images, train_set, val_set):
         log.warning(
@@ -82,6 +82,12 @@ def describe(run: Run, state: TrainState) -> None:
     for line in describe_groups(state.optimizer):
         log.info("  %s", line)
     log.info("from step %d to %d", state.step, config.max_steps)
+
+
+def packing_notes(train_set: Manifest, val_set: Manifest | None) -> list[str]:
+    """What was done to images when the sets were made, each with its set."""
+    sets = {"train": train_set, **({"val": val_set} if val_set else {})}
+    return [f"{name}: {note}" for name, manifest in sets.items() for note in manifest.notes]
 
 
 def shared_images(train_set: Manifest, val_set: Manifest | None) -> int:
