@@ -38,10 +38,13 @@ from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks
 from dist_deeplab.distributed.session import Session, session
 from dist_deeplab.errors import UserError
 from dist_deeplab.files import prepare_file, replace_text
+from dist_deeplab.logs import format_count
 from dist_deeplab.training.builders import split_batch
+from dist_deeplab.training.data_builders import follow_manifest, open_data
 from dist_deeplab.training.kernel_checks import checks, run_check
 from dist_deeplab.training.rates import Forecast, Rates, forecast, measure_arithmetic, measure_copy, measure_loader
 
+_BOTH_SETS = "data of the run"
 _READING_S = 20.0  # for all shards; what is left out is counted
 
 
@@ -56,6 +59,7 @@ def command(arguments: argparse.Namespace, env: DistEnv) -> int:
     if arguments.json:
         prepare_file(arguments.json, remedy="choose another --json")
     limits = config.distributed
+    env = replace(env, device_kind=config.device)
     with session(env, startup_timeout_s=limits.startup_timeout_s, hang_timeout_s=limits.hang_timeout_s) as ranks:
         findings, rates, expected = examine(config, ranks)
         wait_for_main(env, lambda: report(findings, rates, expected, arguments.json))
@@ -100,7 +104,12 @@ def examine(config: RunConfig, ranks: Session) -> tuple[list[Finding], Rates, Fo
         *check_kernels(ranks),
     ]
     ranks.progress.begin("measuring speed")
-    rates = replace(measure(config, env, findings), all_reduce_bytes_per_s=all_reduce_rate)
+    if any(finding.what == _BOTH_SETS and finding.status == "ok" for finding in findings):
+        train_set = open_set(config.data.train, config)
+        config = follow_manifest(config, train_set)
+    else:
+        train_set = None
+    rates = replace(measure(config, env, train_set), all_reduce_bytes_per_s=all_reduce_rate)
     findings += [Finding(what, "ok", text) for what, text in rates.describe().items()]
     expected = None
     if rates.loader_images_per_s:
@@ -110,7 +119,10 @@ def examine(config: RunConfig, ranks: Session) -> tuple[list[Finding], Rates, Fo
 
 
 def check_shards(config: RunConfig, env: DistEnv) -> list[Finding]:
-    """Read from every shard of each configured set on each node; every rank must call it."""
+    """Read from every shard of each configured set on each node, then ask what training asks of them together.
+
+    Every rank must call it.
+    """
     sets = {key: place for key, place in (("data.train", config.data.train), ("data.val", config.data.val)) if place}
     found = []
     for key, place in sets.items():
@@ -120,7 +132,20 @@ def check_shards(config: RunConfig, env: DistEnv) -> list[Finding]:
             named = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
             finding = Finding(key, "FAILED", "; ".join(named)) if named else finding
         found.append(finding)
+    if config.data.train and all(finding.status == "ok" for finding in found):
+        found.append(diagnostics.on_all_ranks(_BOTH_SETS, functools.partial(describe_data, config, env)))
     return found
+
+
+def describe_data(config: RunConfig, env: DistEnv) -> str:
+    """That training would take the data, by its own checks.
+
+    Raises:
+        UserError: training would refuse the data.
+    """
+    train_set, _ = open_data(config, env)
+    data = follow_manifest(config, train_set).data
+    return f"{format_count(data.num_classes, 'class', 'classes')}, void is {data.ignore_label}; training takes it"
 
 
 def open_set(place: Location, config: RunConfig) -> Manifest:
@@ -131,7 +156,8 @@ def open_set(place: Location, config: RunConfig) -> Manifest:
 def describe_set(place: Location, config: RunConfig) -> str:
     """What a manifest holds, the same on all ranks."""
     manifest = open_set(place, config)
-    return f"{manifest.num_samples} samples in {len(manifest.shards)} shards, keys {manifest.keys_sha256[:12]}"
+    size = f"{format_count(manifest.num_samples, 'sample')} in {format_count(len(manifest.shards), 'shard')}"
+    return f"{size}, keys {manifest.keys_sha256[:12]}"
 
 
 def _problem_of(manifest: Manifest, env: DistEnv) -> str:
@@ -191,13 +217,12 @@ def precisions(device: torch.device) -> list[str]:
     return ["fp32", "tf32", "fp16", *(["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else [])]
 
 
-def measure(config: RunConfig, env: DistEnv, findings: Sequence[Finding]) -> Rates:
-    """The slowest rank's rates; the loader's where data.train can be read."""
+def measure(config: RunConfig, env: DistEnv, train_set: Manifest | None) -> Rates:
+    """The slowest rank's rates; the loader's where there is a set that training takes."""
     device = env.device
     matmul, convolution = measure_arithmetic(config.precision.dtype, device)
     loader = None
-    if any(finding.what == "data.train" and finding.status == "ok" for finding in findings):
-        train_set = open_set(config.data.train, config)
+    if train_set:
         loader = measure_loader(config, env, split_batch(config, env), train_set)
     own = [matmul, convolution, measure_copy(device), loader or 0.0]
     slowest = [min(values) for values in zip(*gather_to_all(own))]

@@ -151,8 +151,8 @@ def check_classes(checkpoint: Checkpoint, manifest: Manifest) -> None:
     known, labelled = checkpoint.class_names, tuple(manifest.class_names)
     if len(known) != len(labelled):
         raise UserError(
-            f"{checkpoint} knows {len(known)} classes but {manifest.path} has {len(labelled)}; give the checkpoint or "
-            "the set that fits the other"
+            f"{checkpoint} knows {format_count(len(known), 'class', 'classes')} but {manifest.path} has "
+            f"{len(labelled)}; give the checkpoint or the set that fits the other"
         )
     different = [label for label, names in enumerate(zip(known, labelled)) if len(set(names)) > 1]
     if different:

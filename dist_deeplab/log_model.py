@@ -33,6 +33,7 @@ from dist_deeplab.command_line import command_name
 from dist_deeplab.config import config_from_dict
 from dist_deeplab.errors import UserError, one_line_errors
 from dist_deeplab.evaluation import serving
+from dist_deeplab.logs import format_names
 from dist_deeplab.redaction import redact, shown_url
 from dist_deeplab.tracking.mlflow.run import find_run
 from dist_deeplab.tracking.mlflow.state import UploadState
@@ -159,7 +160,9 @@ def description(checkpoint: Checkpoint, run_name: str) -> str:
 
 def class_list(checkpoint: Checkpoint) -> str:
     """The classes with the values that mean them in a mask, in one paragraph."""
-    return "Classes: " + ", ".join(f"{label} {name}" for label, name in enumerate(checkpoint.class_names))
+    return "Classes: " + ", ".join(
+        f"{label} {format_names([name])}" for label, name in enumerate(checkpoint.class_names)
+    )
 
 
 def how_to_serve(address: str, uri: str) -> str:

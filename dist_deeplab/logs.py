@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,8 @@ def format_duration(seconds: float) -> str:
 def format_count(number: int, noun: str, plural: str = "") -> str:
     """E.g. `1 shard`, `1,464 images` or, with a plural of its own, `2 classes`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def format_names(names: Iterable[str]) -> str:
+    """E.g. `cat, 'dining, table'`: names in a list, those in quotes that hold a comma themselves."""
+    return ", ".join(repr(name) if "," in name else name for name in names)

@@ -36,6 +36,7 @@ from dist_deeplab.evaluation.inference import Predictor, inference_settings
 from dist_deeplab.evaluation.prediction import Prediction, Workload, predict_images
 from dist_deeplab.evaluation.result_files import EXTRAS, ResultFiles
 from dist_deeplab.files import prepare_folder
+from dist_deeplab.logs import format_count
 
 _SHOWN = 50  # unreadable files listed in the terminal; unreadable.txt has all
 
@@ -76,7 +77,7 @@ def predict(
     env = ranks.env
     predictor = Predictor.from_checkpoint(checkpoint, settings, env.device)
     own = sources[env.rank :: env.world_size]
-    log.info("%d images (%d on this rank) to %s", len(sources), len(own), arguments.out)
+    log.info("%s (%d on this rank) to %s", format_count(len(sources), "image"), len(own), arguments.out)
     work = Workload(
         env.device,
         batch_size=settings.eval.batch_size,
@@ -154,7 +155,9 @@ def listed(sources: Sequence[Source], list_file: Path) -> list[Source]:
     names = {line if line in there else line.split()[0] for line in lines}
     missing = sorted(names - there)
     if missing:
-        raise UserError(f"{len(missing)} of the {len(names)} names in {list_file} have no image, e.g. {missing[0]}")
+        have = "has" if len(missing) == 1 else "have"
+        of = format_count(len(names), "name")
+        raise UserError(f"{len(missing):,} of {of} in {list_file} {have} no image, e.g. {missing[0]}")
     return [source for source in sources if source.name in names]
 
 
@@ -169,13 +172,13 @@ def report(problems: Sequence[str], total: int, arguments: argparse.Namespace) -
     """Pack the submission, and say what was done and what could not be read."""
     if arguments.voc_submission and not problems:
         log.info("packed %s", submission.pack(arguments.out))
-    log.info("%d images predicted, results in %s", total - len(problems), arguments.out)
+    log.info("%s predicted, results in %s", format_count(total - len(problems), "image"), arguments.out)
     if problems:
         (arguments.out / "unreadable.txt").write_text("".join(f"{line}\n" for line in problems), encoding="utf-8")
         log.error(
-            "%d of %d files could not be read (all in %s):\n  %s",
+            "%d of %s could not be read (all in %s):\n  %s",
             len(problems),
-            total,
+            format_count(total, "file"),
             arguments.out / "unreadable.txt",
             "\n  ".join(problems[:_SHOWN]),
         )

@@ -32,7 +32,7 @@ from dist_deeplab.errors import STOPPED_EARLY
 from dist_deeplab.evaluation import validation
 from dist_deeplab.evaluation.crf import require_crf
 from dist_deeplab.evaluation.inference import Predictor
-from dist_deeplab.logs import setup_logging
+from dist_deeplab.logs import format_count, setup_logging
 from dist_deeplab.tracking.mlflow.store import require_known_store
 from dist_deeplab.tracking.tracker import resolve_uri
 from dist_deeplab.training.assembly import assemble
@@ -177,7 +177,7 @@ def finish(run: Run, state: TrainState) -> int:
     run.session.report("done", state.step)
     run.tracker.log_files(state.step, lambda: [save_figure([read_folder(folder)], folder / "curves.png")])
     run.tracker.finished()
-    log.info("done: %d steps; the run is in %s", state.step, folder)
+    log.info("done: %s; the run is in %s", format_count(state.step, "step"), folder)
     return 0
 
 

@@ -27,6 +27,7 @@ from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data import voc
 from dist_deeplab.errors import UserError, one_line_errors
 from dist_deeplab.files import prepare_file
+from dist_deeplab.logs import format_count
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.weights import Report, Weights, backbone_of, fit_weights, load_weights
@@ -97,7 +98,8 @@ def write_checkpoint(net: DeepLabV2, weights: Weights, path: Path, class_names: 
             raise UserError(f"{class_names} can't be read: {error}") from None
     if len(names) != num_classes:
         raise UserError(
-            f"the weights know {num_classes} classes and there are {len(names)} names; give --class-names FILE"
+            f"the weights know {format_count(num_classes, 'class', 'classes')}, but "
+            f"{format_count(len(names), 'name is', 'names are')} known; give --class-names FILE"
         )
     backbone = backbone_of(weights.tensors)
     config = RunConfig.model_validate({"model": {"backbone": backbone}, "data": {"num_classes": num_classes}})

@@ -36,6 +36,7 @@ from dist_deeplab.evaluation.exportable import Exportable
 from dist_deeplab.evaluation.images import find_images, read_image
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.files import prepare_file, replace_file
+from dist_deeplab.logs import format_count
 
 Model = Callable[[np.ndarray], np.ndarray]
 """float32 [B, 3, H, W] -> logits float32 [B, C, H, W]."""
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise UserError(f"cannot write {arguments.out}: {error.strerror or error}") from None
     size = arguments.out.stat().st_size / 2**20
-    print(f"{arguments.out}: {size:.1f} MiB, checked on {len(images)} images, relative error {worst:.1e}")
+    print(
+        f"{arguments.out}: {size:.1f} MiB, checked on {format_count(len(images), 'image')}, relative error {worst:.1e}"
+    )
     return 0
 
 

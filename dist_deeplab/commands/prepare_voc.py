@@ -42,6 +42,7 @@ from dist_deeplab.data.shards.manifest import ShardError, load_manifest
 from dist_deeplab.downloads import Progress
 from dist_deeplab.errors import UserError, one_line_errors
 from dist_deeplab.files import prepare_folder
+from dist_deeplab.logs import format_count
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -127,7 +128,8 @@ def pack(root: Path, out: Path, split: str, masks: str, *, check_count: bool, wo
     samples = read_voc_list(root, split, masks=masks)
     expected = voc.SPLIT_SIZES[split]
     if check_count and len(samples) != expected:
-        raise ShardError(f"the list {split} names {len(samples)} images, not {expected}; delete {root} and start again")
+        found = format_count(len(samples), "image")
+        raise ShardError(f"the list {split} names {found}, not {expected:,}; delete {root} and start again")
     manifest = write_shards(
         samples,
         out,

@@ -39,6 +39,7 @@ from dist_deeplab.evaluation.accumulator import NUM_BANDS, band_map
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious, scores
 from dist_deeplab.evaluation.evaluator import Evaluation, ImageScore
 from dist_deeplab.files import prepare_file, prepare_folder
+from dist_deeplab.logs import format_count
 
 
 @one_line_errors
@@ -107,7 +108,8 @@ def find_pairs(predictions: Path, labels: Path, arguments: argparse.Namespace) -
             suffix = common_suffix(list(by_key[predictions]), keys)
             if suffix and folder == predictions:
                 few = f"; all labels' names end in {suffix}: give --label-suffix {suffix}"
-            raise UserError(f"{len(missing):,} of {len(keys):,} files are missing, e.g. {folder / missing[0]}.png{few}")
+            files, are = format_count(len(keys), "file"), "is" if len(missing) == 1 else "are"
+            raise UserError(f"{len(missing):,} of {files} {are} missing, e.g. {folder / missing[0]}.png{few}")
     unscored = [path for key, path in sorted(by_key[predictions].items()) if key not in set(keys)]
     note(describe_left_out(unscored, why="predictions without a label" if arguments.list is None else "not listed"))
     return {key: (by_key[predictions][key], by_key[labels][key]) for key in keys}

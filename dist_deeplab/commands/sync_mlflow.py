@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError
+from dist_deeplab.logs import format_count
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.journal import JOURNAL
 from dist_deeplab.tracking.mlflow.process import BUSY, Upload, send_once
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Sweeps first: their runs name them as parents.
     runs.sort(key=lambda folder: known_run_file(folder).children is None)
     failed = [folder for folder in runs if not sync(folder, arguments)]
-    print(f"{len(runs) - len(failed)} of {len(runs)} runs are in MLflow")
+    num_sent = len(runs) - len(failed)
+    print(f"{num_sent} of {format_count(len(runs), 'run')} {'is' if num_sent == 1 else 'are'} in MLflow")
     return 1 if failed else 0
 
 

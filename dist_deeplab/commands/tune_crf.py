@@ -36,6 +36,7 @@ from dist_deeplab.evaluation.evaluator import content_of
 from dist_deeplab.evaluation.inference import Predictor, inference_settings
 from dist_deeplab.evaluation.prediction import probabilities_of_one
 from dist_deeplab.files import prepare_file
+from dist_deeplab.logs import format_count
 
 DEFAULT_GRID = ("crf.bi_w=3,4,5", "crf.bi_xy_std=50,67,80", "crf.bi_rgb_std=3,5")
 SHOWN = 20
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         prepare_file(arguments.json, remedy="choose another --json")
     points = [base_point(settings) | point for point in grid]
-    print(f"{len(points)} points on {min(arguments.num_images, manifest.num_samples)} images of {manifest.path}")
+    images = format_count(min(arguments.num_images, manifest.num_samples), "image")
+    print(f"{format_count(len(points), 'point')} on {images} of {manifest.path}")
     mious, without = search(checkpoint, settings, manifest, points, num_images=arguments.num_images)
     order = sorted(range(len(points)), key=lambda number: -mious[number])
     show([(grid[number], mious[number]) for number in order], without)
@@ -172,7 +174,10 @@ def show(rows: Sequence[tuple[Point, float]], without: float) -> None:
     for point, miou in rows[:SHOWN]:
         table.add_row(*(f"{value:g}" for value in point.values()), f"{miou:.4f}", f"{miou - without:+.4f}")
     Console().print(table)
-    print(f"without a CRF: {without:.4f}" + (f"; {len(rows) - SHOWN} more points" if len(rows) > SHOWN else ""))
+    print(
+        f"without a CRF: {without:.4f}"
+        + (f"; {format_count(len(rows) - SHOWN, 'more point')}" if len(rows) > SHOWN else "")
+    )
 
 
 if __name__ == "__main__":

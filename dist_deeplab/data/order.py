@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from dist_deeplab.errors import UserError
+from dist_deeplab.logs import format_count
 
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 2  # first part of each hash, so that the streams share no number
@@ -149,9 +150,10 @@ class BatchSplit:
             UserError: there are fewer images than ranks.
         """
         if global_size < world_size:
+            there, most = (format_count(number, "process", "processes") for number in (world_size, global_size))
             raise UserError(
-                f"batch.global_size={global_size} is too few images for {world_size} processes; use "
-                f"batch.global_size={world_size} or more, or at most {global_size} processes"
+                f"batch.global_size={global_size} is too few images for {there}; use "
+                f"batch.global_size={world_size} or more, or at most {most}"
             )
         return cls(global_size, micro_size or -(-global_size // world_size), world_size, contiguous)
 
@@ -205,10 +207,10 @@ class BatchSplit:
         return [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
     def __str__(self) -> str:
-        up_to = "" if self.is_even else "up to "
+        up_to, batch = "" if self.is_even else "up to ", "accumulated micro-batch"
         text = (
-            f"{self.global_size} images a step = {self.world_size} ranks x {up_to}{self.largest} images x "
-            f"{self.accumulation} accumulated micro-batches"
+            f"{format_count(self.global_size, 'image')} a step = {format_count(self.world_size, 'rank')} x "
+            f"{up_to}{format_count(self.largest, 'image')} x {format_count(self.accumulation, batch, f'{batch}es')}"
         )
         waiting = 1 - self.global_size / (self.num_parts * self.largest)
         return text if self.is_even else f"{text} (uneven: ranks wait for others, some {waiting:.0%} of the time)"

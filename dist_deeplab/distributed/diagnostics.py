@@ -51,7 +51,7 @@ def render(findings: Sequence[Finding]) -> str:
     width = max(len(finding.what) for finding in findings)
     lines = [f"{finding.status:7}  {finding.what:{width}}  {finding.text}" for finding in findings]
     counts = [sum(finding.status == status for finding in findings) for status in ("FAILED", "warning")]
-    return "\n".join([*lines, f"{counts[0]} failed, {counts[1]} warnings", ""])
+    return "\n".join([*lines, f"{counts[0]} failed, {format_count(counts[1], 'warning')}", ""])
 
 
 def on_all_ranks(what: str, ask: Callable[[], str]) -> Finding:
@@ -104,7 +104,7 @@ def check_devices(env: DistEnv) -> list[Finding]:
         if not torch.equal(matrix @ matrix, matrix):
             raise RuntimeError(f"{device} on {socket.gethostname()} multiplies wrongly")
         if device.type == "cpu":
-            return f"CPU, {torch.get_num_threads()} threads per rank"
+            return f"CPU, {format_count(torch.get_num_threads(), 'thread')} per rank"
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 

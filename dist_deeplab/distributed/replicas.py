@@ -10,6 +10,7 @@ from torch import nn
 
 from dist_deeplab.distributed.process_group import gather_to_all, get_world_size
 from dist_deeplab.errors import TrainingError
+from dist_deeplab.logs import format_count
 
 _MAX_NAMED = 3
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
@@ -45,7 +46,7 @@ def check_replicas(model: nn.Module, *, buffers: bool = True, when: str = "at th
     if different:
         ranks = sorted({rank for odd in different.values() for rank in odd})
         named = ", ".join(list(different)[:_MAX_NAMED])
-        more = f" and {len(different) - _MAX_NAMED} more tensors" if len(different) > _MAX_NAMED else ""
+        more = f" and {format_count(len(different) - _MAX_NAMED, 'more tensor')}" if len(different) > _MAX_NAMED else ""
         raise TrainingError(
             f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))} of {len(all_ranks)} "
             f"{'holds' if len(ranks) == 1 else 'hold'} other values than the rest in {named}{more} {when}; do all have "

@@ -16,6 +16,7 @@ import torch
 from dist_deeplab.data.batch import Batch
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.evaluation.confusion import count_pixels, image_mious
+from dist_deeplab.logs import format_count
 
 TRIMAP_WIDTHS = (1, 2, 3, 5, 10, 20, 40)
 """Half-widths of the bands in pixels; the paper's figure goes to 40."""
@@ -85,5 +86,5 @@ class ConfusionAccumulator:
     def report_progress(self, *, out_of: int) -> None:
         """Log how far this rank is, twice a minute at most."""
         if time.monotonic() > self._report_at:
-            log.info("evaluated %d of this rank's %d images", len(self._keys), out_of)
+            log.info("evaluated %d of this rank's %s", len(self._keys), format_count(out_of, "image"))
             self._report_at = time.monotonic() + _REPORT_EVERY_S

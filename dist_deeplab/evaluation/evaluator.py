@@ -20,6 +20,7 @@ from dist_deeplab.evaluation.confusion import count_pixels, image_mious
 from dist_deeplab.evaluation.crf import CrfPool
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.evaluation.prediction import classes_of, classes_of_one, probabilities_of_one
+from dist_deeplab.logs import format_count
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ def _in_the_sets_order(own: list[ImageScore], indices: list[int], manifest: Mani
     scored = sorted((index, ImageScore(key, miou)) for rank in ranks for index, key, miou in rank)
     if [index for index, _ in scored] != list(range(manifest.num_samples)):
         raise TrainingError(
-            f"evaluation saw {len(scored)} images, but {manifest.path} has {manifest.num_samples}; the score would "
-            "be wrong"
+            f"evaluation saw {format_count(len(scored), 'image')}, but {manifest.path} has {manifest.num_samples}; the "
+            "score would be wrong"
         )
     return tuple(score for _, score in scored)
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from dist_deeplab.evaluation.accumulator import TRIMAP_WIDTHS
 from dist_deeplab.evaluation.confusion import Scores, scores
 from dist_deeplab.evaluation.evaluator import Evaluation, Panel
+from dist_deeplab.logs import format_names
 
 _NOT_IN_A_METRIC = r"[^\w.\- :/]"
 _MAX_NAMES = 20  # of absent classes
@@ -68,7 +69,7 @@ def _remarks(result: Scores, class_names: Sequence[str], *, short: bool = False)
     absent = [name for name, iou in zip(class_names, result.iou.tolist(), strict=True) if math.isnan(iou)]
     remarks = []
     if absent and not short:
-        names = ", ".join(absent[:_MAX_NAMES]) + (", ..." if len(absent) > _MAX_NAMES else "")
+        names = format_names(absent[:_MAX_NAMES]) + (", ..." if len(absent) > _MAX_NAMES else "")
         have = "has" if len(absent) == 1 else "have"
         remarks.append(f"{len(absent)} of {len(class_names)} classes {have} no pixel in this set, left out: {names}")
     if len(absent) == len(class_names) - 1 > 0:

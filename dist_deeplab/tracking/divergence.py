@@ -4,6 +4,8 @@ import logging
 import math
 import sys
 
+from dist_deeplab.logs import format_count
+
 log = logging.getLogger(__name__)
 
 
@@ -43,5 +45,6 @@ class Divergence:
             return {}, ""
         self._told = (self.count, self.largest)
         largest = min(self.largest, sys.float_info.max)
-        text = f"{self.count} points came out differently after a resume, by {self.largest:.1e} relative at most"
+        points = format_count(self.count, "point")
+        text = f"{points} came out differently after a resume, by {self.largest:.1e} relative at most"
         return {"tracking/diverged_points": float(self.count), "tracking/divergence": largest}, text

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_deeplab.logs import format_count
+
 log = logging.getLogger(__name__)
 
 JOURNAL = "metrics.jsonl"
@@ -112,7 +114,8 @@ class Journal:
         if self._waiting:
             self.append()
         if self._waiting:
-            log.warning("%d records are lost: %s has no space", self._waiting.count(b"\n"), self._path)
+            lost = format_count(self._waiting.count(b"\n"), "record")
+            log.warning("lost, for %s has no space: %s", self._path, lost)
         os.close(self._descriptor)
 
 

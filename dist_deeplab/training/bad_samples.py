@@ -9,6 +9,7 @@ from dist_deeplab.data.batch import BadSample, Batch
 from dist_deeplab.distributed.process_group import DistEnv, broadcast_from_main, gather_to_all
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.files import NonEssentialWrites, replace_text
+from dist_deeplab.logs import format_count
 
 FILE = "bad_samples.jsonl"
 
@@ -51,8 +52,8 @@ class BadSamples:
         if len(self.known) > self.limit:
             last = list(found.values())[-1]
             raise TrainingError(
-                f"{len(self.known)} samples are bad, data.max_bad_samples={self.limit}; the last: {last.problem} (all: "
-                f"{self.path})"
+                f"{format_count(len(self.known), 'sample is', 'samples are')} bad, data.max_bad_samples={self.limit}; "
+                f"the last: {last.problem} (all: {self.path})"
             )
 
     def values(self) -> dict[str, float]:

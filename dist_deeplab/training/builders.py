@@ -16,6 +16,7 @@ from dist_deeplab.distributed.parallel import prepare_model, separate_group, unw
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.session import TrainingSession, training_session
 from dist_deeplab.errors import UserError
+from dist_deeplab.logs import format_count
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.flops import peak_flops, training_flops
@@ -137,8 +138,9 @@ def build_network(config: RunConfig, split: BatchSplit, variant: Variant, weight
     if split.has_empty_parts and model.batch_norm_used == "sync" and (config.speed.compile or model.sync_bn == "torch"):
         what, instead = ("speed.compile", "false") if config.speed.compile else ("model.sync_bn", "own")
         raise UserError(
-            f"synchronised batch norm with {what} takes no empty micro-batches, which {split.global_size} images one "
-            f"by one on {split.world_size} processes have; use batch.micro_size=2 or more, or {what}={instead}"
+            f"synchronised batch norm with {what} takes no empty micro-batches, which "
+            f"{format_count(split.global_size, 'image')} one by one on {split.world_size} processes have; "
+            f"use batch.micro_size=2 or more, or {what}={instead}"
         )
     norm = norm_factory(model.batch_norm_used, sync_bn=model.sync_bn, accumulation=split.accumulation)
     net = DeepLabV2(

@@ -15,6 +15,7 @@ from dist_deeplab.config import RunConfig
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import TrainingError, UserError
+from dist_deeplab.logs import format_count
 from dist_deeplab.model.numerics import autocast
 from dist_deeplab.training.buffers import copy_buffers, restore_buffers
 
@@ -76,7 +77,10 @@ def graph_network(network: nn.Module, image: torch.Tensor, dtype: str) -> None:
             )
     restore_buffers(network, buffers, where=torch.tensor(True, device=image.device))
     zero_gradients(network)
-    log.info("speed.cuda_graph=true: outputs and gradients of %d images equal the plain network's", len(image))
+    log.info(
+        "speed.cuda_graph=true: outputs and gradients of %s equal the plain network's",
+        format_count(len(image), "image"),
+    )
 
 
 def is_graphed(network: nn.Module) -> bool:

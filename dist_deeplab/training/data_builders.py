@@ -19,6 +19,7 @@ from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.distributed.from_main import load_on_main
 from dist_deeplab.distributed.process_group import DistEnv, ranks_on_host
 from dist_deeplab.errors import UserError
+from dist_deeplab.logs import format_count
 from dist_deeplab.training.loss import balanced_weights
 from dist_deeplab.training.run import Run
 
@@ -49,8 +50,9 @@ def open_data(config: RunConfig, env: DistEnv) -> tuple[Manifest, Manifest | Non
     weights = follow_manifest(config, manifests[0]).loss.class_weights
     if weights and len(weights) != manifests[0].num_classes:
         raise UserError(
-            f"loss.class_weights has {len(weights)} values, but {config.data.train} has {manifests[0].num_classes} "
-            "classes; give one weight for each, background included, or auto"
+            f"loss.class_weights has {format_count(len(weights), 'value')}, but {config.data.train} has "
+            f"{format_count(manifests[0].num_classes, 'class', 'classes')}; give one weight for each, background "
+            "included, or auto"
         )
     if config.data.val:
         require_scorable(manifests[1])

@@ -99,8 +99,8 @@ def forecast(
     )
     return (
         f"dry run: {images_per_s:.3g} images/s, {seconds:.3g} s a step, "
-        f"{100 * sum(data_s) / sum(step_s):.0f}% of it waiting for data; {config.max_steps} steps would take "
-        f"{format_duration(config.max_steps * seconds)}{scored}; nothing was kept"
+        f"{100 * sum(data_s) / sum(step_s):.0f}% of it waiting for data; {format_count(config.max_steps, 'step')} "
+        f"would take {format_duration(config.max_steps * seconds)}{scored}; nothing was kept"
     )
 
 
@@ -124,8 +124,9 @@ def memory_report(
     On a GPU all of it is the step's, so an image's is measured. On a CPU it is that of the whole process, Python and
     libraries included, so an image's is counted.
     """
-    images = "1 image" if micro_size == 1 else f"{micro_size} images"
-    what = f"micro-batches of {images} of {config.data.crop_size} in {config.precision.dtype}"
+    what = (
+        f"micro-batches of {format_count(micro_size, 'image')} of {config.data.crop_size} in {config.precision.dtype}"
+    )
     if device.type == "cuda":
         each = max(1.0, (peak - estimate.fixed_bytes) / micro_size)
         total = torch.cuda.mem_get_info(device)[1]

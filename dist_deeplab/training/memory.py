@@ -14,6 +14,7 @@ from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.distributed.parallel import place_model
 from dist_deeplab.distributed.process_group import DistEnv, gather_to_all, ranks_on_host
 from dist_deeplab.errors import TrainingError
+from dist_deeplab.logs import format_count
 from dist_deeplab.model.deeplabv2 import MultiScale
 from dist_deeplab.model.weights import Variant
 from dist_deeplab.training.memory_estimate import estimate_memory, temporary_network
@@ -37,7 +38,7 @@ def find_micro_batch_size(
     if config.batch.micro_size != "auto":
         return split
     if before:
-        log.info("batch.micro_size=auto: at most %d images at once, as before", before)
+        log.info("batch.micro_size=auto: at most %s at once, as before", format_count(before, "image"))
         return replace(split, micro_size=before)
     sizes = split.micro_sizes
     if env.device.type == "cuda":
@@ -51,7 +52,8 @@ def find_micro_batch_size(
         raise TrainingError(
             f"not even one image of {config.data.crop_size} fits into memory; {_remedies(config, smaller=0)}"
         )
-    log.info("batch.micro_size=auto: %d of at most %d images of a rank at once (%s)", agreed, sizes[0], how)
+    most = format_count(sizes[0], "image")
+    log.info("batch.micro_size=auto: %d of at most %s of a rank at once (%s)", agreed, most, how)
     return replace(split, micro_size=agreed)
 
 
@@ -85,7 +87,7 @@ def explained_out_of_memory(config: RunConfig, split: BatchSplit) -> Iterator[No
             raise
         smaller = max((size for size in split.micro_sizes if size < split.largest), default=0)
         raise TrainingError(
-            f"out of memory with micro-batches of {split.largest} images of {config.data.crop_size}; "
+            f"out of memory with micro-batches of {format_count(split.largest, 'image')} of {config.data.crop_size}; "
             f"{_remedies(config, smaller=smaller)}"
         ) from None
 

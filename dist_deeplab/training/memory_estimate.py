@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dist_deeplab.config import RunConfig
+from dist_deeplab.logs import format_count
 from dist_deeplab.model.batch_norm import FrozenBatchNorm, norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, output_name, scaled_length
 from dist_deeplab.model.numerics import AUTOCAST
@@ -40,7 +41,7 @@ class MemoryEstimate:
         """A sentence on a micro-batch of `micro_size` images."""
         scales = ", ".join(f"{name} {gib(count)}" for name, count in self.images.items())
         parts = f" ({scales})" if len(self.images) > 1 else ""
-        count = "1 image" if micro_size == 1 else f"{micro_size} images"
+        count = format_count(micro_size, "image")
         what = ", ".join(f"{name} {gib(number)}" for name, number in self.fixed.items() if number)
         total = self.fixed_bytes + micro_size * self.image_bytes
         return (

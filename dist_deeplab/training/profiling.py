@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from dist_deeplab.logs import format_count
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -34,14 +36,16 @@ def profiled(steps: Iterable[T], path: Path | None, *, num_steps: int) -> Iterat
     settle, warm_up, recorded = plan(num_steps)
     if settle < _SETTLE:
         log.warning(
-            "--profile: only %d steps are left, so the trace is of %d that may not be typical", num_steps, recorded
+            "--profile: only %s left, so the trace is of %d that may not be typical",
+            format_count(num_steps, "step is", "steps are"),
+            recorded,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
 
     def write(profiler: profile) -> None:
         profiler.export_chrome_trace(str(path))
-        log.info("trace of %d steps in %s: open it at https://ui.perfetto.dev", recorded, path)
+        log.info("trace of %s in %s: open it at https://ui.perfetto.dev", format_count(recorded, "step"), path)
 
     when = schedule(skip_first=settle, wait=0, warmup=warm_up, active=recorded, repeat=1)
     with profile(activities=activities, schedule=when, on_trace_ready=write) as profiler:

@@ -49,8 +49,8 @@ def describe(run: Run, state: TrainState) -> None:
         log.warning("NOTE on these weights: %s", variant.note)
     missing = "a dry run does not score them" if config.data.val else "no data.val, so there will be no score"
     validated = f", validated on {val_set.num_samples}" if val_set else f"; {missing}"
-    log.info("data %s: %d samples%s", train_set.path, train_set.num_samples, validated)
-    for note in (*train_set.notes, *(val_set.notes if val_set else ())):
+    log.info("data %s: %s%s", train_set.path, format_count(train_set.num_samples, "sample"), validated)
+    for note in packing_notes(train_set, val_set):
         log.info("  %s", note)
     if shared := env.on_main(shared_images, train_set, val_set):
         log.warning(
@@ -61,10 +61,10 @@ def describe(run: Run, state: TrainState) -> None:
         )
     if config.data.num_workers * ranks_on_host() > num_cores():
         log.info(
-            "data.num_workers=%d for each of %s here is more than the %d cores that may be used",
+            "data.num_workers=%d for each of %s here is more than the %s that may be used",
             config.data.num_workers,
             format_count(ranks_on_host(), "rank"),
-            num_cores(),
+            format_count(num_cores(), "core"),
         )
     if weights := config.loss.class_weights:
         named = sorted(zip(map(float, weights), train_set.class_names, strict=True))
@@ -75,14 +75,20 @@ def describe(run: Run, state: TrainState) -> None:
     if split.global_size != recipe.batch.global_size:
         suggestion = recipe.optim.lr * split.global_size / recipe.batch.global_size
         log.info(
-            "optim.lr is %g; the recipe's, scaled linearly to %d images, is %g",
+            "optim.lr is %g; the recipe's, scaled linearly to %s, is %g",
             config.optim.lr,
-            split.global_size,
+            format_count(split.global_size, "image"),
             suggestion,
         )
     for line in describe_groups(state.optimizer):
         log.info("  %s", line)
     log.info("from step %d to %d", state.step, config.max_steps)
+
+
+def packing_notes(train_set: Manifest, val_set: Manifest | None) -> list[str]:
+    """What was done to images when the sets were made, each with its set."""
+    sets = {"train": train_set, **({"val": val_set} if val_set else {})}
+    return [f"{name}: {note}" for name, manifest in sets.items() for note in manifest.notes]
 
 
 def shared_images(train_set: Manifest, val_set: Manifest | None) -> int:

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from dist_deeplab import doctor
+from dist_deeplab import doctor, train
 from tests.conftest import REPO, Run
 
 pytestmark = pytest.mark.distributed
@@ -35,6 +36,30 @@ def test_a_missing_shard_is_found(sample_shards: Path, tmp_path: Path, capsys: p
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "data.train" in line)
     assert line.startswith("FAILED")
     assert "train-000001.tar" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_device_that_training_refuses_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["device=cuda", f"output_dir={tmp_path}/runs"]) == 2
+    assert "sees no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("override", [None, "data.num_classes=3", "loss.class_weights=[1,2]"])
+def test_data_that_training_refuses_is_found(
+    sample_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str | None
+) -> None:
+    shards = shutil.copytree(sample_shards, tmp_path / "shards")
+    if override is None:
+        text = (shards / "val.json").read_text()
+        names = json.loads(text)["class_names"]
+        (shards / "val.json").write_text(text.replace(f'"{names[1]}"', '"another"'))
+    data = [f"data.train={shards}/train.json", f"data.val={shards}/val.json", f"output_dir={tmp_path}/runs"]
+    arguments = [*data, *SMALL, *([override] if override else [])]
+    assert train.main(arguments) == 2
+    refusal = capsys.readouterr().err.strip().removeprefix("error: ")
+    assert doctor.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("FAILED") and refusal in line], (refusal, out)
 
 
 @pytest.mark.quick("P9")

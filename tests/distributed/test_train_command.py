@@ -295,7 +295,13 @@ def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:
     ("arguments", "says"),
     [
         ([], ["no training data", " shards --voc-root", "data.train="]),
-        (["data.train=nowhere/train.json"], ["no manifest at nowhere/train.json", " shards` makes one"]),
+        (
+            ["data.train=nowhere/train.json"],
+            [
+                "no manifest at nowhere/train.json",
+                " shards` makes one from VOC folders, folders of images and masks, or lists",
+            ],
+        ),
         (["data.train={shards}/train.json", "data.num_classes=5"], ["21 classes", "data.num_classes=21"]),
         (["data.train={shards}/train.json", "data.ignore_label=0"], ["255, not 0", "data.ignore_label=255"]),
         (["data.train={shards}/train.json", "model.init=nowhere.pth"], ["no weights file at nowhere.pth"]),

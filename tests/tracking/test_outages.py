@@ -121,7 +121,7 @@ def test_what_was_not_sent_is_sent_by_hand_once_a_killed_server_is_back(server: 
     server.start()
     sync = [sys.executable, "-m", "dist_deeplab", "sync-mlflow", str(folder), str(tmp_path)]
     done = subprocess.run(sync, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == [f"{folder}: sent to {server.uri}", "1 of 1 runs are in MLflow"], done.stderr
+    assert done.stdout.splitlines() == [f"{folder}: sent to {server.uri}", "1 of 1 run is in MLflow"], done.stderr
     assert_complete(server, "killed_server")
 
 

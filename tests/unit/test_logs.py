@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dist_deeplab.logs import format_count, format_duration, setup_logging
+from dist_deeplab.logs import format_count, format_duration, format_names, setup_logging
 
 
 class FullDisk(io.StringIO):
@@ -68,3 +68,7 @@ def test_a_count_has_its_plural_and_separators(arguments: tuple[int, str], text:
 @pytest.mark.parametrize(("seconds", "text"), [(41.7, "0:42"), (727, "12:07"), (11100, "3:05:00")])
 def test_a_duration_is_a_clock(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_a_name_with_a_comma_is_quoted_in_a_list() -> None:
+    assert format_names(["cat", "dining, table"]) == "cat, 'dining, table'"

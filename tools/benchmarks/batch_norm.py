@@ -20,6 +20,7 @@ from torch.nn.modules._functions import SyncBatchNorm as TorchSyncNormalize
 
 from benchmarks.harness import Report, Row, interleave, ratio_column, synchronizer
 from dist_deeplab.distributed.process_group import DistEnv, backend_of, process_group
+from dist_deeplab.logs import format_count
 from dist_deeplab.model import batch_norm, rank_exchange, sync_batch_norm
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 
@@ -69,7 +70,8 @@ def measure(arguments: argparse.Namespace, env: DistEnv) -> Report:
     ratio_column(rows, of="ms", to="BatchNorm2d", name="x_BatchNorm2d")
     if device.type == "cuda":
         ratio_column(rows, of="ms", to="torch_sync", name="x_torch_sync")
-    notes = [f"{len(shapes)} layers of {arguments.backbone}, {arguments.dtype}, channels-last, {env.world_size} ranks"]
+    layers, ranks = format_count(len(shapes), "layer"), format_count(env.world_size, "rank")
+    notes = [f"{layers} of {arguments.backbone}, {arguments.dtype}, channels-last, {ranks}"]
     if device.type != "cuda":
         notes.append("torch.nn.SyncBatchNorm refuses CPU tensors and is not in the table")
     return Report("forward and backward of all batch norm layers", rows, notes)

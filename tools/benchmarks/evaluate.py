@@ -28,6 +28,7 @@ from dist_deeplab.distributed.session import Session
 from dist_deeplab.errors import UserError
 from dist_deeplab.evaluation.evaluator import Loading, evaluate
 from dist_deeplab.evaluation.inference import Predictor
+from dist_deeplab.logs import format_count
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
 from dist_deeplab.model.preprocessing import CAFFE
@@ -83,7 +84,8 @@ def run(arguments: argparse.Namespace) -> Report:
     ]
     if "loop" in competitors:
         ratio_column(rows, of="images_per_s", to="loop", name="x_loop")
-    title = f"{manifest.num_samples} images, {arguments.backbone}, float32, batches of {arguments.batch_size}"
+    images = format_count(manifest.num_samples, "image")
+    title = f"{images}, {arguments.backbone}, float32, batches of {arguments.batch_size}"
     return Report(title, rows, ["loop: one image at a time, counted on the host; all others are this project's"])
 
 

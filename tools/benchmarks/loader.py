@@ -36,6 +36,7 @@ from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.data.transforms import Augmentation
 from dist_deeplab.errors import UserError
+from dist_deeplab.logs import format_count
 
 SUMMARY = "loading of training samples: samples/s of one core, time to the first batch, memory of a worker"
 MEAN = np.array((122.67891434, 116.66876762, 104.00698793), dtype=np.float32)  # RGB, of the Caffe weights
@@ -91,7 +92,8 @@ def run(arguments: argparse.Namespace) -> Report:
         ratio_column(rows, of="samples_per_core_s", to=peer, name=f"x_{peer}")
     notes = [
         "samples of one second of processor time, not of the clock: neighbours on the machine count less",
-        f"{manifest.num_samples} images, crop {arguments.crop}, batches of {arguments.batch}; files in the page cache",
+        f"{format_count(manifest.num_samples, 'image')}, crop {arguments.crop}, batches of {arguments.batch}; "
+        "files in the page cache",
         "first_batch_s: from asking a DataLoader with one worker; worker_mib: what that worker has to itself by then",
     ]
     return Report("loading training samples", rows, notes)

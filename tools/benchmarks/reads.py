@@ -28,6 +28,7 @@ from dist_deeplab.data.shards.cache import ShardCache
 from dist_deeplab.data.shards.manifest import Manifest, load_manifest
 from dist_deeplab.data.shards.presence import SetContents
 from dist_deeplab.data.shards.reader import ShardReader
+from dist_deeplab.logs import format_count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,8 +97,9 @@ def run(arguments: argparse.Namespace) -> Report:
                     row = {"order": order_name, "store": f"http, node {node}"}
                     rows.append(row | row_of(counts, downloads=len(server.asked) / arguments.shards))
     notes = [
-        f"{arguments.shards} shards of {arguments.per_shard} samples, {arguments.nodes} nodes, steps of "
-        f"{arguments.batch}; a server that takes {arguments.latency_ms:g} ms for each answer",
+        f"{format_count(arguments.shards, 'shard')} of {format_count(arguments.per_shard, 'sample')}, "
+        f"{format_count(arguments.nodes, 'node')}, steps of {arguments.batch}; a server that "
+        f"takes {arguments.latency_ms:g} ms for each answer",
         "downloads: shards that a node fetched in an epoch, as a share of the set; nothing is fetched ahead here",
     ]
     return Report("what an order asks of the storage", rows, notes)

@@ -15,8 +15,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.events import Norm, Workload
 from benchmarks.harness import Report, Row
@@ -25,10 +27,33 @@ from benchmarks.network import Nccl
 from benchmarks.scenario import CHANGES, Scenario
 from benchmarks.stragglers import Stragglers
 from dist_deeplab.errors import UserError
+from dist_deeplab.logs import format_count
 
 SUMMARY = "what a step would take on n GPUs, simulated and checked"
 TOOLS = Path(__file__).resolve().parent.parent
-_LAUNCH_US = 7.0
+_MODELLED = {  # what --measured takes from this machine
+    "matmul_tflops": H100.matmul_flops / 1e12,
+    "memory_tb": H100.memory_bandwidth / 1e12,
+    "kernel_us": H100.kernel_s * 1e6,
+    "launch_us": 7.0,
+}
+_SIMULATED: dict[
+    str, Any
+] = {  # what --check takes from this machine; the parser's defaults are None, so what was given is known
+    "ranks": None,
+    "bandwidth_gbit": None,
+    "nics": 8,
+    "gpus": 8,
+    "nvlink_gb": 360.0,
+    "latency_scale": 1.0,
+    **_MODELLED,
+    "step_ms": 0.0,
+    "measured": False,
+    "sums": "ahead",
+    "jitter": 0.01,
+    "rank_times": None,
+}
+_ROUNDS = 30
 _UNCHANGED, _NO_GAIN = "as it is", 1e-4
 
 
@@ -42,27 +67,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = kind.add_argument
     add("--what-if", nargs="?", const="sync", choices=["sync", "frozen"], help="list changes to this batch norm's run")
     add("--check", type=int, nargs="+", default=[], metavar="RANKS", help="run on real gloo ranks instead, e.g. 2 4")
-    parser.add_argument("--rounds", type=int, default=30, help="steps of each --check; default: %(default)s")
+    parser.add_argument("--rounds", type=int, help=f"steps of each --check; default: {_ROUNDS}")
     network = parser.add_argument_group(
         "network", "NCCL's latencies per hop are in benchmarks/network.py. Not for --check."
     )
+    default = {name: f"default: {value}" for name, value in _SIMULATED.items()}
     add = network.add_argument
     add("--bandwidth-gbit", type=float, nargs="+", help="of a network card; default: 100 200 400; of --what-if: 400")
-    add("--nics", type=int, default=8, help="network cards per node; default: %(default)s")
-    add("--gpus", type=int, default=8, help="per node, with NVLink; default: %(default)s")
-    add("--nvlink-gb", type=float, default=360.0, help="GB/s that NCCL gets from NVLink; default: %(default)s (Hopper)")
-    add("--latency-scale", type=float, default=1.0, help="of all hops; default: %(default)s")
-    gpu = parser.add_argument_group("GPU and host", "Not for --check.")
+    add("--nics", type=int, help=f"network cards per node; {default['nics']}")
+    add("--gpus", type=int, help=f"per node, with NVLink; {default['gpus']}")
+    add("--nvlink-gb", type=float, help=f"GB/s that NCCL gets from NVLink; {default['nvlink_gb']} (Hopper)")
+    add("--latency-scale", type=float, help=f"of all hops; {default['latency_scale']}")
+    gpu = parser.add_argument_group("GPU and host", "Not for --check; * not for --measured.")
     add = gpu.add_argument
-    add("--matmul-tflops", type=float, default=H100.matmul_flops / 1e12, help="reached; default: %(default)s (H100)")
-    add("--memory-tb", type=float, default=H100.memory_bandwidth / 1e12, help="TB/s reached; default: %(default)s")
-    add("--kernel-us", type=float, default=H100.kernel_s * 1e6, help="shortest kernel; default: %(default)s")
-    add("--launch-us", type=float, default=_LAUNCH_US, help="host's time per kernel; default: %(default)s")
-    add("--step-ms", type=float, default=0.0, help="measured on one GPU alone: kernels are scaled to it")
-    add("--measured", action="store_true", help="measure compute on this device instead (no launches)")
-    add("--sums", default="ahead", choices=["ahead", "waited"], help="how the small sums travel; default: %(default)s")
+    add("--matmul-tflops", type=float, help=f"* reached; {default['matmul_tflops']} (H100)")
+    add("--memory-tb", type=float, help=f"* TB/s reached; {default['memory_tb']}")
+    add("--kernel-us", type=float, help=f"* shortest kernel; {default['kernel_us']}")
+    add("--launch-us", type=float, help=f"* host's time per kernel; {default['launch_us']}")
+    add("--step-ms", type=float, help="measured on one GPU alone: kernels are scaled to it")
+    add("--measured", action="store_true", default=None, help="measure compute on this device instead (no launches)")
+    add("--sums", choices=["ahead", "waited"], help=f"how the small sums travel; {default['sums']}")
     add = gpu.add_mutually_exclusive_group().add_argument
-    add("--jitter", type=float, default=0.01, help="deviation of a rank's step time, as a share; default: %(default)s")
+    add("--jitter", type=float, help=f"deviation of a rank's step time, as a share; {default['jitter']}")
     add("--rank-times", type=Path, metavar="FILE", help="a run's logs/rank_times.jsonl, instead of --jitter")
 
 
@@ -70,22 +96,67 @@ def run(arguments: argparse.Namespace) -> Report:
     """The table of efficiencies, of changes, or of the check.
 
     Raises:
-        UserError: impossible numbers, a file of rank times that can't be read, or ranks that failed.
+        UserError: impossible numbers, options that would be ignored, a file of rank times that can't be read, or ranks
+            that failed.
+    """
+    require_possible(arguments)
+    require_used(arguments)
+    if arguments.check:
+        return check_report(arguments)
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    arguments = argparse.Namespace(**{**vars(arguments), **_SIMULATED, **given})
+    scenario = build_scenario(arguments)
+    return what_if_report(scenario, arguments) if arguments.what_if else efficiency_report(scenario, arguments)
+
+
+def require_possible(arguments: argparse.Namespace) -> None:
+    """Check the numbers that were given.
+
+    Raises:
+        UserError: one can't be.
     """
     of_network = ("bandwidth_gbit", "nics", "gpus", "nvlink_gb")
-    positive = (*of_network, "matmul_tflops", "memory_tb", "images", "ranks", "check", "rounds")
+    positive = (*of_network, "matmul_tflops", "memory_tb", "images", "ranks", "check", "rounds", "crop")
     for name in (*positive, "latency_scale", "kernel_us", "launch_us", "step_ms", "jitter"):
         given = getattr(arguments, name)
         for number in given if isinstance(given, list | tuple) else [] if given is None else [given]:
-            if number < 0 or (number == 0 and name in positive):
-                least = "must be above 0" if name in positive else "must be 0 or more"
-                raise UserError(f"--{name.replace('_', '-')} {number:g}: {least}")
+            problem = ""
+            if not number >= 0 or (number == 0 and name in positive):  # NaN is refused too
+                problem = "must be above 0" if name in positive else "must be 0 or more"
+            elif name == "crop" and (number % 8 != 1 or number < 9):
+                problem = "must be 8k+1, e.g. 65 or 321"
+            elif name == "jitter" and number > 1:
+                problem = "is a share of a step's time, so at most 1"
+            if problem:
+                raise UserError(f"{_option(name)} {number:g}: {problem}")
+
+
+def require_used(arguments: argparse.Namespace) -> None:
+    """Check that every option that was given has an effect beside the others.
+
+    Raises:
+        UserError: one would be ignored.
+    """
+
+    def first_of(names: Iterable[str]) -> str:
+        return next((_option(name) for name in names if getattr(arguments, name) is not None), "")
+
     if arguments.check:
-        return check_report(arguments)
+        if unused := first_of(_SIMULATED):
+            raise UserError(
+                f"{unused} is not for --check, which takes real ranks of this machine; leave one of them out"
+            )
+        return
+    if arguments.rounds is not None:
+        raise UserError("--rounds is for --check; leave it out or add --check")
     if len(arguments.crop or []) > 1:
         raise UserError("several values of --crop are for --check; give one")
-    scenario = build_scenario(arguments)
-    return what_if_report(scenario, arguments) if arguments.what_if else efficiency_report(scenario, arguments)
+    if arguments.measured and (unused := first_of(_MODELLED)):
+        raise UserError(f"{unused} is not for --measured, which measures this device; leave one of them out")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def build_scenario(arguments: argparse.Namespace) -> Scenario:
@@ -185,7 +256,8 @@ def notes(scenario: Scenario, arguments: argparse.Namespace) -> list[str]:
     draws = f"drawn from {arguments.rank_times}" if arguments.rank_times else f"{arguments.jitter:g} (normal; assumed)"
     return [
         compute + scaled,
-        f"network: {arguments.nics} cards per node of {network.gpus} GPUs; parts are those at the last bandwidth; "
+        f"network: {format_count(arguments.nics, 'card')} per node of {format_count(network.gpus, 'GPU')}; "
+        "parts are those at the last bandwidth; "
         f"NVLink {arguments.nvlink_gb:g} GB/s; NCCL's latencies x {arguments.latency_scale:g}",
         f"deviation of a rank's step time: {draws}; all wait for the slowest",
         f"small sums: {arguments.sums}",
@@ -196,7 +268,7 @@ def check_report(arguments: argparse.Namespace) -> Report:
     """Predicted and measured steps of real gloo ranks, with synchronised and frozen batch norm."""
     backbone, images = arguments.backbone or "resnet_tiny", arguments.images or 4
     rows = [
-        check(Workload(backbone, crop, images, norm, ranks), arguments.rounds)
+        check(Workload(backbone, crop, images, norm, ranks), arguments.rounds or _ROUNDS)
         for crop in arguments.crop or [65, 161]
         for ranks in arguments.check
         for norm in ("sync", "frozen")
@@ -206,7 +278,9 @@ def check_report(arguments: argparse.Namespace) -> Report:
         "ranks and to gloo's threads on these cores",
         "sums, batch norm: waited for; gradients: waited for after backward; nothing is taken from measured steps",
     ]
-    return Report(f"prediction against real gloo ranks: {backbone}, {images} images per rank", rows, explained)
+    return Report(
+        f"prediction against real gloo ranks: {backbone}, {format_count(images, 'image')} per rank", rows, explained
+    )
 
 
 def check(workload: Workload, rounds: int) -> Row:
@@ -224,6 +298,8 @@ def check(workload: Workload, rounds: int) -> Row:
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(TOOLS.parent)]), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environ, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"the check on {workload.ranks} ranks failed: {done.stderr.strip().splitlines()[-1]}")
+            raise UserError(
+                f"the check on {format_count(workload.ranks, 'rank')} failed: {done.stderr.strip().splitlines()[-1]}"
+            )
         found = json.loads(out.read_text(encoding="utf-8"))
-    return {"what": f"{workload.ranks} ranks, crop {workload.crop}, {workload.norm}", **found}
+    return {"what": f"{format_count(workload.ranks, 'rank')}, crop {workload.crop}, {workload.norm}", **found}

@@ -53,7 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     unlisted = sorted(file for file in files.values() if file not in known)
     print_note(describe_left_out(unlisted, why="images without annotations"))
     out = arguments.out
-    print(f"{format_count(len(paired), 'mask')} of {len(names)} classes in {out}: look at them, then pack them by")
+    held = f"{format_count(len(paired), 'mask')} of {format_count(len(names), 'class', 'classes')}"
+    print(f"{held} in {out}: look at them, then pack them by")
     print(f"  {command_name('shards')} --list {out}/list.txt --class-names {out}/names.txt --split train --out DIR")
 
 

@@ -35,6 +35,7 @@ from dist_deeplab.data.packing.writer import DEFAULT_SAMPLES, PackingOptions, ch
 from dist_deeplab.data.shards.manifest import ShardError
 from dist_deeplab.data.windows import Windows
 from dist_deeplab.files import prepare_folder
+from dist_deeplab.logs import format_count
 
 _NO_LIMIT = 10**9
 
@@ -147,7 +148,7 @@ def count(split: str, source: "Source", labels: LabelSpace | None, reading: Read
         )
     statistics.require(labels)
     require_two_classes(statistics.pixels, labels, where=f"all masks of {split!r}")
-    print_statistics(statistics, labels, title=f"{split}: {len(source.samples):,} samples")
+    print_statistics(statistics, labels, title=f"{split}: {format_count(len(source.samples), 'sample')}")
     print_note(describe_left_out(source.left_out, why="not an image, or not of a pair"))
 
 

@@ -12,7 +12,7 @@ from dist_deeplab.data.packing.label_statistics import LabelStatistics
 from dist_deeplab.data.packing.labels import LabelSpace
 from dist_deeplab.data.repeat import RepeatFactors
 from dist_deeplab.data.shards.manifest import Manifest
-from dist_deeplab.logs import format_count
+from dist_deeplab.logs import format_count, format_names
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def _class_table(labels: LabelSpace, pixels: np.ndarray, images: np.ndarray, tit
     absent = [labels.class_names[value] for value in classes if not pixels[value]]
     if absent:
         absent_classes = format_count(len(absent), "class", "classes")
-        _warn(console, f"no pixel of {absent_classes}: {', '.join(absent)}")
+        _warn(console, f"no pixel of {absent_classes}: {format_names(absent)}")
     if void > 0.5 * pixels.sum():
         _warn(console, "more than half of all pixels are void: is the void label right?")
 

@@ -9,6 +9,7 @@ from dist_deeplab.data.packing.verify import load_sample
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.data.voc import PALETTE
+from dist_deeplab.logs import format_names
 
 _TILE = 200  # longer side of an image on the sheet, pixels
 _LINE = 15  # height of a line under an image, pixels
@@ -59,7 +60,7 @@ def _cell(image: np.ndarray, label: np.ndarray, key: str, manifest: Manifest, pa
     names = [name for value, name in enumerate(manifest.class_names) if value in there]
     width = 2 * _TILE + GAP // 2
     font = load_font(_CAPTION_FONT)
-    lines = _wrapped(f"{key}: {', '.join(names) or 'void alone'}", width, font)
+    lines = _wrapped(f"{key}: {format_names(names) or 'void alone'}", width, font)
     cell = Image.new("RGB", (width, size[1] + 4 + _LINE * len(lines)), "white")
     for left, part in ((0, shown), (_TILE + GAP // 2, colours)):
         cell.paste(Image.fromarray(part), (left, 0))

@@ -13,6 +13,7 @@ from dist_deeplab.data.packing.labels import LabelSpace, colours_in, count_value
 from dist_deeplab.data.packing.ordered_map import ordered_map
 from dist_deeplab.data.packing.sources import SourceSample
 from dist_deeplab.data.shards.manifest import ShardError
+from dist_deeplab.logs import format_count
 
 _MAX_SHOWN = 12
 
@@ -51,7 +52,8 @@ class LabelStatistics:
         listed = ", ".join(map(str, unexpected[:_MAX_SHOWN])) + (" ..." if len(unexpected) > _MAX_SHOWN else "")
         what = f"the label {listed}" if len(unexpected) == 1 else f"the labels {listed}"
         raise ShardError(
-            f"{self.example[worst]} and others ({int(self.images[worst])} of {self.num_masks} masks) holds {what}, but "
+            f"{self.example[worst]} and others ({int(self.images[worst])} of "
+            f"{format_count(self.num_masks, 'mask')}) holds {what}, but "
             f"{labels.describe()}; give all classes, another --ignore-label, or a --label-map that says what it means"
         )
 

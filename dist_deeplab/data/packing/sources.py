@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dist_deeplab.data.folders import list_folder
 from dist_deeplab.data.shards.manifest import ShardError
+from dist_deeplab.logs import format_count
 
 _LOSSY_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".avif", ".avifs", ".jp2", ".j2k", ".jpx")
 _SAME_SPLIT = {"train": "training", "training": "train", "val": "validation", "validation": "val"}
@@ -89,10 +90,11 @@ def read_folders(images: Path, masks: Path, *, image_suffix: str = "", mask_suff
             samples[key] = SourceSample(key, image, mask)
     if missing:
         stem, image = missing[0]
-        expected = f"{stem}{mask_suffix}.png"
+        expected, have = f"{stem}{mask_suffix}.png", "has" if len(missing) == 1 else "have"
         raise ShardError(
-            f"{len(missing):,} of {len(found):,} images in {images} have no mask in {masks}, e.g. {image.name} "
-            f"(expected {expected}); {_suggest_suffix([s for s, _ in missing], list(by_stem), mask_suffix)}"
+            f"{len(missing):,} of {format_count(len(found), 'image')} in {images} {have} no mask in {masks}, e.g. "
+            f"{image.name} (expected {expected}); "
+            f"{_suggest_suffix([s for s, _ in missing], list(by_stem), mask_suffix)}"
         )
     used = {path for sample in samples.values() for path in (sample.image, sample.label)}
     unused = sorted({path for path in (*image_files, *mask_files, *left_out) if path not in used})
@@ -161,7 +163,7 @@ def _stems(folder: Path, files: Sequence[Path], suffix: str) -> list[tuple[str, 
     ]
     if not found:
         what = f" named *{suffix}.*" if suffix else ""
-        raise ShardError(f"{folder} holds no images{what} ({len(files):,} files that are images by their endings)")
+        raise ShardError(f"{folder} holds no images{what} (images by their endings: {len(files):,})")
     return found
 
 

@@ -15,6 +15,7 @@ from dist_deeplab.data.shards.presence import SetContents, read_presence
 from dist_deeplab.data.shards.reader import ShardReader
 from dist_deeplab.errors import UserError
 from dist_deeplab.files import sha256
+from dist_deeplab.logs import format_count
 
 
 class SampleContent(NamedTuple):
@@ -52,7 +53,7 @@ def verify(
     if keys_digest(keys) != manifest.keys_sha256:
         yield f"the keys do not have the digest that {manifest.path} says"
     if len(set(keys)) != len(keys):
-        yield f"{len(keys) - len(set(keys))} keys come more than once"
+        yield f"{format_count(len(keys) - len(set(keys)), 'key comes', 'keys come')} more than once"
     if tuple(contents.class_pixels.tolist()) != manifest.class_pixels:
         yield f"the pixels of the classes are not those that {manifest.path} says"
     if manifest.classes:

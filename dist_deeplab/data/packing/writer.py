@@ -25,6 +25,7 @@ from dist_deeplab.data.shards.manifest import Manifest, Shard, ShardError, load_
 from dist_deeplab.data.shards.presence import SetContents, save_with_presence
 from dist_deeplab.data.windows import Windows
 from dist_deeplab.files import fsync, replace_file, sha256
+from dist_deeplab.logs import format_count
 
 _MTIME = 0  # one fixed time for all members: the same input gives the same bytes; as a float it would need PAX headers
 
@@ -57,25 +58,26 @@ class PackingCounts:
         notes = []
         if turned:
             notes.append(
-                f"{_images(turned)} turned upright (EXIF orientation): masks are drawn on what people see "
-                "(--exif ignore if yours were drawn on the stored pixels)"
+                f"{format_count(turned, 'image')} turned upright (EXIF orientation): masks are drawn on what people "
+                "see (--exif ignore if yours were drawn on the stored pixels)"
             )
         if self.num_against_options:
             way = "not turned" if reading.options.upright else "turned"
-            notes.append(f"{_images(self.num_against_options)} {way} upright, because masks fit only that way")
+            notes.append(
+                f"{format_count(self.num_against_options, 'image')} {way} upright, because masks fit only that way"
+            )
         if reading.tiles is not None:
             side, overlap = reading.tiles.side, reading.tiles.overlap
             notes.append(
-                f"{_images(self.num_images)} cut into tiles of {side} pixels that overlap by {overlap} or more where a "
-                f"side is longer; {self.num_void_tiles:,} tiles of void alone left out"
+                f"{format_count(self.num_images, 'image')} cut into tiles of {side} pixels that overlap by {overlap} "
+                f"or more where a side is longer; {format_count(self.num_void_tiles, 'tile')} of void alone left out"
             )
         elif self.num_reencoded:
-            notes.append(f"{_images(self.num_reencoded)} stored as RGB PNG, so that every reader sees the same pixels")
+            notes.append(
+                f"{format_count(self.num_reencoded, 'image')} stored as RGB PNG, so that every reader sees the same "
+                "pixels"
+            )
         return tuple(notes)
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count:,} images"
 
 
 @dataclass(frozen=True)

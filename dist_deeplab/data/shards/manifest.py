@@ -25,6 +25,7 @@ from dist_deeplab.data.shards.cache import ShardCache
 from dist_deeplab.data.shards.index_file import IndexFile, ShardError
 from dist_deeplab.downloads import is_url, join_url, shown
 from dist_deeplab.files import replace_text
+from dist_deeplab.logs import format_count
 
 FORMAT: Final = "dist_deeplab.shards/2"
 MAX_KEY_HASHES = 2**20  # 8 MiB in a checkpoint
@@ -231,7 +232,8 @@ def parse_manifest(path: Path) -> ManifestFile:
         content = _READER.validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ShardError(
-            f"there is no manifest at {path}; `{command_name('shards')}` makes one from VOC folders"
+            f"there is no manifest at {path}; `{command_name('shards')}` makes one from VOC folders, "
+            "folders of images and masks, or lists"
         ) from None
     except ValidationError as error:
         raise ShardError(_explain(error, path)) from None
@@ -246,14 +248,14 @@ def parse_manifest(path: Path) -> ManifestFile:
         (len(content.class_names) != content.num_classes, f"{len(content.class_names)} class_names"),
         (len(content.class_pixels) != content.num_classes, f"{len(content.class_pixels)} class_pixels"),
         (len(names) != len(content.shards), "a shard named twice"),
-        (counted != content.num_samples, f"{counted} samples in its shards"),
+        (counted != content.num_samples, f"{format_count(counted, 'sample')} in its shards"),
         (bool(content.classes) != bool(content.classes_sha256), "one alone of classes and classes_sha256"),
         (content.classes == content.index, "one file for index and classes"),
     ):
         if wrong:
             raise ShardError(
-                f"the manifest {path} of {content.num_classes} classes and {content.num_samples} samples has "
-                f"{problem}; make the shards again"
+                f"the manifest {path} of {format_count(content.num_classes, 'class', 'classes')} and "
+                f"{format_count(content.num_samples, 'sample')} has {problem}; make the shards again"
             )
     return content
 
@@ -292,8 +294,9 @@ def require_fit(manifest: Manifest, *, num_classes: int, ignore_label: int) -> N
     """
     if manifest.num_classes != num_classes:
         raise ShardError(
-            f"{manifest.path} holds {manifest.num_classes} classes but the model has {num_classes}; set "
-            f"data.num_classes={manifest.num_classes} (and model.restore_last=false if the weights have other classes)"
+            f"{manifest.path} holds {format_count(manifest.num_classes, 'class', 'classes')} but the model has "
+            f"{num_classes}; set data.num_classes={manifest.num_classes} "
+            "(and model.restore_last=false if the weights have other classes)"
         )
     if manifest.ignore_label != ignore_label:
         raise ShardError(

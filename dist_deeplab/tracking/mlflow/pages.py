@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from urllib.parse import quote
 
+from dist_deeplab.logs import format_count
 from dist_deeplab.packaged import mlflow_ui
 from dist_deeplab.redaction import shown_url
 from dist_deeplab.tracking.mlflow.state import UploadState
@@ -99,7 +100,9 @@ def tables_of(database: str, server: str) -> list[str]:
     with contextlib.suppress(sqlite3.Error):
         with contextlib.closing(sqlite3.connect(f"file:{quote(database)}?mode=ro", uri=True)) as store:
             rows = store.execute(query).fetchall()
-        return [f"{name} ({count} runs): {runs_table(server, str(number))}" for name, number, count in rows]
+        return [
+            f"{name} ({format_count(count, 'run')}): {runs_table(server, str(number))}" for name, number, count in rows
+        ]
     return []
 
 

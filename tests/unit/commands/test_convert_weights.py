@@ -122,7 +122,7 @@ def test_a_checkpoint_that_lost_its_sidecar_keeps_what_it_says_of_itself(convert
 
 @pytest.mark.parametrize(
     ("target", "names", "sentence"),
-    [("a.pt", None, "know 3 classes and there are 21 names"), ("a.pth", "x\ny\nz\n", "must end in .pt, not a.pth")],
+    [("a.pt", None, "know 3 classes, but 21 names"), ("a.pth", "x\ny\nz\n", "must end in .pt, not a.pth")],
 )
 def test_a_checkpoint_needs_names_and_an_ending(
     convert: Any, caffemodel: Path, target: str, names: str | None, sentence: str, capsys: pytest.CaptureFixture[str]

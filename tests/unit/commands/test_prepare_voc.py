@@ -151,7 +151,7 @@ def test_the_official_number_of_images_is_checked(
         as_official = voc_download.Archive(file, (str(archives / file),), "")
         monkeypatch.setattr(voc_download, name, as_official)
     assert tool.main(["--out", str(tmp_path), "--workers", "1"]) == 2
-    assert "names 2 images, not 1464" in capsys.readouterr().err
+    assert "names 2 images, not 1,464" in capsys.readouterr().err
 
 
 def test_without_sbd_there_are_the_sets_of_voc(archives: Path, tmp_path: Path) -> None:

@@ -245,14 +245,19 @@ def test_sizes_that_divide_are_cut_evenly(world_size: int, micro_size: int, accu
 def test_only_more_ranks_than_images_are_refused() -> None:
     with pytest.raises(UserError, match=r"global_size=3 .* 8 processes; use batch\.global_size=8 .* 3 processes"):
         BatchSplit.derive(global_size=3, micro_size=None, world_size=8)
+    with pytest.raises(UserError, match=r"at most 1 process$"):
+        BatchSplit.derive(global_size=1, micro_size=None, world_size=2)
 
 
 def test_a_split_says_its_arithmetic() -> None:
+    assert str(BatchSplit.derive(global_size=1, micro_size=None, world_size=1)) == (
+        "1 image a step = 1 rank x 1 image x 1 accumulated micro-batch"
+    )
     assert str(BatchSplit.derive(global_size=12, micro_size=2, world_size=3)) == (
         "12 images a step = 3 ranks x 2 images x 2 accumulated micro-batches"
     )
     assert str(BatchSplit.derive(global_size=10, micro_size=None, world_size=3)) == (
-        "10 images a step = 3 ranks x up to 4 images x 1 accumulated micro-batches (uneven: ranks wait for others, "
+        "10 images a step = 3 ranks x up to 4 images x 1 accumulated micro-batch (uneven: ranks wait for others, "
         "some 17% of the time)"
     )
 

@@ -79,3 +79,5 @@ def test_the_digest_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_table_ends_with_the_count() -> None:
     text = render([Finding("a", "ok", "x"), Finding("longer", "FAILED", "y")])
     assert text.splitlines() == ["ok       a       x", "FAILED   longer  y", "1 failed, 0 warnings"]
+    findings = [Finding("a", "warning", "x")]
+    assert render(findings).endswith("0 failed, 1 warning\n")

@@ -176,8 +176,30 @@ def test_check_predicts_real_ranks(tmp_path: Path) -> None:
         ["--rounds", "0"],
         ["--crop", "33", "65"],
         ["--rank-times", "missing.jsonl"],
+        ["--crop", "66"],
+        ["--crop", "1"],
+        ["--jitter", "5"],
+        ["--jitter", "nan"],
+        ["--rounds", "3"],
+        ["--what-if", "--rounds", "30"],
+        ["--check", "2", "--bandwidth-gbit", "10"],
+        ["--check", "2", "--ranks", "8"],
+        ["--check", "2", "--nics", "8"],
+        ["--check", "2", "--jitter", "0.01"],
+        ["--check", "2", "--sums", "ahead"],
+        ["--check", "2", "--measured"],
+        ["--measured", "--launch-us", "7"],
     ],
 )
 def test_impossible_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["scaling", *arguments]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_all_options_say_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["scaling", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    defaults = ("--check; default: 30", "per node; default: 8", "default: 360.0 (Hopper)", f"{H100.kernel_s * 1e6}")
+    for default in (*defaults, "per kernel; default: 7.0", "travel; default: ahead", "as a share; default: 0.01"):
+        assert default in text

@@ -61,6 +61,11 @@ def test_a_resumed_run_knows_those_of_before_and_forgets_those_that_come_again(t
     assert listed(tmp_path) == [(4, "a"), (5, "c"), (6, "b")]
 
 
+def test_one_sample_is_bad(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^1 sample is bad, data\.max_bad_samples=0"):
+        take(BadSamples.open(tmp_path, 0, ALONE, start=0), 1, batch("a"))
+
+
 def test_without_permission_there_is_no_metric(tmp_path: Path) -> None:
     assert BadSamples.open(tmp_path, 0, ALONE, start=0).values() == {}
 

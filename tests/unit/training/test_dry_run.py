@@ -22,7 +22,7 @@ FP32 = load_config(None, ["precision.dtype=fp32"])
 def test_the_forecast_is_of_the_whole_run() -> None:
     config = load_config(None, ["max_steps=1000", "batch.global_size=8"])
     text = forecast(config, [1.0, 2.0, 9.0], [0.3, 0.3, 0.6])
-    assert text.startswith("dry run: 4 images/s, 2 s a step, 10% of it waiting for data; 1000 steps would take 33:20")
+    assert text.startswith("dry run: 4 images/s, 2 s a step, 10% of it waiting for data; 1,000 steps would take 33:20")
 
 
 def test_on_a_gpu_an_images_memory_is_what_was_measured_beyond_the_fixed_part(monkeypatch: pytest.MonkeyPatch) -> None:

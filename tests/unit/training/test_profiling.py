@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.profiler import record_function
 
+from dist_deeplab.logs import format_count
 from dist_deeplab.training.profiling import profiled
 
 
@@ -38,7 +39,7 @@ def test_near_the_end_of_a_run_fewer_steps_are_recorded_and_it_is_said(
         with record_function(f"step {number}"):
             torch.ones(3).sum()
     assert [name for name in spans(path) if name.startswith("step ")] == [f"step {n}" for n in recorded]
-    assert f"only {left} steps are left" in caplog.text
+    assert f"only {format_count(left, 'step is', 'steps are')} left" in caplog.text
 
 
 def test_a_run_that_is_done_has_no_trace(tmp_path: Path) -> None:

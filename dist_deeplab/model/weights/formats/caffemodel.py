@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dist_deeplab.errors import UserError
+from dist_deeplab.logs import format_count
 from dist_deeplab.model.batch_norm import EPS
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights.formats.caffe_geometry import (
@@ -141,12 +142,14 @@ def _parameters(layer: Any, path: Path) -> "dict[str, np.ndarray[Any, Any]]":
         return {str(number): blob for number, blob in enumerate(blobs)}
     if place.kind != "norm":
         if len(blobs) > 2 or blobs[0].ndim != 4:
-            raise Damaged(f"a convolution with {len(blobs)} blobs, the first of shape {list(blobs[0].shape)}")
+            raise Damaged(
+                f"a convolution with {format_count(len(blobs), 'blob')}, the first of shape {list(blobs[0].shape)}"
+            )
         return {"weight": blobs[0]} | ({"bias": blobs[1].ravel()} if len(blobs) == 2 else {})
     if name.startswith("scale"):
         return {key: blob.ravel() for key, blob in zip(("gamma", "beta"), blobs, strict=False)}
     if len(blobs) != 3 or blobs[2].size != 1:
-        raise Damaged(f"a BatchNorm with {len(blobs)} blobs, not mean, variance and their scale")
+        raise Damaged(f"a BatchNorm with {format_count(len(blobs), 'blob')}, not mean, variance and their scale")
     check_batch_norm(layer, path)
     scale = float(blobs[2].ravel()[0])
     if not 0 < scale < float("inf"):
@@ -160,5 +163,5 @@ def _array(blob: Any) -> "np.ndarray[Any, Any]":
     values = numbers(blob.floats, "<f4") if blob.floats else numbers(blob.doubles, "<f8")
     # The number of axes comes first: a product of a million of them takes quadratic time.
     if len(shape) > 8 or min(shape, default=0) < 0 or math.prod(shape) != len(values):
-        raise Damaged(f"a blob of shape {shape[:8]} has {len(values):,} values")
+        raise Damaged(f"a blob of shape {shape[:8]} has {format_count(len(values), 'value')}")
     return values.reshape(shape)

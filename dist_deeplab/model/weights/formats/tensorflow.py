@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dist_deeplab.errors import UserError
+from dist_deeplab.logs import format_count
 from dist_deeplab.model.batch_norm import EPS
 from dist_deeplab.model.preprocessing import CAFFE
 from dist_deeplab.model.weights.formats.caffe_names import LayerTensors, to_tensor
@@ -202,7 +203,7 @@ def _read_v1(content: Any, about: Any) -> _Array:
         raise Damaged("it holds no float values")
     values = numbers(content.floats, "<f4") if dtype.itemsize == 4 else numbers(content.doubles, "<f8")
     if len(values) != math.prod(shape):
-        raise Damaged(f"it is of shape {list(shape)} but has {len(values):,} values")
+        raise Damaged(f"it is of shape {list(shape)} but has {format_count(len(values), 'value')}")
     return values.reshape(shape)
 
 

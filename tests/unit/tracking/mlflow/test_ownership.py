@@ -261,7 +261,7 @@ def test_the_tables_of_a_sqlite_store_are_listed_without_opening_mlflow(runs: Pa
     assert tables_of(f"{runs}/mlflow.db", "http://h") == []
     assert send(runs / "a")
     (line,) = tables_of(f"{runs}/mlflow.db", "http://h")
-    assert line.startswith("e (1 runs): http://h/#/experiments/1/runs?") and "best_mIoU" in line
+    assert line.startswith("e (1 run): http://h/#/experiments/1/runs?") and "best_mIoU" in line
     assert tables_of(f"{runs}/missing.db", "http://h") == []
     assert not (runs / "missing.db").exists()
 
