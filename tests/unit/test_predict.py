@@ -79,7 +79,8 @@ def test_masks_are_the_networks_classes_with_vocs_palette(
         assert saved["class_names"].tolist() == list(CLASS_NAMES)
         overlay = np.asarray(Image.open(tmp_path / "out" / "overlay" / f"{name}.jpg"))
         assert overlay.shape == (height, width, 3)
-        assert Image.open(tmp_path / "out" / "side_by_side" / f"{name}.jpg").width == 3 * width + 12
+        side_by_side = Image.open(tmp_path / "out" / "side_by_side" / f"{name}.jpg").width
+        assert side_by_side == 3 * width + 12 or (side_by_side > 3 * width + 12 and width < 60)  # as wide as a name is
     assert not list((tmp_path / "out").rglob(".*"))
 
 

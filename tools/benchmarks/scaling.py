@@ -37,9 +37,8 @@ _MODELLED = {  # what --measured takes from this machine
     "kernel_us": H100.kernel_s * 1e6,
     "launch_us": 7.0,
 }
-_SIMULATED: dict[
-    str, Any
-] = {  # what --check takes from this machine; the parser's defaults are None, so what was given is known
+# What --check takes from this machine. The parser's defaults are None, so that what was given is known.
+_SIMULATED: dict[str, Any] = {
     "ranks": None,
     "bandwidth_gbit": None,
     "nics": 8,
