@@ -18,8 +18,8 @@ from dist_deeplab.model.weights import Variant
 _FOR_INFERENCE = ("model", "variant", "config", "class_names")
 _NEEDED = (*_FOR_INFERENCE, "optimizer", "step", "train_keys_sha256")
 _BESIDE_THE_STATE = (
-    *("format", "variant", "config", "class_names", "train_keys_sha256", "train_key_hashes", "train_contents"),
-    *("mlflow_run_id", "versions"),
+    *("format", "variant", "config", "class_names", "mlflow_run_id", "versions"),
+    *("train_keys_sha256", "train_key_hashes", "train_contents", "train_index_sha256"),
 )
 
 
@@ -30,8 +30,8 @@ class Checkpoint:
     state: tensors and plain values of `TrainState.state_dict()`; of a model that is served, the network's tensors only.
     config: the run's configuration. variant: what the network is, its preprocessing included. class_names: by label.
     train_keys_sha256: digest of the training samples' keys. train_key_hashes: int64 [n], to recognise images that the
-    network was trained on; None: not known. train_contents: digest of the images and labels, or empty. mlflow_run_id:
-    of the run's page, or empty. versions: {library: version}.
+    network was trained on; None: not known. train_contents: digest of the images and labels, and train_index_sha256: of
+    the file that lists them; or empty. mlflow_run_id: of the run's page, or empty. versions: {library: version}.
     path: the file it was read from.
     """
 
@@ -42,6 +42,7 @@ class Checkpoint:
     train_keys_sha256: str = ""
     train_key_hashes: torch.Tensor | None = None
     train_contents: str = ""
+    train_index_sha256: str = ""
     mlflow_run_id: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     path: Path | None = None
@@ -95,8 +96,8 @@ class Checkpoint:
         }
         if self.train_key_hashes is not None:
             content["train_key_hashes"] = self.train_key_hashes
-        about = {"train_contents": self.train_contents, "mlflow_run_id": self.mlflow_run_id}
-        return content | about | {"versions": dict(self.versions)}
+        about = {"train_contents": self.train_contents, "train_index_sha256": self.train_index_sha256}
+        return content | about | {"mlflow_run_id": self.mlflow_run_id, "versions": dict(self.versions)}
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any], *, path: Path | None = None) -> "Checkpoint":
@@ -118,6 +119,7 @@ class Checkpoint:
                 train_keys_sha256=str(content.get("train_keys_sha256", "")),
                 train_key_hashes=content.get("train_key_hashes"),
                 train_contents=str(content.get("train_contents", "")),
+                train_index_sha256=str(content.get("train_index_sha256", "")),
                 mlflow_run_id=str(content.get("mlflow_run_id") or ""),
                 versions=dict(content.get("versions") or {}),
                 path=path,

@@ -35,7 +35,8 @@ from dist_deeplab.model.weights.export import FORMATS, export
 from dist_deeplab.model.weights.formats.torch_file import load_file
 
 CHECKPOINT = "checkpoint"
-_DESCRIPTION = ("step", "config", "class_names", "train_keys_sha256", "train_key_hashes", "train_contents", "best_miou")
+_TRAINING_SET = ("train_keys_sha256", "train_key_hashes", "train_contents", "train_index_sha256")
+_DESCRIPTION = ("step", "config", "class_names", *_TRAINING_SET, "best_miou")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -64,12 +64,14 @@ def test_a_best_score_counts_only_where_images_are_scored_as_they_were(
 def test_a_resume_notices_other_classes_samples_images_and_labels(
     state: TrainState, names: str, keys: str, contents: str, difference: list[str]
 ) -> None:
-    train_set: Any = SimpleNamespace(class_names=list(names), keys_sha256=keys, contents=contents)
+    train_set: Any = SimpleNamespace(class_names=list(names), keys_sha256=keys, contents=contents, index_sha256="i")
     saved = Checkpoint(state.state_dict(), load_config(None, []), SCRATCH, ("a", "b"), "k", train_contents="c")
     assert resume._data_differences(saved, train_set, DistEnv()) == difference
     of_an_older_version = dataclasses.replace(saved, train_contents="")
     if contents == "other":
         assert resume._data_differences(of_an_older_version, train_set, DistEnv()) == []
+        of_this_index = dataclasses.replace(saved, train_index_sha256="i")
+        assert resume._data_differences(of_this_index, train_set, DistEnv()) == [], "the index is not read"
 
 
 def test_a_checkpoint_holds_the_losses_of_the_steps_since_the_last_log_line(
