@@ -5,7 +5,7 @@ be counted to every process, and an access behind the end of a truncated file wo
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ crc32: of the member's bytes; a JPEG with a flipped bit decodes without complain
 height, width: of image and label in pixels, 0 where the label is not a PNG; not in sets of format 1."""
 INDEX_DTYPE_1 = np.dtype(_PLACES)
 _CHUNK_ROWS = 2**16  # 4 MiB
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, 2^64 over the golden ratio: spreads a number's bits (Knuth, TAOCP 6.4)
 
 
 class ShardError(UserError):
@@ -94,6 +95,16 @@ class IndexFile:
         """All records in order, some 65,536 at a time."""
         for start in range(0, len(self), _CHUNK_ROWS):
             yield self.rows(start, min(start + _CHUNK_ROWS, len(self)))
+
+
+def digest_of(chunks: Iterable[np.ndarray]) -> str:
+    """Digest, in hexadecimal, of all records' keys, images and labels (by their CRC-32s), whatever their order."""
+    total = np.zeros(1, dtype=np.uint64)
+    for rows in chunks:
+        both = rows["image_crc32"].astype(np.uint64) << np.uint64(32) | rows["label_crc32"]
+        mixed = (rows["key_hash"] ^ both * _MIX) * _MIX
+        total += ((mixed ^ mixed >> np.uint64(29)) * _MIX).sum(dtype=np.uint64)
+    return f"{total[0]:016x}"
 
 
 def read_npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:

@@ -22,14 +22,13 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from dist_deeplab.command_line import command_name
 from dist_deeplab.data.shards.cache import ShardCache
-from dist_deeplab.data.shards.index_file import IndexFile, ShardError
+from dist_deeplab.data.shards.index_file import IndexFile, ShardError, digest_of
 from dist_deeplab.downloads import is_url, join_url, shown
 from dist_deeplab.files import replace_text
 from dist_deeplab.logs import format_count
 
 FORMAT: Final = "dist_deeplab.shards/2"
 MAX_KEY_HASHES = 2**20  # 8 MiB in a checkpoint
-_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, 2^64 over the golden ratio: spreads a number's bits (Knuth, TAOCP 6.4)
 _MAX_CLASSES = 255  # 8 bits less the void label
 
 
@@ -118,13 +117,8 @@ class Manifest(ManifestFile):
 
     @cached_property
     def contents(self) -> str:
-        """Digest of all samples' keys, images and labels, whatever their order and shards, from their CRC-32s."""
-        total = np.zeros(1, dtype=np.uint64)
-        for rows in self.open_index().chunks():
-            both = rows["image_crc32"].astype(np.uint64) << np.uint64(32) | rows["label_crc32"]
-            mixed = (rows["key_hash"] ^ both * _MIX) * _MIX
-            total += ((mixed ^ mixed >> np.uint64(29)) * _MIX).sum(dtype=np.uint64)
-        return f"{total[0]:016x}"
+        """Digest of all samples' keys, images and labels, whatever their order and shards."""
+        return digest_of(self.open_index().chunks())
 
     @cached_property
     def key_hashes(self) -> np.ndarray:
@@ -232,8 +226,8 @@ def parse_manifest(path: Path) -> ManifestFile:
         content = _READER.validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ShardError(
-            f"there is no manifest at {path}; `{command_name('shards')}` makes one from VOC folders, "
-            "folders of images and masks, or lists"
+            f"no manifest at {path}; `{command_name('shards')}` makes one from VOC folders, folders of images and "
+            "masks, or lists"
         ) from None
     except ValidationError as error:
         raise ShardError(_explain(error, path)) from None
