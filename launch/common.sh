@@ -303,6 +303,9 @@ install_package() {
     (pip_install --editable "$REPO${extras:+[$extras]}" --constraint "$constraints") ||
         { rm -f "$constraints" && exit 1; }
     rm -f "$constraints"
+    # pip compiles what it installs, but not what is editable; where bytecode isn't written (as in many containers) each
+    # rank would do it, at each start. A repository that can't be written to is used as it is.
+    "$ENVIRONMENT/bin/python" -m compileall -q "$REPO/dist_deeplab" >/dev/null 2>&1 || true
 }
 
 # setup_environment EXTRAS: an environment with the package in it, active. Quick when nothing has changed.

@@ -59,13 +59,17 @@ group go to whichever worker is free.
 
 
 def pytest_configure() -> None:
-    """One thread for this process and for all that it starts: the order of sums depends on their number.
+    """One thread, and bytecode that is kept, for this process and for all that it starts.
 
-    Beside other workers, and in networks as small as these, a second one costs more than it brings: two threads wait
-    for each other at each operation, on cores that others use.
+    The order of sums depends on the number of threads. Beside other workers, and in networks as small as these, a
+    second one costs more than it brings: two threads wait for each other at each operation, on cores that others use.
+
+    Containers often set PYTHONDONTWRITEBYTECODE: each of some hundred processes would compile the package by itself.
     """
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     os.environ.setdefault(SESSION, str(os.getpid()))  # of the process that starts the workers; they inherit it
 
 
