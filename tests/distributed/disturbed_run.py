@@ -1,33 +1,26 @@
 """A training run in processes of its own to which exactly one thing happens, at one operation on one kind of file.
 
-A run is forked from a server that has imported everything, so that a start costs tenths of a second. It is the real
-command, and the faults are real too: SIGKILL runs no `finally` and leaves half-written files behind; a full disk is
-an error of each call that would need space.
+It is the real command in forked ranks, and the faults are real too: SIGKILL runs no `finally` and leaves half-written
+files behind; a full disk is an error of each call that would need space.
 """
 
 import contextlib
 import errno
 import io
-import multiprocessing
-import multiprocessing.connection
 import os
 import signal
-import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dist_deeplab import train
-from dist_deeplab.distributed.launcher import hard_exit
 from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.accumulator import ConfusionAccumulator
 from dist_deeplab.training.state import TrainState
+from tests.distributed.forked_ranks import run_forked
 
-TIME_LIMIT_S = 120.0
 KILLED = -signal.SIGKILL
 ENDED = -signal.SIGTERM  # before the run caught signals
 
@@ -37,12 +30,7 @@ FILES = ("checkpoint", "checkpoint_write", "sidecar", "best", "journal", "other"
 MOMENTS = ("step", "evaluation")
 """The end of a step; a batch of images that was scored."""
 
-_IMPORTED = (__name__, "torch._inductor", "PIL.JpegImagePlugin")
-"""Modules that a run needs, some of them only while it works: the server imports them once for all runs."""
-
 _WITHOUT_SPACE = (os.unlink, os.ftruncate, os.utime)  # also possible on a full disk
-
-_FORKS = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
@@ -199,73 +187,21 @@ def _counted(method: Callable[..., Any], disturbance: _Disturbance, moment: str)
     return call
 
 
-def _train(arguments: Sequence[str], run_dir: Path, fault: Fault | None, environ: dict[str, str], log: Path) -> None:
-    """What a forked process does."""
-    os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ.update(environ)
-    torch.set_num_threads(1)
+def _train(arguments: Sequence[str], run_dir: Path, fault: Fault | None) -> int:
+    """What a rank does."""
     report.write_figures = lambda *_: []  # type: ignore[assignment]  # most of the time of runs as small as these
     train.save_figure = lambda *_: run_dir / "metrics.jsonl"
-    if fault:
+    if fault and fault.rank == int(os.environ.get("RANK", 0)):
         disturb(fault, run_dir)
-    hard_exit(train.main(list(arguments)))
+    return train.main(list(arguments))
 
 
 def start(arguments: Sequence[str], run_dir: Path, log: Path, *, fault: Fault | None = None, ranks: int = 1) -> int:
-    """Run the train command to its end on so many ranks, with `fault` in one of them; its exit code.
+    """Run the train command to its end on so many ranks, with `fault` in one of them; its exit code (see `run_forked`).
 
-    As torchrun does, the first rank that fails ends the others. Output is appended to `log`.
+    Output is appended to `log`.
 
     Raises:
         AssertionError: it hangs.
     """
-    _FORKS.set_forkserver_preload(list(_IMPORTED))
-    environs = list(_environs(ranks)) if ranks > 1 else [{}]
-    processes = [
-        _FORKS.Process(
-            target=_train, args=(arguments, run_dir, fault if fault and fault.rank == rank else None, environ, log)
-        )
-        for rank, environ in enumerate(environs)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        return _exit_code(processes)
-    finally:
-        for process in processes:
-            _end(process)
-
-
-def _exit_code(processes: Sequence[Any]) -> int:
-    left = {process.sentinel: process for process in processes}
-    worst = 0
-    while left:
-        ended = multiprocessing.connection.wait(list(left), timeout=TIME_LIMIT_S)
-        assert ended, f"no end after {TIME_LIMIT_S:g} s"
-        for sentinel in ended:
-            process = left.pop(sentinel)  # type: ignore[arg-type]
-            process.join()
-            if process.exitcode not in (0, 75):
-                return int(process.exitcode)
-            worst = max(worst, process.exitcode)
-    return worst
-
-
-def _end(process: Any) -> None:
-    """Kill all that is left of a process: its loader workers hold the run's lock until they notice its death."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()
-
-
-def _environs(ranks: int) -> Iterator[dict[str, str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for rank in range(ranks):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-        yield {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    return run_forked(_train, [(arguments, run_dir, fault)] * ranks, log)

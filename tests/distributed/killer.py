@@ -29,7 +29,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.conftest import command_environ, make_sample_shards
+from tests.conftest import command_environ, make_sample_shards, torchrun_command
+from tests.distributed.disturbed_run import start
 from tests.distributed.same_run import compare, compare_in_mlflow, weights_sha256
 from tests.file_server import FileServer, serve
 from tests.processes import children_of, environ_of, ranks_of
@@ -102,12 +103,14 @@ def from_server(server: FileServer, out: Path, name: str) -> list[str]:
     return [*data, f"data.cache_dir={out}/{name}_cache"]
 
 
-def command(
-    shards: Path, out: Path, name: str, *, ranks: int, max_restarts: int, more: Sequence[str] = ()
-) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+def run_arguments(shards: Path, out: Path, name: str) -> list[str]:
     data = [f"data.train={shards}/train.json", f"data.val={shards}/val.json", f"output_dir={out}", f"name={name}"]
-    return [*launcher, f"--max-restarts={max_restarts}", "-m", "dist_deeplab.train", *data, *SMALL, *more]
+    return [*data, *SMALL]
+
+
+def command(shards: Path, out: Path, name: str, *, ranks: int, more: Sequence[str] = ()) -> list[str]:
+    launcher = torchrun_command(ranks, "--max-restarts=3", "-m", "dist_deeplab.train")
+    return [*launcher, *run_arguments(shards, out, name), *more]
 
 
 def environ(run_dir: Path) -> dict[str, str]:
@@ -116,11 +119,9 @@ def environ(run_dir: Path) -> dict[str, str]:
 
 def undisturbed(shards: Path, out: Path, *, ranks: int) -> Path:
     """Train without faults and return the run's folder."""
-    arguments = command(shards, out, "undisturbed", ranks=ranks, max_restarts=0)
-    subprocess.run(
-        arguments, env=environ(out / "undisturbed"), check=True, capture_output=True, timeout=ROUND_TIMEOUT_S
-    )
-    return out / "undisturbed"
+    run_dir, log = out / "undisturbed", out / "undisturbed.log"
+    assert start(run_arguments(shards, out, "undisturbed"), run_dir, log, ranks=ranks) == 0, log.read_text()
+    return run_dir
 
 
 def play_round(shards: Path, out: Path, name: str, faults: list[Fault], *, ranks: int, more: Sequence[str] = ()) -> int:
@@ -130,7 +131,7 @@ def play_round(shards: Path, out: Path, name: str, faults: list[Fault], *, ranks
     deadline = time.monotonic() + ROUND_TIMEOUT_S
     for launch in range(1, LAUNCHES + 1):
         with (out / f"{name}.log").open("ab") as log:
-            arguments = command(shards, out, name, ranks=ranks, max_restarts=3, more=more)
+            arguments = command(shards, out, name, ranks=ranks, more=more)
             with subprocess.Popen(
                 arguments, env=environ(run_dir), stdout=log, stderr=log, start_new_session=True
             ) as agent:

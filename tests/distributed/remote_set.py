@@ -7,7 +7,6 @@ it asks for.
 """
 
 import argparse
-import multiprocessing
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +28,7 @@ from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.training.builders import build_checkpoints, split_batch
 from dist_deeplab.training.data_builders import build_train_loader, follow_manifest, open_data
 from dist_deeplab.training.run import Run
+from tests.distributed.forked_ranks import forks
 from tests.file_server import serve
 
 NODES, IMAGES = 2, 16  # images of a step, over both nodes
@@ -54,7 +54,7 @@ def read_epoch(manifest: Manifest, folder: Path, shuffle: str, *, latency_s: flo
     """Let both nodes read an epoch at the same time, each from a server that serves nobody else, and so counts."""
     with ExitStack() as stack:
         servers = [stack.enter_context(serve(manifest.path.parent)) for _ in range(NODES)]
-        pool = stack.enter_context(ProcessPoolExecutor(NODES, mp_context=multiprocessing.get_context("spawn")))
+        pool = stack.enter_context(ProcessPoolExecutor(NODES, mp_context=forks()))
         for server in servers:
             server.latency_s, server.bytes_per_s = latency_s, bytes_per_s
         running = []

@@ -1,21 +1,14 @@
 """A run of `data.shuffle=blocks`, killed on one rank and on two, continues to the weights of an undisturbed one."""
 
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from dist_deeplab import train
-from tests.conftest import Run, command_environ, torchrun_command
+from tests.distributed.disturbed_run import KILLED, Fault, start
 from tests.distributed.same_run import weights_sha256
-from tests.processes import ranks_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(420)]
 
@@ -32,21 +25,6 @@ def arguments(shards: Path, output_dir: Path) -> list[str]:
     return [f"data.train={shards}/train.json", f"output_dir={output_dir}", "name=run", *SMALL]
 
 
-def kill_after(step: int, command: list[str], run_dir: Path) -> None:
-    """Start a run and kill all its processes at once, once the journal holds a step."""
-    with subprocess.Popen(command, env=command_environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        journal, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
-        while not journal.exists() or not any(
-            json.loads(line).get("step", 0) >= step for line in journal.read_text().splitlines()[:-1]
-        ):
-            assert time.monotonic() < deadline, f"{run_dir} did not reach step {step}"
-            time.sleep(0.01)
-        for pid in [*(pid for _, pid in ranks_of(process.pid)), process.pid]:
-            os.kill(pid, signal.SIGKILL)
-        process.communicate(timeout=60)
-    assert not (run_dir / f"checkpoints/step_{MAX_STEPS:08d}.pt").exists(), "killed too late to test anything"
-
-
 def weights_at(step: int, run_dir: Path) -> torch.Tensor:
     """All weights and statistics as one vector."""
     model = torch.load(run_dir / "checkpoints" / f"step_{step:08d}.pt", weights_only=True)["model"]
@@ -54,24 +32,23 @@ def weights_at(step: int, run_dir: Path) -> torch.Tensor:
 
 
 def test_a_run_of_blocks_killed_on_one_and_two_ranks_ends_as_an_undisturbed_one(
-    run_ranks: Run, sample_shards: Path, tmp_path: Path
+    sample_shards: Path, tmp_path: Path
 ) -> None:
     """On one rank to the last bit; on two and three ranks with the same samples, so that only rounding differs."""
     assert train.main(arguments(sample_shards, tmp_path / "undisturbed")) == 0
     undisturbed = tmp_path / "undisturbed/run"
 
-    one = arguments(sample_shards, tmp_path / "one")
-    kill_after(2, [sys.executable, "-m", "dist_deeplab.train", *one], tmp_path / "one/run")
+    one, log = arguments(sample_shards, tmp_path / "one"), tmp_path / "log"
+    assert start(one, tmp_path / "one/run", log, fault=Fault("kill", "step", 2)) == KILLED
     shutil.copytree(tmp_path / "one", tmp_path / "more")
     assert train.main(one) == 0
     assert weights_sha256(tmp_path / "one/run") == weights_sha256(undisturbed)
 
-    more = ["-m", "dist_deeplab.train", *arguments(sample_shards, tmp_path / "more")]
-    kill_after(6, torchrun_command(2, *more), tmp_path / "more/run")
-    resumed = run_ranks(3, *more)
-    assert resumed.returncode == 0, resumed.stderr
+    more, folder = arguments(sample_shards, tmp_path / "more"), tmp_path / "more/run"
+    assert start(more, folder, log, fault=Fault("kill", "step", 4, rank=1), ranks=2) == KILLED
+    assert start(more, folder, log, ranks=3) == 0, log.read_text()
     expected = weights_at(MAX_STEPS, undisturbed)
     learnt = (weights_at(MAX_STEPS - 4, undisturbed) - expected).norm()
-    assert (weights_at(MAX_STEPS, tmp_path / "more/run") - expected).norm() <= 1e-4 * learnt
-    log = (tmp_path / "more/run/logs/rank_0.log").read_text()
-    assert all(f"4 images a step = {ranks} rank" in log for ranks in (1, 2, 3))
+    assert (weights_at(MAX_STEPS, folder) - expected).norm() <= 1e-4 * learnt
+    text = (folder / "logs/rank_0.log").read_text()
+    assert all(f"4 images a step = {ranks} rank" in text for ranks in (1, 2, 3))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_deeplab import train
-from tests.conftest import Run
+from tests.distributed.forked_ranks import run_forked
 
 SIZE_MIB = 24
 
@@ -62,14 +62,14 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def test_a_restart_on_a_full_disk_trains_on_and_says_once_what_is_not_written(
-    small_disk: Path, sample_shards: Path, run_ranks: Run
+    small_disk: Path, sample_shards: Path, tmp_path: Path
 ) -> None:
     """Everything but the last checkpoint is something that a run can do without. Before and after, it is one rank."""
     assert train.main(arguments(sample_shards, small_disk, 2)) == 0
     before = {name: (small_disk / "full" / name).read_text() for name in ("run.json", "config.yaml")}
     fill(small_disk)
-    full = run_ranks(2, "-m", "dist_deeplab.train", *arguments(sample_shards, small_disk, 4))
-    text = full.stdout + full.stderr
+    run_forked(train.main, [(arguments(sample_shards, small_disk, 4),)] * 2, tmp_path / "log")
+    text = (tmp_path / "log").read_text()
     assert re.search(r"step 4/4", text), text[-5000:]
     for what in ("run.json, config.yaml is not written", "cannot write to", "status.json is not written"):
         assert text.count(what) == 1, (what, text[-5000:])

@@ -1,4 +1,4 @@
-"""Promises P1 to P4 on real torchrun processes: any split of the work, one result."""
+"""Promises P1 to P4 on real ranks: any split of the work, one result."""
 
 import json
 from collections.abc import Callable
@@ -10,12 +10,11 @@ import torch
 
 from dist_deeplab import evaluate
 from dist_deeplab.distributed.process_group import DistEnv
-from tests.conftest import Run
-from tests.distributed.workers import gradients
+from tests.distributed.forked_ranks import run_forked
+from tests.distributed.workers import gradients, jobs
 from tests.networks import checkpoint_of, discerning_network, write_checkpoint
 
 pytestmark = pytest.mark.distributed
-WORKERS = Path(__file__).parent / "workers"
 
 Trained = Callable[[int, str], dict[str, Any]]
 
@@ -45,21 +44,21 @@ Done = Callable[[int, str], Path]
 
 
 @pytest.fixture(scope="module")
-def done(run_ranks: Run, sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def done(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """Function that gives the folder of what N ranks did, after checking that all have done a job."""
-    started: dict[int, tuple[Path, str]] = {}
+    started: dict[int, Path] = {}
 
     def folder_of(ranks: int, job: str) -> Path:
         if ranks not in started:
             folder = tmp_path_factory.mktemp(f"ranks_{ranks}")
-            jobs = [("sync_batch_norm", *SHARES[ranks])]
+            to_do = [["sync_batch_norm", *SHARES[ranks]]]
             if ranks == 2:
-                jobs += [("compiled_batch_norm", "aot_eager"), ("nonfinite", str(folder)), ("speed",)]
-            jobs += [("gradients", str(sample_shards / "train.json"), str(folder), *SPLITS[ranks])]
-            result = run_ranks(ranks, WORKERS / "jobs.py", folder, *map(json.dumps, jobs))
-            started[ranks] = folder, result.stderr
-        folder, errors = started[ranks]
-        assert len(list(folder.glob(f"{job}.done_*"))) == ranks, errors
+                to_do += [["compiled_batch_norm", "aot_eager"], ["nonfinite", str(folder)], ["speed"]]
+            to_do += [["gradients", str(sample_shards / "train.json"), str(folder), *SPLITS[ranks]]]
+            run_forked(jobs.main, [(folder, to_do)] * ranks, folder / "log")
+            started[ranks] = folder
+        folder = started[ranks]
+        assert len(list(folder.glob(f"{job}.done_*"))) == ranks, (folder / "log").read_text()
         return folder
 
     return folder_of
@@ -117,13 +116,12 @@ def test_every_split_of_a_batch_has_the_same_samples_gradient_and_weights(traine
 
 
 @pytest.mark.quick("P2")
-def test_two_ranks_make_the_step_of_one_process(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
+def test_two_ranks_make_the_step_of_one_process(sample_shards: Path, tmp_path: Path) -> None:
     """Accumulated with frozen batch norm, and with statistics over both ranks."""
     manifest = sample_shards / "train.json"
     splits = {"2,frozen,1": "8,frozen,1", "4,sync,1": "8,sync,1"}
-    job = json.dumps(["gradients", str(manifest), str(tmp_path), *splits])
-    result = run_ranks(2, WORKERS / "jobs.py", tmp_path, job)
-    assert result.returncode == 0, result.stderr
+    job = ["gradients", str(manifest), str(tmp_path), *splits]
+    assert run_forked(jobs.main, [(tmp_path, [job])] * 2, tmp_path / "log") == 0, (tmp_path / "log").read_text()
     for split, alone in splits.items():
         gradients.train(DistEnv(), str(manifest), tmp_path / "alone.pt", *alone.split(","))
         expected, got = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("alone", split))
@@ -169,14 +167,14 @@ def test_class_weights_and_images_means_do_not_depend_on_the_split(trained: Trai
     assert relative_error(expected["grads"], plain["grads"]) > 1e-2, "the weights change nothing"
 
 
-def test_evaluation_is_the_same_on_any_number_of_ranks(run_ranks: Run, sample_shards: Path, tmp_path: Path) -> None:
+def test_evaluation_is_the_same_on_any_number_of_ranks(sample_shards: Path, tmp_path: Path) -> None:
     """7 images in this process and on 3 ranks, that take 3, 2 and 2: each once, so the scores are identical."""
     checkpoint = write_checkpoint(tmp_path / "best.pt", checkpoint_of(discerning_network(21)))
     reports = [tmp_path / "1.json", tmp_path / "3.json"]
-    arguments = [checkpoint, "--data", sample_shards / "val.json", "--out", tmp_path / "report", "--no-mlflow"]
-    assert evaluate.main([*map(str, arguments), "--json", str(reports[0])]) == 0
-    scored = run_ranks(3, "-m", "dist_deeplab.evaluate", *arguments, "--json", reports[1])
-    assert scored.returncode == 0, scored.stderr
+    arguments = [str(checkpoint), "--data", f"{sample_shards}/val.json", "--out", f"{tmp_path}/report", "--no-mlflow"]
+    assert evaluate.main([*arguments, "--json", str(reports[0])]) == 0
+    on_three = ([*arguments, "--json", str(reports[1])],)
+    assert run_forked(evaluate.main, [on_three] * 3, tmp_path / "log") == 0, (tmp_path / "log").read_text()
     alone, together = (json.loads(report.read_text()) for report in reports)
     assert alone["num_images"] == 7
     assert together == alone

@@ -2,20 +2,16 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dist_deeplab import train
-from tests.conftest import REPO, command_environ, torchrun_command
+from tests.distributed.forked_ranks import run_forked
+from tests.distributed.workers import count_reads
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
-
-WORKER = str(REPO / "tests/distributed/workers/count_reads.py")
 
 
 def arguments(shards: Path, output_dir: Path, *more: str) -> list[str]:
@@ -51,9 +47,7 @@ def test_one_rank_of_a_node_reads_the_initial_weights_and_the_samples_classes(
 ) -> None:
     init = two_steps / "checkpoints/step_00000001.pt"
     more = arguments(sample_shards, tmp_path, "max_steps=1", f"model.init={init}")
-    command = torchrun_command(2, WORKER, str(tmp_path), *more)
-    done = subprocess.run(command, env=command_environ(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    assert run_forked(count_reads.main, [(tmp_path, more)] * 2, tmp_path / "log") == 0, (tmp_path / "log").read_text()
     first, second = opened(tmp_path, init)
     assert first > 0
     assert second == 0
@@ -70,27 +64,12 @@ def test_of_two_nodes_with_disks_of_their_own_one_reads_the_newest_sound_checkpo
     two_steps: Path, sample_shards: Path, tmp_path: Path
 ) -> None:
     """The second one's folder is empty; the newest checkpoint is damaged: both continue from the one before."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    where = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=localhost", f"--master_port={port}"]
     folders = [two_steps.parent, tmp_path / "other_disk"]
-    nodes = []
-    for node, folder in enumerate(folders):
-        run = [WORKER, str(tmp_path), *arguments(sample_shards, folder, "max_steps=3", "resume_anyway=true")]
-        command = [sys.executable, "-m", "torch.distributed.run", *where, f"--node_rank={node}", *run]
-        nodes.append(
-            subprocess.Popen(
-                command, env=command_environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    try:
-        said = [node.communicate(timeout=240)[0] for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], said
-    assert "step_00000002.pt is damaged" in said[0]
+    runs = [arguments(sample_shards, folder, "max_steps=3", "resume_anyway=true") for folder in folders]
+    exit_code = run_forked(count_reads.main, [(tmp_path, run) for run in runs], tmp_path / "log", nodes=2)
+    said = (tmp_path / "log").read_text()
+    assert exit_code == 0, said
+    assert "step_00000002.pt is damaged" in said
     for rank, folder in enumerate(folders):
         assert "from step 1 to 3" in (folder / f"run/logs/rank_{rank}.log").read_text()
     checkpoints = two_steps / "checkpoints"

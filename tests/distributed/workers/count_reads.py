@@ -1,7 +1,4 @@
-"""Train, then write what this rank opened and hashed: {"opened": {file: times}, "hashed": bytes, "commands": [name]}.
-
-torchrun ... count_reads.py COUNTS_FOLDER [the arguments of train]
-"""
+"""Train, then write what a rank opened and hashed: {"opened": {file: times}, "hashed": bytes, "commands": [name]}."""
 
 import collections
 import hashlib
@@ -12,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab import train
-from dist_deeplab.distributed.launcher import hard_exit
 
 OPENED: collections.Counter[str] = collections.Counter()
 COMMANDS: list[str] = []
@@ -42,16 +38,12 @@ def listen(event: str, arguments: tuple[Any, ...]) -> None:
         COMMANDS.append(Path(str(arguments[0])).name)
 
 
-def main() -> int:
+def main(counts_folder: Path, arguments: list[str]) -> int:
     real_new, real_sha256 = hashlib.new, hashlib.sha256
     hashlib.new = lambda name, data=b"", **options: CountedHash(real_new(name, **options), data)  # type: ignore[assignment]
     hashlib.sha256 = lambda data=b"", **options: CountedHash(real_sha256(**options), data)  # type: ignore[assignment]
     sys.addaudithook(listen)
-    exit_code = train.main(sys.argv[2:])
+    exit_code = train.main(arguments)
     counts = {"opened": dict(OPENED), "hashed": CountedHash.num_bytes, "commands": COMMANDS}
-    Path(sys.argv[1], f"rank_{os.environ.get('RANK', 0)}.json").write_text(json.dumps(counts))
+    (counts_folder / f"rank_{os.environ.get('RANK', 0)}.json").write_text(json.dumps(counts))
     return exit_code
-
-
-if __name__ == "__main__":
-    hard_exit(main())
