@@ -100,10 +100,11 @@ def test_a_job_survives_a_warning_a_lost_node_and_a_requeue(slurm, environ, argu
     run_dir = tmp_path / "run"
     output = Path(slurm.job_field(job, "StdOut"))
 
-    def wait_for_step(step: int, restarts: int) -> None:
+    def wait_for_steps(number: int, restarts: int) -> None:
+        """Until the attempt after so many restarts has made so many steps."""
         hurried = False
 
-        def there() -> bool:
+        def made() -> bool:
             nonlocal hurried
             if slurm.job_field(job, "JobState") == "PENDING" and restarts and not hurried:
                 # What is left of the attempt before must be gone: Slurm itself waits two minutes.
@@ -113,27 +114,28 @@ def test_a_job_survives_a_warning_a_lost_node_and_a_requeue(slurm, environ, argu
                     time.sleep(8)
                 with contextlib.suppress(RuntimeError):  # it has started by now
                     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-                hurried = True
-            assert not slurm.is_over(job), slurm.run("scontrol", "show", "job", job) + output.read_text()
-            return last_step(run_dir) >= step and int(slurm.job_field(job, "Restarts")) == restarts
+                    hurried = True
+            text = output.read_text() if output.exists() else ""
+            assert not slurm.is_over(job), slurm.run("scontrol", "show", "job", job) + text
+            attempts = re.split(r"from step \d+ to", text)[1:]
+            return len(attempts) > restarts and len(re.findall(r"\d step +\d+/", attempts[restarts])) >= number
 
-        wait_until(there, STEP_TIMEOUT_S)
+        wait_until(made, STEP_TIMEOUT_S)
 
-    wait_for_step(3, restarts=0)
+    wait_for_steps(3, restarts=0)
     slurm.run("scancel", "--signal=USR1", job)
-    wait_for_step(last_step(run_dir) + 3, restarts=1)
+    wait_for_steps(9, restarts=1)
     assert "stopped (SIGUSR1), saved step" in output.read_text()
     assert "stopped and saved; back into the queue (restart 1)" in output.read_text()
 
-    wait_for_step(last_step(run_dir) + 6, restarts=1)
     # The node with the rendezvous: torchrun on the other one ends at once, and would wait `join_timeout` if it had it.
     port = int(re.findall(r"rendezvous at \S+:(\d+),", output.read_text())[-1])
     lose_node(next(rank for rank in processes_of_step(job) if listens(rank, port)))
-    wait_for_step(last_step(run_dir) + 3, restarts=2)
+    wait_for_steps(3, restarts=2)
     assert "back into the queue (restart 2)" in output.read_text()
 
     slurm.run("scontrol", "requeue", job)
-    wait_for_step(last_step(run_dir) + 3, restarts=3)
+    wait_for_steps(3, restarts=3)
 
     wait_until(lambda: slurm.is_over(job), STEP_TIMEOUT_S)
     assert slurm.job_field(job, "JobState") == "COMPLETED", output.read_text()
