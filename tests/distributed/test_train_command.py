@@ -25,6 +25,7 @@ from dist_deeplab.evaluation import validation
 from dist_deeplab.evaluation.evaluator import Evaluation, evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from tests.conftest import Run, command_environ, torchrun_command
+from tests.distributed.forked_ranks import run_forked
 from tests.processes import ranks_of
 
 pytestmark = pytest.mark.distributed
@@ -346,9 +347,7 @@ def test_wrong_input_on_several_ranks_is_printed_once_and_no_rank_hangs(run_rank
     assert "exitcode  : 2" in result.stderr
 
 
-def test_too_many_bad_samples_end_all_ranks_with_one_sentence(
-    run_ranks: Run, sample_shards: Path, tmp_path: Path
-) -> None:
+def test_too_many_bad_samples_end_all_ranks_with_one_sentence(sample_shards: Path, tmp_path: Path) -> None:
     """Two damaged samples, one is allowed; each rank loads only some of the stream."""
     shards = shutil.copytree(sample_shards, tmp_path / "shards")
     tar = shards / "train-000000.tar"
@@ -365,10 +364,8 @@ def test_too_many_bad_samples_end_all_ranks_with_one_sentence(
         "batch.global_size=4",
         "data.num_workers=1",
     ]
-    result = run_ranks(
-        2, "-m", "dist_deeplab.train", *arguments, "tracking.uri=none", "data.max_bad_samples=1", "eval.every=0"
-    )
-    assert result.returncode == 1
-    assert "2 samples are bad, data.max_bad_samples=1" in result.stderr
+    arguments += ["tracking.uri=none", "data.max_bad_samples=1", "eval.every=0"]
+    assert run_forked(train.main, [(arguments,)] * 2, tmp_path / "log") == 1
+    assert (tmp_path / "log").read_text().count("2 samples are bad, data.max_bad_samples=1") == 1
     listed = (tmp_path / "bad" / "bad_samples.jsonl").read_text().splitlines()
     assert len(listed) == 2

@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,11 +26,12 @@ START_TIMEOUT_S = 120
 class Server:
     """An MLflow server that can be killed and started again at the same address.
 
-    password: of the user `me`, where the server shall ask for one.
+    empty_store: copied to be its store. password: of the user `me`, where the server shall ask for one.
     """
 
-    def __init__(self, folder: Path, *, password: str = "") -> None:
+    def __init__(self, folder: Path, empty_store: Path, *, password: str = "") -> None:
         self.folder = folder
+        shutil.copy(empty_store, folder / "mlflow.db")
         self.options = ("--app-name", "basic-auth") if password else ()
         self.environ = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_FLASK_SERVER_SECRET_KEY": "of the pages"}
         self.environ |= {"MLFLOW_AUTH_ADMIN_USERNAME": "me", "MLFLOW_AUTH_ADMIN_PASSWORD": password}
@@ -86,8 +88,8 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("mlflow_server"))
+def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("mlflow_server"), empty_store)
     server.start()
     yield server
     server.kill()

@@ -21,8 +21,8 @@ PASSWORD = "s3cret/word of @ server"
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("guarded_server"), password=PASSWORD)
+def guarded(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("guarded_server"), empty_store, password=PASSWORD)
     server.start()
     yield server
     server.kill()

@@ -33,14 +33,6 @@ Record = dict[str, Any]
 TIME_S = 1790000000.123
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite store with MLflow's tables and nothing in it: making these takes seconds."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 class Store:
     """A store of the test's own, and what is in it."""
 
