@@ -2,18 +2,22 @@
 
 Beside these: `tests/distributed/test_workarounds.py`. Not shown by any test, since it does not come each time, or on a
 GPU or in a browser alone: gloo's threads that abort an ending interpreter (`distributed/launcher.py: hard_exit`),
-`fold` compiled by inductor (`model/deeplabv2.py: ASPP`), MLflow's telemetry thread (`tracking/mlflow/store.py`), the
-order of sections on MLflow's pages (`tracking/mlflow/pages.py`), batch norm behind DDP's buckets with NCCL.
+`fold` compiled by inductor (`model/deeplabv2.py: ASPP`), the order of sections on MLflow's pages
+(`tracking/mlflow/pages.py`), batch norm behind DDP's buckets with NCCL.
 """
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
 import zipfile
 from pathlib import Path
 
+import mlflow
 import pytest
+import sqlalchemy
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -73,6 +77,38 @@ def test_torch_still_warns_of_workers_in_four_lines() -> None:
         DataLoader(TensorDataset(torch.zeros(1)), num_workers=1000)
     said = any("This DataLoader will create" in str(warning.message) for warning in caught)
     assert said, "remove the filter from data/loader.py: loader_options"
+
+
+def test_mlflow_still_cannot_open_a_store_whose_making_was_cut_off(tmp_path: Path) -> None:
+    """mlflow 3.17: its tables are made and changed in dozens of transactions."""
+    whole, cut_off = tmp_path / "whole.db", tmp_path / "cut_off.db"
+    changes = 0
+
+    def copy_half_way(connection: object, cursor: object, statement: str, *others: object) -> None:
+        nonlocal changes
+        changes += "ALTER TABLE" in statement or "CREATE TABLE" in statement
+        if changes == 20 and not cut_off.exists():
+            for file in tmp_path.glob("whole.db*"):  # its journal too, as a kill leaves it
+                shutil.copy(file, tmp_path / file.name.replace("whole", "cut_off"))
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "after_cursor_execute", copy_half_way)
+    try:
+        mlflow.MlflowClient(f"sqlite:///{whole}").search_experiments()
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "after_cursor_execute", copy_half_way)
+    try:
+        mlflow.MlflowClient(f"sqlite:///{cut_off}").search_experiments()
+    except Exception:
+        return
+    pytest.fail("MLflow goes on where it was cut off: remove _make_database from tracking/mlflow/store.py")
+
+
+def test_mlflow_still_starts_its_telemetry_unasked() -> None:
+    """mlflow 3.17: with no variable set there is a client, whose thread changes os.environ. No proxy, no traffic."""
+    code = "import mlflow; from mlflow.telemetry.client import get_telemetry_client as client; print(bool(client()))"
+    environ = {"PATH": os.environ["PATH"], "HTTPS_PROXY": "http://127.0.0.1:1"}  # not CI, where it is off
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "True\n", f"remove no_telemetry from tracking/mlflow/store.py? {done.stderr}"
 
 
 @pytest.mark.parametrize(
