@@ -71,7 +71,9 @@ setup(
         "fsspec",  # torch needs it anyway; the packages behind s3:// and the like are the extra `remote`
     ],
     extras_require={
-        "crf": ["pydensecrf2>=1.1"],  # PyPI's pydensecrf does not compile with Cython 3
+        # PyPI's pydensecrf does not compile with Cython 3; pydensecrf2 1.1 asks for Cython 0.29, whose code Python 3.13
+        # refuses: evaluation/crf.py says how to install it there.
+        "crf": ['pydensecrf2>=1.1; python_version < "3.13"'],
         "annotations": ["pycocotools>=2.0.6"],  # COCO's JSON
         "remote": ["s3fs", "gcsfs", "huggingface_hub"],  # s3://, gs://, hf://
         "export": ["onnx>=1.16", "onnxscript>=0.5", "onnxruntime>=1.18"],

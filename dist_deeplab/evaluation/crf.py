@@ -7,6 +7,7 @@ else, so it does without torch.
 import contextlib
 import importlib.util
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,6 +25,10 @@ from dist_deeplab.workers import end_with_parent, num_cores
 
 T = TypeVar("T")
 
+_INSTALL = "pip install -e '.[crf]' -c constraints.txt"
+if sys.version_info >= (3, 13):  # the Cython that pydensecrf2 1.1 asks for makes code for older Pythons only
+    _INSTALL = "pip install 'cython>=3' setuptools wheel && pip install --no-build-isolation pydensecrf2"
+
 _QUEUED_PER_PROCESS = 2  # one being refined and one waiting: some 16 MB each for a VOC image
 
 
@@ -35,8 +40,8 @@ def require_crf(enabled: bool = True) -> None:
     """
     if enabled and importlib.util.find_spec("pydensecrf") is None:
         raise UserError(
-            "eval.crf needs pydensecrf2, which is not installed; pip install -e '.[crf]' -c constraints.txt (it is "
-            "compiled on the spot: a C++ compiler must be there), or leave eval.crf=false"
+            f"eval.crf needs pydensecrf2, which is not installed; {_INSTALL} (it is compiled on the spot: a C++ "
+            "compiler must be there), or leave eval.crf=false"
         )
 
 
