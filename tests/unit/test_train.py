@@ -23,6 +23,7 @@ from dist_deeplab.evaluation.evaluator import Evaluation, evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model import numerics
 from dist_deeplab.tracking import tracker
+from dist_deeplab.training import summary
 from tests.commands import exit_code
 
 SMALL = [
@@ -93,6 +94,19 @@ def test_what_is_to_be_frozen_is_in_a_real_run(runs: Runs, first: Path, argument
     assert {name for name in before if torch.equal(before[name], after[name])} == set(filter(is_frozen, before))
     assert 2 in runs.journal("second", "lr/head_weight")
     assert "network resnet_tiny, frozen batch norm" in (runs.folder / "second" / "logs" / "rank_0.log").read_text()
+
+
+def test_a_run_says_by_what_it_weighs_the_classes_what_rate_fits_and_whether_the_cores_suffice(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summary, "num_cores", lambda: 3)
+    monkeypatch.setattr(summary, "ranks_on_host", lambda: 2)
+    weights = [1.0, 0.25, *[1.0] * 10, 4.0, *[1.0] * 8]  # of aeroplane and dog
+    assert runs("told", "max_steps=1", "data.num_workers=2", f"loss.class_weights={weights}") == 0
+    log = (runs.folder / "told/logs/rank_0.log").read_text()
+    assert "data.num_workers=2 for each of 2 ranks here is more than the 3 cores that may be used" in log
+    assert "loss.class_weights: from 0.25 (aeroplane) to 4 (dog)" in log
+    assert "optim.lr is 0.001; the recipe's, scaled linearly to 2 images, is 5e-05" in log
 
 
 def test_a_resumed_run_continues_with_the_samples_that_come_next(runs: Runs) -> None:

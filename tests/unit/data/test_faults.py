@@ -158,3 +158,12 @@ def test_a_file_system_that_fails_is_an_error_that_names_the_shard(
     monkeypatch.setattr(IndexFile, "row", lambda self, index: row)
     with pytest.raises(ShardError, match=r"cannot read the shard .*train-000000\.tar: Stale file handle"):
         reader.read(0)
+
+
+def test_an_index_that_was_cut_off_after_it_was_opened_is_named(shard_set: Manifest) -> None:
+    reader, index = ShardReader(shard_set), shard_set.path.with_name("train.index.npy")
+    last = shard_set.num_samples - 1
+    reader.read(last)
+    os.truncate(index, index.stat().st_size - 1)
+    with pytest.raises(ShardError, match=r"the index .*train\.index\.npy ends too early"):
+        reader.read(last)

@@ -126,11 +126,22 @@ def test_torchrun_is_ended_only_if_it_would_start_again(
             monkeypatch.setenv(name, value)
     sent: list[tuple[int, int]] = []
     monkeypatch.setattr(launcher.os, "kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr(launcher, "_is_torchrun", lambda pid: False)
     launcher.refuse_restart()
-    assert sent == [], "the parent of this process is no torchrun"
+    assert sent == [], "the parent merely inherited torchrun's variables"
     monkeypatch.setattr(launcher, "_is_torchrun", lambda pid: True)
     launcher.refuse_restart()
     assert sent == [(launcher.os.getppid(), launcher.signal.SIGTERM)] * signals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [(["-m", "torch.distributed.run", "x.py"], True), (["x.py", "y"], False)]
+)
+def test_torchrun_is_known_by_its_command_line(arguments: list[str], expected: bool) -> None:
+    program = [sys.executable, "-c", "import sys; sys.stdin.read()", *arguments]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        assert launcher._is_torchrun(process.pid) == expected
+    assert not launcher._is_torchrun(process.pid), "it is gone"
 
 
 REFUSED_BESIDE_THE_MAIN_RANK = """
