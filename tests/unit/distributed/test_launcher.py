@@ -138,8 +138,10 @@ def test_torchrun_is_ended_only_if_it_would_start_again(
     ("arguments", "expected"), [(["-m", "torch.distributed.run", "x.py"], True), (["x.py", "y"], False)]
 )
 def test_torchrun_is_known_by_its_command_line(arguments: list[str], expected: bool) -> None:
-    program = [sys.executable, "-c", "import sys; sys.stdin.read()", *arguments]
-    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+    program = [sys.executable, "-c", "print(flush=True); input()", *arguments]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # while it starts, its command line is empty
         assert launcher._is_torchrun(process.pid) == expected
     assert not launcher._is_torchrun(process.pid), "it is gone"
 
