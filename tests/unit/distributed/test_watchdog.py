@@ -131,6 +131,20 @@ def test_each_step_has_the_whole_time_limit_though_it_outlasts_ticks(monkeypatch
     assert ended_at == [72.5], "the last step began at 60 s, and more than 10 s have passed since"
 
 
+def test_once_watching_is_over_no_stacks_are_due_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be printed minutes later, of a process that does something else and is well."""
+    calls: list[str] = []
+    armed = threading.Event()
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.02)
+    monkeypatch.setattr(
+        watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: (calls.append("due"), armed.set())
+    )
+    monkeypatch.setattr(watchdog.faulthandler, "cancel_dump_traceback_later", lambda: calls.append("cancelled"))
+    with watched(DistEnv(), None, Progress(), StopRequest(), timeout_s=600):
+        assert armed.wait(60)
+    assert calls[-1] == "cancelled"
+
+
 @pytest.mark.parametrize("problem", ["disk full", "not a folder"])
 def test_a_run_that_hangs_is_ended_though_its_log_folder_cannot_be_written(
     tmp_path: Path, ended: threading.Event, capfd: pytest.CaptureFixture[str], problem: str
