@@ -10,7 +10,7 @@ from PIL import Image
 from dist_deeplab.data.decode import DecodeError
 from dist_deeplab.data.packing.label_map import read_label_map
 from dist_deeplab.data.packing.label_statistics import count_labels
-from dist_deeplab.data.packing.labels import LabelSpace, decode_mask
+from dist_deeplab.data.packing.labels import LabelSpace, decode_mask, refuse_class_named_as_void
 from dist_deeplab.data.packing.sources import SourceSample, read_folders, read_tree
 from dist_deeplab.data.shards.manifest import ShardError
 
@@ -108,11 +108,13 @@ def test_masks_of_indices_are_read_from_any_lossless_format(form: str, palette: 
     assert (decode_mask(encoded(image, form), None) == LABEL).all()
 
 
-def test_a_mask_in_a_lossy_format_or_with_values_above_8_bits_is_refused() -> None:
+def test_a_mask_in_a_lossy_format_or_with_values_beyond_8_bits_is_refused() -> None:
     with pytest.raises(DecodeError, match="JPEG, which does not keep"):
         decode_mask(encoded(Image.fromarray(LABEL), "JPEG"), None)
     with pytest.raises(DecodeError, match=r"the value 300, .*--label-map"):
         decode_mask(encoded(Image.fromarray(LABEL.astype(np.uint16) + 45), "TIFF"), None)
+    with pytest.raises(DecodeError, match=r"the value -1, .*--label-map"):  # void in many a GIS; not 255
+        decode_mask(encoded(Image.fromarray(np.array([[-1, 0, 7]], dtype=np.int32)), "TIFF"), None)
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP"])
@@ -163,6 +165,12 @@ def test_a_class_that_would_be_numbered_as_void_is_refused(tmp_path: Path) -> No
         read_label_map(tmp_path / "map.txt", class_names=None, ignore_label=2)
     label_map, names = read_label_map(tmp_path / "map.txt", class_names=None, ignore_label=3)
     assert (names, label_map.labels[(30,)]) == (("sky", "sea", "sand"), 3)
+
+
+def test_a_class_named_void_in_any_case_may_have_its_index() -> None:
+    refuse_class_named_as_void(["sky", "Unlabeled"], 1)
+    with pytest.raises(ShardError, match=r"--ignore-label 1 is the index of the class 'Sea'"):
+        refuse_class_named_as_void(["sky", "Sea"], 1)
 
 
 def test_a_survey_counts_pixels_and_images_and_names_all_strange_labels(tmp_path: Path) -> None:
