@@ -44,9 +44,9 @@ class CpuGraph:
 
 
 class Capture(TorchDispatchMode):
-    """Stands for `torch.cuda.graph`."""
+    """Stands for `torch.cuda.graph`, to which torch 2.14 says more than 2.13."""
 
-    def __init__(self, graph: CpuGraph, pool: object = None) -> None:
+    def __init__(self, graph: CpuGraph, pool: object = None, **options: object) -> None:
         super().__init__()
         self.graph = graph
 
