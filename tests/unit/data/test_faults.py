@@ -160,10 +160,10 @@ def test_a_file_system_that_fails_is_an_error_that_names_the_shard(
         reader.read(0)
 
 
-def test_an_index_that_was_cut_off_after_it_was_opened_is_named(shard_set: Manifest) -> None:
-    reader, index = ShardReader(shard_set), shard_set.path.with_name("train.index.npy")
-    last = shard_set.num_samples - 1
+def test_an_index_that_was_cut_off_after_it_was_opened_is_named(own_set: Path) -> None:
+    manifest = load_manifest(own_set)
+    reader, last = ShardReader(manifest), manifest.num_samples - 1
     reader.read(last)
-    os.truncate(index, index.stat().st_size - 1)
+    os.truncate(manifest.index_path, manifest.index_path.stat().st_size - 1)
     with pytest.raises(ShardError, match=r"the index .*train\.index\.npy ends too early"):
         reader.read(last)
