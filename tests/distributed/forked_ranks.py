@@ -19,7 +19,7 @@ import torch
 
 from dist_deeplab.distributed.launcher import hard_exit
 
-TIME_LIMIT_S = 240.0  # on a busy machine; a hang takes for ever
+TIME_LIMIT_S = 240.0  # importing and training on a busy machine; a hang takes longer
 
 _IMPORTED = (
     *("dist_deeplab.train", "dist_deeplab.evaluate", "dist_deeplab.doctor"),
