@@ -267,10 +267,10 @@ def check_report(arguments: argparse.Namespace) -> Report:
     """Predicted and measured steps of real gloo ranks, with synchronised and frozen batch norm."""
     backbone, images = arguments.backbone or "resnet_tiny", arguments.images or 4
     rows = [
-        check(Workload(backbone, crop, images, norm, ranks), arguments.rounds or _ROUNDS)
+        row
         for crop in arguments.crop or [65, 161]
         for ranks in arguments.check
-        for norm in ("sync", "frozen")
+        for row in check(Workload(backbone, crop, images, "sync", ranks), arguments.rounds or _ROUNDS)
     ]
     explained = [
         "cores: that all ranks together got; compute: a rank's, in processor time; sharing: what it loses to other "
@@ -282,8 +282,10 @@ def check_report(arguments: argparse.Namespace) -> Report:
     )
 
 
-def check(workload: Workload, rounds: int) -> Row:
-    """The row of real gloo ranks, beside what their parts predict; means of `rounds` steps.
+def check(workload: Workload, rounds: int) -> list[Row]:
+    """The rows of real gloo ranks, beside what their parts predict, and of the same with frozen batch norm.
+
+    Means of `rounds` steps.
 
     Raises:
         UserError: the ranks failed.
@@ -293,12 +295,13 @@ def check(workload: Workload, rounds: int) -> Row:
         worker = [str(TOOLS / "benchmarks" / "scaling_worker.py"), str(out)]
         ranks = f"--nproc_per_node={workload.ranks}"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *worker]
-        command += [workload.backbone, str(workload.crop), str(workload.images), workload.norm, str(rounds)]
+        command += [workload.backbone, str(workload.crop), str(workload.images), str(rounds)]
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(TOOLS.parent)]), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environ, capture_output=True, text=True)
         if done.returncode:
             raise UserError(
                 f"the check on {format_count(workload.ranks, 'rank')} failed: {done.stderr.strip().splitlines()[-1]}"
             )
-        found = json.loads(out.read_text(encoding="utf-8"))
-    return {"what": f"{format_count(workload.ranks, 'rank')}, crop {workload.crop}, {workload.norm}", **found}
+        sync, frozen = json.loads(out.read_text(encoding="utf-8"))
+    where = f"{format_count(workload.ranks, 'rank')}, crop {workload.crop}"
+    return [{"what": f"{where}, {workload.norm}", **sync}, {"what": f"{where}, frozen", **frozen}]

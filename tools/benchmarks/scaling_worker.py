@@ -1,7 +1,7 @@
 """One of the real ranks of `scaling --check`: measures parts of a step and whole steps in turns, and predicts these.
 
-Arguments: OUT BACKBONE CROP IMAGES BATCH_NORM ROUNDS, under torchrun. The main rank writes a row of
-the table to OUT. Parts:
+Arguments: OUT BACKBONE CROP IMAGES ROUNDS, under torchrun. The main rank writes the table's rows, with synchronised and
+with frozen batch norm, to OUT; both norms share one start. Parts:
 
 - compute, in processor time, of a step of all ranks at once whose collectives return without communicating;
 - how much of the cores all ranks together got during that;
@@ -34,7 +34,8 @@ from dist_deeplab.workers import num_cores
 WARMUP = 3
 
 
-def main(env: DistEnv, out: str, workload: Workload, rounds: int) -> None:
+def check(env: DistEnv, workload: Workload, rounds: int) -> dict[str, float]:
+    """The row of a workload, on all ranks."""
     torch.manual_seed(0)
     net = DeepLabV2(workload.backbone, NUM_CLASSES, norm=norm_factory(workload.norm))
     [batch] = draw_batches(workload.images, 1, workload.crop)
@@ -56,7 +57,7 @@ def main(env: DistEnv, out: str, workload: Workload, rounds: int) -> None:
     machine = Machine(env.world_size, network, capacity=capacity, compute_demand=env.world_size, host_computes=True)
     machine = replace(machine, sums=SmallSums(replay.small_sums(network)))
     steps = [simulate(common_events(runs, capacity), machine) for runs in turns]
-    env.on_main(Path(out).write_text, json.dumps(row(steps, measured_s, capacity)))
+    return row(steps, measured_s, capacity)
 
 
 def row(predicted: Sequence[Step], measured_s: float, capacity: float) -> dict[str, float]:
@@ -75,8 +76,9 @@ def row(predicted: Sequence[Step], measured_s: float, capacity: float) -> dict[s
 
 if __name__ == "__main__":
     this = replace(DistEnv.from_environ(), device_kind="cpu")
-    out, backbone, crop, images, norm, rounds = sys.argv[1:]
+    out, backbone, crop, images, rounds = sys.argv[1:]
     with process_group(this):
-        workload = Workload(backbone, int(crop), int(images), norm, this.world_size)  # type: ignore[arg-type]
-        main(this, out, workload, int(rounds))
+        frozen = Workload(backbone, int(crop), int(images), "frozen", this.world_size)
+        rows = [check(this, workload, int(rounds)) for workload in (replace(frozen, norm="sync"), frozen)]
+        this.on_main(Path(out).write_text, json.dumps(rows))
     hard_exit(0)
