@@ -23,6 +23,7 @@ from dist_deeplab.tracking.journal import JOURNAL, Journal, read_records
 
 FOLDER = "system"
 _EVERY_S = 10.0
+_CHECK_S = 0.5  # how soon the process ends after its run
 
 
 class Sampler:
@@ -116,11 +117,13 @@ def main() -> int:
 
 
 def follow(run_dir: Path, node: str, *, is_running: Callable[[], bool], every_s: float = _EVERY_S) -> None:
-    """Append this node's points as long as the run continues."""
+    """Append this node's points as long as the run continues, and once more at its end."""
     journal = Journal(run_dir / FOLDER / f"{node}.jsonl")
     sampler = Sampler()
     while is_running():
-        time.sleep(every_s)
+        due = time.monotonic() + every_s
+        while (left := due - time.monotonic()) > 0 and is_running():
+            time.sleep(min(left, _CHECK_S))
         now = time.time()
         started = next((record["time"] for record, _ in read_records(run_dir / JOURNAL) if "time" in record), now)
         common = {"step": max(0, round(now - started)), "time": round(now, 3), "attempt": journal.attempt}

@@ -87,12 +87,21 @@ def test_points_count_seconds_since_the_run_began_and_carry_the_node_s_name(tmp_
     began = {"time": time.time() - 100, "status": "RUNNING", "attempt": 0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(began) + "\n")
     (tmp_path / "system").mkdir()
-    turns = iter([True, True, False])
-    follow(tmp_path, "node1", is_running=lambda: next(turns), every_s=0.01)
-    records = [json.loads(line) for line in (tmp_path / "system" / "node1.jsonl").read_text().splitlines()]
-    cpu = [record for record in records if record["key"] == "system/node1/cpu_utilization_percentage"]
+    points = tmp_path / "system" / "node1.jsonl"
+    key = "system/node1/cpu_utilization_percentage"
+    follow(tmp_path, "node1", is_running=lambda: points.read_text().count(key) < 2, every_s=0.01)
+    cpu = [record for record in map(json.loads, points.read_text().splitlines()) if record["key"] == key]
     assert len(cpu) == 2
     assert all(99 <= record["step"] <= 110 for record in cpu)
+
+
+def test_a_run_that_ends_between_two_points_gets_a_last_one_at_once(tmp_path: Path) -> None:
+    (tmp_path / "system").mkdir()
+    turns = iter([True, True, False, False])
+    began = time.monotonic()
+    follow(tmp_path, "node1", is_running=lambda: next(turns), every_s=3600)
+    assert time.monotonic() - began < 60
+    assert (tmp_path / "system/node1.jsonl").read_text().count("cpu_utilization_percentage") == 1
 
 
 def test_the_process_of_a_node_starts_and_does_not_outlive_the_run(tmp_path: Path) -> None:
