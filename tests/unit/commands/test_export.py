@@ -1,7 +1,5 @@
-"""What is exported computes what evaluation computes, at any size; formats and faults."""
+"""What is exported computes what evaluation computes, at any size; formats and faults. ONNX: test_one_answer.py."""
 
-import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,6 @@ import torch
 
 from dist_deeplab.checkpointing.checkpoint import Checkpoint
 from dist_deeplab.commands import export as tool
-from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.errors import TrainingError
 from dist_deeplab.evaluation.exportable import Exportable
 from dist_deeplab.evaluation.inference import Predictor, load_network
@@ -32,7 +29,7 @@ def checkpoint(saved: dict[str, object], tmp_path_factory: pytest.TempPathFactor
 
 
 def python(*arguments: object) -> str:
-    """Output of a Python process of its own: exporters load libraries that may not work together with others."""
+    """Output of a Python process of its own."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -51,21 +48,6 @@ def test_one_module_does_all_that_evaluation_does(saved: dict[str, object], prep
     assert tool.compare(run, predictor, images) < 1e-6
     with pytest.raises(TrainingError, match="differs on"):
         tool.compare(lambda image: run(image)[..., ::-1], predictor, images)
-
-
-def test_an_onnx_file_computes_the_same_and_says_what_it_is(checkpoint: Path, tmp_path: Path) -> None:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} (the extra export) is not installed")
-    out = tmp_path / "model.onnx"
-    assert "checked on 5 images" in python("-m", "dist_deeplab", "export", checkpoint, out)
-    axes = "[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]"
-    load = "import json, onnx, sys; m = onnx.load(sys.argv[1])"
-    read = f"{{e.key: e.value for e in m.metadata_props}}, [{axes} for v in (*m.graph.input, *m.graph.output)]"
-    metadata, shapes = json.loads(python("-c", f"{load}; print(json.dumps([{read}]))", out))
-    assert json.loads(metadata["class_names"]) == list(CLASS_NAMES)
-    assert json.loads(metadata["preprocessing"])["channels"] == "bgr"
-    assert shapes == [["batch", 3, "height", "width"], ["batch", 21, "height", "width"]]
 
 
 def test_a_file_that_is_there_is_not_overwritten(

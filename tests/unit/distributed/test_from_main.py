@@ -1,7 +1,6 @@
 """What the main rank reads arrives on all ranks as it is, and its error too; nobody else reads."""
 
 import datetime
-import multiprocessing
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from dist_deeplab.distributed import from_main
 from dist_deeplab.distributed.from_main import load_on_main, wait_for_main
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
+from tests.distributed.forked_ranks import forks
 
 
 def content() -> dict[str, Any]:
@@ -83,8 +83,8 @@ def run_rank(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[Outcome], str]]:
-    """Per rank what `run_rank` saved. Spawned: a fork of a process with threads may hang."""
-    folder, context = tmp_path_factory.mktemp("ranks"), multiprocessing.get_context("spawn")
+    """Per rank what `run_rank` saved."""
+    folder, context = tmp_path_factory.mktemp("ranks"), forks()
     processes = [context.Process(target=run_rank, args=(rank, folder)) for rank in range(3)]
     for process in processes:
         process.start()

@@ -137,10 +137,22 @@ def test_evaluation_prediction_scoring_and_serving_give_one_mask(
     assert json.loads((tmp_path / "scores.json").read_text())["confusion"] == whole.confusion.tolist()
 
 
-def test_the_onnx_file_gives_the_same_masks(world: Path, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+def test_the_onnx_file_gives_the_same_masks_and_says_what_it_is(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     assert export.main([str(world / "network.pt"), str(tmp_path / "model.onnx")]) == 0
+    assert "checked on 5 images" in capsys.readouterr().out
+    model = onnx.load(str(tmp_path / "model.onnx"))
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["class_names"]) == list(voc.CLASS_NAMES)
+    assert json.loads(metadata["preprocessing"])["channels"] == "bgr"
+    shapes = [
+        [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    ]
+    assert shapes == [["batch", 3, "height", "width"], ["batch", 21, "height", "width"]]
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     predictor = Predictor.from_checkpoint(
         read_checkpoint(world / "network.pt"), checkpoint_config(world), torch.device("cpu")
