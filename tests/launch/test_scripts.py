@@ -521,6 +521,15 @@ def test_a_second_setup_installs_nothing(repo: Path, installed: Path):
     assert pip_calls(installed) == []
 
 
+def test_an_installation_compiles_the_package_where_its_processes_would_not(repo: Path, environment: Path):
+    set_torch(environment, "2.13.0")
+    (repo / "dist_deeplab").mkdir()
+    (repo / "dist_deeplab/module.py").write_text("value = 1\n")
+    done = source(repo, 'setup_environment ""', VIRTUAL_ENV=str(environment), PYTHONDONTWRITEBYTECODE="1")
+    assert done.returncode == 0, done.stderr
+    assert list((repo / "dist_deeplab").rglob("module.*.pyc"))
+
+
 @pytest.mark.parametrize("change", ["setup.py", "constraints.txt", "extras", "torch removed", "repository moved"])
 def test_setup_installs_again_when_something_changed(repo: Path, installed: Path, change: str):
     extras = ""
