@@ -68,6 +68,8 @@ def run_forked(
 def _be_rank(work: Callable[..., int | None], arguments: Sequence[Any], environ: dict[str, str], log: Path) -> None:
     """What a forked process does."""
     os.setsid()
+    # Else its loader's workers would be started as it was, by a server of their own, and not as those of other ranks.
+    multiprocessing.set_start_method(None, force=True)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

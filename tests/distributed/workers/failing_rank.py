@@ -36,15 +36,20 @@ def out_of_memory(*arguments: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-fault, command, arguments = sys.argv[1], sys.argv[2], sys.argv[3:]
-dist.destroy_process_group = block
-for name in ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier"):
-    setattr(dist, name, never_failing(getattr(dist, name)))
-if os.environ["RANK"] == "1":
-    if fault == "oom":
-        nn.Conv2d.forward = out_of_memory
-    else:
-        old, new = fault.split("=")
-        arguments = [argument.replace(old, new) for argument in arguments]
-sys.argv = [command, *arguments]
-runpy.run_module(f"dist_deeplab.{command}", run_name="__main__", alter_sys=True)
+def main(fault: str, command: str, *arguments: str) -> None:
+    """Does not return: the command ends the process."""
+    dist.destroy_process_group = block
+    for name in ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier"):
+        setattr(dist, name, never_failing(getattr(dist, name)))
+    if os.environ["RANK"] == "1":
+        if fault == "oom":
+            nn.Conv2d.forward = out_of_memory
+        else:
+            old, new = fault.split("=")
+            arguments = tuple(argument.replace(old, new) for argument in arguments)
+    sys.argv = [command, *arguments]
+    runpy.run_module(f"dist_deeplab.{command}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
