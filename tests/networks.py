@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dist_deeplab.checkpointing.file import write_sidecar, write_tensors
+from dist_deeplab.checkpointing.file import save_content
 from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data.voc import CLASS_NAMES
 from dist_deeplab.model.batch_norm import norm_factory
@@ -40,5 +40,5 @@ def checkpoint_of(net: DeepLabV2) -> dict[str, Any]:
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> Path:
     """Write a checkpoint and its sidecar, and return its path."""
-    write_sidecar(path, step=content["step"], digests=[write_tensors(path, content)])
+    save_content(path, content, step=content["step"])
     return path

@@ -1,12 +1,14 @@
 """Checkpoint files: written whole or not at all, verified by digest, loaded without running code.
 
 A checkpoint is a pair `step_00001000.pt` and `step_00001000.json`; the sidecar holds the SHA-256 of the first (torch
-notices a truncated file but not a flipped byte) and is written last.
+notices a truncated file but not a flipped byte). It is written before the file gets its name: what a killed process
+leaves is never a file without a sidecar, which would look like a damaged checkpoint.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +16,7 @@ import torch
 
 from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError, first_line
-from dist_deeplab.files import replace_file, replace_text, sha256, sidecar_digests
+from dist_deeplab.files import fsync, replace_file, replace_text, sha256, sidecar_digests
 from dist_deeplab.model.weights.formats.torch_file import load_opened
 
 FORMAT = "dist_deeplab.checkpoint/1"
@@ -65,33 +67,50 @@ def _changed_at(file: BinaryIO) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def write_tensors(path: Path, content: dict[str, Any]) -> str:
-    """Write `content` to `path`, read it back, and return the SHA-256 of what was meant to be there.
+def save_content(
+    path: Path, content: dict[str, Any], *, step: int, also: Callable[[Path, str], None] = lambda file, digest: None
+) -> None:
+    """Write `content` to `path` and its sidecar beside it.
+
+    What was at `path` before stays sound until it is replaced: the sidecar names its digest too.
+
+    Args:
+        path: of the file, `.pt`.
+        content: tensors and plain values.
+        step: number of steps done, for the sidecar.
+        also: called with the file, whole and on disk under a temporary name, and its SHA-256, before it can be found.
 
     Raises:
         OSError: e.g. a full disk, or a disk that gives back other bytes; what was there before is untouched.
     """
 
-    def fill(temporary: Path) -> str:
-        with temporary.open("wb", buffering=0) as file:
-            hashed = _HashedFile(file)
-            try:
-                torch.save({"format": FORMAT, **content}, hashed)  # type: ignore[arg-type]  # write and flush are all it uses
-            except RuntimeError as error:  # what torch makes of a failing write
-                raise hashed.error or OSError(f"cannot write {path}: {first_line(error)}") from error
-        if sha256(temporary) != hashed.digest.hexdigest():
-            raise OSError(f"cannot write {path}: what was read back is not what was written")
-        return hashed.digest.hexdigest()
+    def fill(temporary: Path) -> None:
+        digest = _write_tensors(temporary, {"format": FORMAT, **content}, name=path)
+        fsync(temporary)
+        also(temporary, digest)
+        write_sidecar(path, temporary, step=step, digest=digest)
 
-    return replace_file(path, fill)
+    replace_file(path, fill)
 
 
-def write_sidecar(path: Path, *, step: int, digests: list[str], size_bytes: int | None = None) -> None:
-    """Write a sidecar that names the file's digest, first, and those of files that it may still be replacing."""
-    size = path.stat().st_size if size_bytes is None else size_bytes
-    values = {"format": FORMAT, "step": step, "sha256": digests[0], "size_bytes": size}
-    text = json.dumps(values | ({"replaces": digests[1:]} if digests[1:] else {}))
-    replace_text(path.with_suffix(".json"), text + "\n")
+def _write_tensors(temporary: Path, content: dict[str, Any], *, name: Path) -> str:
+    """Write a file, read it back, and return the SHA-256 of what was meant to be there; errors call it `name`."""
+    with temporary.open("wb", buffering=0) as file:
+        hashed = _HashedFile(file)
+        try:
+            torch.save(content, hashed)  # type: ignore[arg-type]  # write and flush are all it uses
+        except RuntimeError as error:  # what torch makes of a failing write
+            raise hashed.error or OSError(f"cannot write {name}: {first_line(error)}") from error
+    if sha256(temporary) != hashed.digest.hexdigest():
+        raise OSError(f"cannot write {name}: what was read back is not what was written")
+    return hashed.digest.hexdigest()
+
+
+def write_sidecar(path: Path, file: Path, *, step: int, digest: str) -> None:
+    """Write the sidecar of `path` for a `file` that is to replace it; what is there until then still verifies."""
+    replaced = sidecar_digests(path)[:2]
+    values = {"format": FORMAT, "step": step, "sha256": digest, "size_bytes": file.stat().st_size}
+    replace_text(path.with_suffix(".json"), json.dumps(values | ({"replaces": replaced} if replaced else {})) + "\n")
 
 
 class _HashedFile:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dist_deeplab.checkpointing.file import DamagedCheckpoint, write_sidecar, write_tensors
+from dist_deeplab.checkpointing.file import DamagedCheckpoint, save_content, write_sidecar
 from dist_deeplab.checkpointing.snapshot import Snapshot
 from dist_deeplab.distributed.process_group import broadcast_from_main
 from dist_deeplab.errors import TrainingError
@@ -119,14 +119,15 @@ class CheckpointFolder:
         started = time.perf_counter()
         self._error = None
         self._best_failed = is_best
-        path = self.path / f"step_{step:08d}.pt"
+
+        def link_best(file: Path, digest: str) -> None:
+            if is_best:
+                self._link_best(file, step=step, digest=digest)
+                self._best_failed = False
+
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            digest = write_tensors(path, content)
-            if is_best:
-                self._link_best(path, step=step, digest=digest)
-                self._best_failed = False
-            write_sidecar(path, step=step, digests=[digest])  # last: only now can the step be found, best included
+            save_content(self.path / f"step_{step:08d}.pt", content, step=step, also=link_best)
             self._set_later_aside(step)
             self._prune()
         except OSError as error:
@@ -138,18 +139,17 @@ class CheckpointFolder:
         else:
             self._values.append(("time/checkpoint_write_s", time.perf_counter() - started))
 
-    def _link_best(self, path: Path, *, step: int, digest: str) -> None:
+    def _link_best(self, file: Path, *, step: int, digest: str) -> None:
         """Make `best.pt` a second name of the file just written: no copy of hundreds of megabytes."""
         best = self.path / f"{BEST}.pt"
 
         def link(temporary: Path) -> None:
             try:
-                os.link(path, temporary)
+                os.link(file, temporary)
             except OSError:  # a file system without hard links
-                shutil.copyfile(path, temporary)
+                shutil.copyfile(file, temporary)
 
-        # The sidecar goes first and names old and new file: killed between the two renames, best.pt still verifies.
-        write_sidecar(best, step=step, digests=[digest, *sidecar_digests(best)[:2]], size_bytes=path.stat().st_size)
+        write_sidecar(best, file, step=step, digest=digest)
         replace_file(best, link)
 
     def _set_later_aside(self, step: int) -> None:

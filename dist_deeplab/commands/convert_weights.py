@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_deeplab.checkpointing.file import FORMAT, write_sidecar, write_tensors
+from dist_deeplab.checkpointing.file import FORMAT, save_content
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import RunConfig, config_to_dict
 from dist_deeplab.data import voc
@@ -115,8 +115,7 @@ def write_checkpoint(net: DeepLabV2, weights: Weights, path: Path, class_names: 
         "class_names": names,
     }
     try:
-        digest = write_tensors(path, content)
-        write_sidecar(path, step=content["step"], digests=[digest])
+        save_content(path, content, step=content["step"])
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
 

@@ -179,6 +179,7 @@ class Histories(RuleBasedStateMachine):
         self.is_exact = True
         self.is_done = False
         self.lacks_points = False
+        self.is_damaged = False
 
     # --- what may happen ------------------------------------------------------------------------------------------
 
@@ -217,7 +218,7 @@ class Histories(RuleBasedStateMachine):
         else:
             file_path = sidecar if what == "half a sidecar" else newest
             os.truncate(file_path, 0 if what == "empty" else file_path.stat().st_size // 2)
-        self.is_done = False
+        self.is_done, self.is_damaged = False, True
 
     @precondition(lambda self: (self.run_dir / "metrics.jsonl").exists())
     @rule(half=st.sampled_from((b'{"step": 3, "time": 17', b"{", b"\0\0\0\0", b'{"step": 3}')))
@@ -354,10 +355,11 @@ class Histories(RuleBasedStateMachine):
     # --- around it ------------------------------------------------------------------------------------------------
 
     def move_unreadable_away(self) -> None:
-        """What a run without any whole checkpoint asks for, after it has asked."""
+        """What a run whose checkpoints are all damaged asks for, after it has asked. No other fault leads there."""
         folder = self.run_dir / "checkpoints"
         if whole_checkpoints(self.run_dir) or not list(folder.glob("step_*.pt")):
             return
+        assert self.is_damaged
         code, said = self.run("one rank", {}, None)
         assert code == 2, said
         assert re.search(r"^error: no checkpoint in .* can be read; move them away", said, re.MULTILINE), said

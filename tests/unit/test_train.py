@@ -13,7 +13,7 @@ import torch
 
 from dist_deeplab import evaluate as evaluate_command
 from dist_deeplab import predict, train
-from dist_deeplab.checkpointing.file import write_sidecar, write_tensors
+from dist_deeplab.checkpointing.file import save_content
 from dist_deeplab.checkpointing.folder import CheckpointFolder
 from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.session import Session
@@ -196,8 +196,7 @@ def test_an_evaluation_that_is_cut_short_again_is_still_pending(runs: Runs, monk
 
 def test_a_best_score_counts_for_its_folder_its_images_and_its_way_of_scoring(runs: Runs, first: Path) -> None:
     content = torch.load(first, weights_only=True) | {"best_miou": 0.99}
-    digest = write_tensors(first, content)
-    write_sidecar(first, step=2, digests=[digest])
+    save_content(first, content, step=2)
     anyway = ["max_steps=3", "resume_anyway=true"]
     assert runs("elsewhere", f"resume={first}", *anyway, validated=True) == 0
     assert runs.checkpoint("elsewhere", 3).with_name("best.pt").exists()

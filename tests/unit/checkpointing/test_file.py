@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_deeplab.checkpointing import file as checkpoint
-from dist_deeplab.checkpointing.file import DamagedCheckpoint, load_content, write_tensors
+from dist_deeplab.checkpointing.file import DamagedCheckpoint, load_content, save_content
 from dist_deeplab.errors import UserError
 
 
@@ -105,11 +105,10 @@ def test_a_checkpoint_that_is_written_to_while_it_is_read_is_damaged(
 def test_the_digest_is_of_what_was_meant_not_of_what_the_disk_gives_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest = write_tensors(tmp_path / "x.pt", {"a": torch.arange(10)})
-    assert digest == hashlib.sha256((tmp_path / "x.pt").read_bytes()).hexdigest()
-    before = (tmp_path / "x.pt").read_bytes()
+    save_content(tmp_path / "x.pt", {"a": torch.arange(10)}, step=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert json.loads(before["x.json"])["sha256"] == hashlib.sha256(before["x.pt"]).hexdigest()
     monkeypatch.setattr(checkpoint, "sha256", lambda path: "0" * 64)
     with pytest.raises(OSError, match="what was read back is not what was written"):
-        write_tensors(tmp_path / "x.pt", {"a": torch.zeros(3)})
-    assert (tmp_path / "x.pt").read_bytes() == before
-    assert os.listdir(tmp_path) == ["x.pt"]
+        save_content(tmp_path / "x.pt", {"a": torch.zeros(3)}, step=1)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -474,14 +474,38 @@ def test_kill_9_at_any_rename_leaves_a_sound_newest_and_best(tmp_path: Path) -> 
         assert found is not None
         best = load_content(folder.path / "best.pt")["step"]
         assert best in (1, 2), f"killed at rename {call}"
-        assert load_content(found)["step"] == (2 if call > 3 else 1), "the step's own sidecar is the last rename"
+        assert load_content(found)["step"] == (2 if call > 3 else 1), "the step's own file is the last rename"
         assert best >= load_content(found)["step"], "a step can be found before it is the best"
         folder.save(content_of(2), step=2, is_best=True, wait=True)
         assert set(os.listdir(folder.path)) == pairs
         assert load_content(folder.path / "best.pt")["step"] == 2
         if exit_code == 0:
-            assert call >= 4, "file, best sidecar, best file, sidecar"
+            assert call >= 4, "best sidecar, best file, sidecar, file"
             return
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_kill_9_during_the_first_save_leaves_nothing_in_the_way_of_a_new_start(tmp_path: Path, call: int) -> None:
+    """A run that has no sound checkpoint but files that look like one would ask for a human."""
+    folder = CheckpointFolder(tmp_path, keep_last=3, is_writer=True)
+    assert save_until_killed(folder, call) == -signal.SIGKILL
+    assert newest(folder) is None
+    assert not folder.has_any()
+    folder.save(content_of(2), step=2, is_best=True, wait=True)
+    assert set(os.listdir(tmp_path)) == {
+        f"{name}.{end}" for name in ("step_00000002", "best") for end in ("pt", "json")
+    }
+
+
+@pytest.mark.parametrize("call", range(5))
+def test_kill_9_while_a_step_is_saved_again_leaves_the_old_or_the_new_one(tmp_path: Path, call: int) -> None:
+    folder = CheckpointFolder(tmp_path, keep_last=3, is_writer=True)
+    folder.save(content_of(2) | {"name": "before"}, step=2, is_best=True, wait=True)
+    assert save_until_killed(folder, call) == (-signal.SIGKILL if call < 4 else 0)
+    found = newest(folder)
+    assert found is not None
+    assert load_content(found)["name"] == ("x" if call == 4 else "before")
+    load_content(tmp_path / "best.pt")
 
 
 def test_a_checkpoint_without_its_sidecar_does_not_count_as_kept(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_restart_sees_nothing_of_an_earlier_start(address: dist.TCPStore) -> N
 
 
 def test_ranks_that_do_not_join_are_named_by_all_others(address: dist.TCPStore) -> None:
-    errors = join_all(5, 0, 2, 4, timeout_s=1)
+    errors = join_all(5, 0, 2, 4, timeout_s=3)
     for error in errors:
         assert isinstance(error, UserError)
         assert "3 of 5 ranks joined at localhost:" in str(error)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_deeplab.checkpointing.checkpoint import Checkpoint
-from dist_deeplab.checkpointing.file import write_sidecar, write_tensors
+from dist_deeplab.checkpointing.file import save_content
 from dist_deeplab.config import RunConfig, load_config
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model.weights import SCRATCH
@@ -60,7 +60,7 @@ def test_it_runs_a_shortened_copy_elsewhere_and_keeps_nothing(tmp_path: Path, ca
         journal.close()
         path = short.run_dir / "checkpoints" / f"step_{STEPS:08d}.pt"
         path.parent.mkdir()
-        write_sidecar(path, step=STEPS, digests=[write_tensors(path, saved.to_content())])
+        save_content(path, saved.to_content(), step=STEPS)
         return 0
 
     with caplog.at_level("INFO"):

@@ -98,7 +98,7 @@ def test_the_tensor_of_these_tests_is_read(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_held_to_the_same_limits(tmp_path: Path) -> None:
     path = _archive(tmp_path / "best.pt", HOSTILE_PICKLES["a key that overflows the stack"][0])
-    write_sidecar(path, step=1, digests=[sha256(path)])
+    write_sidecar(path, path, step=1, digest=sha256(path))
     with pytest.raises(UserError, match=r"best\.pt can't be read as a checkpoint: its pickle has a dictionary"):
         load_content(path)
 
