@@ -1,6 +1,8 @@
 """The doctor's findings on several ranks that are equal, different or failing; and on a disk that is unusable."""
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,9 +58,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_a_host_with_another_disk_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.time, "sleep", lambda seconds: None)
-    now = iter(range(0, 1000, 5))
-    monkeypatch.setattr(checks.time, "monotonic", lambda: next(now))
+    now = itertools.count(step=5)  # of this module alone: other threads of the tests look at the clock too
+    clock = SimpleNamespace(sleep=lambda seconds: None, monotonic=lambda: next(now))
+    monkeypatch.setattr(checks, "time", clock)
     with pytest.raises(UserError, match="does not see what the main rank wrote"):
         checks._read_trial(tmp_path, "token")
     (tmp_path / "token").write_text("other")
