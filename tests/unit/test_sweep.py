@@ -318,11 +318,11 @@ def test_ctrl_c_reaches_the_training_once_and_is_remembered(tmp_path: Path) -> N
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         wait_for(ready.exists)
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30)[0] == "75 True\n"
+        assert process.communicate(timeout=120)[0] == "75 True\n"
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -61,7 +61,7 @@ def test_start_and_end_are_told_to_file_command_and_journal(
 
 
 def wait_for_line(path: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (path.exists() and path.read_text().endswith("\n")):
         assert time.monotonic() < deadline
         time.sleep(0.02)

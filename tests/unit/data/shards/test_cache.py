@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -194,19 +195,20 @@ def test_two_shards_that_come_at_once_do_not_exceed_the_limit(server: FileServer
     assert not holder.exists()
 
 
-def _open_and_sleep(manifest: Manifest) -> None:
+def _open_and_sleep(manifest: Manifest, is_open: Event) -> None:
     open_shard(manifest, 0)
+    is_open.set()
     time.sleep(600)
 
 
 def test_the_shards_of_a_killed_process_can_go(server: FileServer, tmp_path: Path) -> None:
     manifest = cached(server, tmp_path / "cache", limit=0)
     manifest = cached(server, tmp_path / "cache", limit=max(shard.size_bytes for shard in manifest.shards))
-    process = multiprocessing.get_context("fork").Process(target=_open_and_sleep, args=(manifest,))
+    context = multiprocessing.get_context("fork")
+    is_open = context.Event()
+    process = context.Process(target=_open_and_sleep, args=(manifest, is_open))
     process.start()
-    while tars_in(tmp_path / "cache") != ["train-000000.tar"]:
-        time.sleep(0.01)
-    time.sleep(0.1)
+    assert is_open.wait(60)
     with pytest.raises(CacheError, match="full"):
         open_shard(manifest, 1)
     assert process.pid is not None
