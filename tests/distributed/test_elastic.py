@@ -47,7 +47,7 @@ def start_agent(sample_shards: Path, tmp_path: Path) -> Iterator[StartAgent]:
     endpoint = f"localhost:{port}"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2"]
     meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=x", "--local_addr=localhost"]
-    quick = ["--rdzv_conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3", "--max_restarts=5"]
+    quick = ["--rdzv_conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=6", "--max_restarts=5"]
     data = [f"data.train={sample_shards}/train.json", f"output_dir={tmp_path}", "name=run", "data.crop_size=65"]
     small = [
         "model.backbone=resnet_tiny",

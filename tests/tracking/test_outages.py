@@ -24,7 +24,6 @@ from dist_deeplab.tracking.tracker import Reporting, open_tracker
 from tests.tracking.conftest import Proxy, Server
 
 STEPS = range(1, 41)
-VARIABLES = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +32,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(uploader, "_POLL_S", 0.05)
     monkeypatch.setattr(uploader, "_RETRY_S", (0.1,))
     environ = dict(os.environ)
-    os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     yield
     os.environ.clear()
     os.environ.update(environ)
@@ -91,6 +90,7 @@ def test_training_continues_while_the_server_hangs_and_says_so_once(
 ) -> None:
     """All points are in the journal before the server has answered a single request."""
     monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     folder = tmp_path / "hanging"
     proxy.mode = "hang"
     tracker = start_run(folder, proxy.uri, with_uploader=True)
