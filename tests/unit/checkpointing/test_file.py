@@ -112,3 +112,24 @@ def test_the_digest_is_of_what_was_meant_not_of_what_the_disk_gives_back(
     with pytest.raises(OSError, match="what was read back is not what was written"):
         save_content(tmp_path / "x.pt", {"a": torch.zeros(3)}, step=1)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_is_on_disk_before_anything_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else best.pt, a second name of it, or its sidecar could survive a power cut that its bytes do not."""
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        events.append(f"synced {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        fsync(descriptor)
+
+    def named(source: Path, target: Path) -> None:
+        events.append(f"named {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named)
+    save_content(tmp_path / "x.pt", {"a": torch.arange(3)}, step=1, also=lambda file, digest: events.append("also"))
+    assert events[0].startswith("synced .x.pt."), events
+    assert events[1] == "also"
+    assert [event for event in events if "named" in event] == ["named x.json", "named x.pt"]
