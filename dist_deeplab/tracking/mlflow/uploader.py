@@ -210,8 +210,8 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_without_secrets)
-    os.nice(10)  # training goes first
     if arguments.follow is not None:
+        os.nice(10)  # training goes first; beside it, a command that somebody waits for would take minutes
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm warns all processes of a step; this one outlives the run
     lock = file_lock(arguments.run_dir / "mlflow.lock")
     try:

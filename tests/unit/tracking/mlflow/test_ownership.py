@@ -181,8 +181,8 @@ def test_a_deleted_experiment_says_how_to_get_it_back(runs: Path) -> None:
 
 
 def test_sync_takes_over_from_an_uploader_that_lingers(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store took nothing when the run ended; now it does, and the lingering process would try in a minute."""
-    monkeypatch.setattr(uploader_module, "_RETRY_S", (60.0,))
+    """The store took nothing when the run ended; now it does, and the lingering process would try in ten minutes."""
+    monkeypatch.setattr(uploader_module, "_RETRY_S", (600.0,))
     monkeypatch.setattr(sys, "argv", ["uploader", str(runs / "a"), "--follow", str(os.getpid() + 10_000_000)])
     monkeypatch.setattr(os, "nice", lambda by: 0)
     experiment = client(runs).create_experiment("e")

@@ -753,3 +753,16 @@ def test_what_another_process_wrote_about_the_copy_is_kept(tmp_path: Path) -> No
     ours.save(failed_sends=1)
     now = UploadState(tmp_path, "http://host:5000")
     assert (now["model"], now["failed_sends"]) == ("models:/1", 1)
+
+
+@pytest.mark.parametrize(("how", "niceness"), [(["--follow", "1"], [10]), (["--once"], [])])
+def test_training_goes_before_what_follows_it_but_not_before_a_command_that_somebody_waits_for(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, how: list[str], niceness: list[int]
+) -> None:
+    """Beside a dozen busy processes `sync-mlflow` took more than 200 s."""
+    by: list[int] = []
+    monkeypatch.setattr(os, "nice", by.append)
+    monkeypatch.setattr(uploader_module, "_send", lambda arguments, lock: 0)
+    monkeypatch.setattr(sys, "argv", ["uploader", str(run_dir), *how])
+    assert uploader_module.main() == 0
+    assert by == niceness
