@@ -91,11 +91,12 @@ def test_a_download_that_gets_its_final_name_while_room_is_counted_is_not_an_err
 
     def rename_after_listing(path: Path) -> list[os.DirEntry[str]]:
         entries = list(listed(path))
-        for part in folder.glob(f".{another}.part"):
+        if part.exists():  # not by pathlib's glob, which calls this function from Python 3.12 on
             part.rename(folder / another)
         return entries
 
-    (folder / f".{another}.part").write_bytes(b"half")
+    part = folder / f".{another}.part"
+    part.write_bytes(b"half")
     monkeypatch.setattr(room.os, "scandir", rename_after_listing)
     assert ShardReader(cached(server, folder)).read(0).key
     assert (folder / another).exists()
