@@ -10,11 +10,6 @@ of this machine, predicts whole steps from them, and measures these.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +19,13 @@ from benchmarks.events import Norm, Workload
 from benchmarks.harness import Report, Row
 from benchmarks.modelled_gpu import H100, Gpu
 from benchmarks.network import Nccl
+from benchmarks.scaling_check import ROUNDS, check_report
 from benchmarks.scenario import CHANGES, Scenario
 from benchmarks.stragglers import Stragglers
 from dist_deeplab.errors import UserError
 from dist_deeplab.logs import format_count
 
 SUMMARY = "what a step would take on n GPUs, simulated and checked"
-TOOLS = Path(__file__).resolve().parent.parent
 _MODELLED = {  # what --measured takes from this machine
     "matmul_tflops": H100.matmul_flops / 1e12,
     "memory_tb": H100.memory_bandwidth / 1e12,
@@ -52,7 +47,6 @@ _SIMULATED: dict[str, Any] = {
     "jitter": 0.01,
     "rank_times": None,
 }
-_ROUNDS = 30
 _UNCHANGED, _NO_GAIN = "as it is", 1e-4
 
 
@@ -66,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = kind.add_argument
     add("--what-if", nargs="?", const="sync", choices=["sync", "frozen"], help="list changes to this batch norm's run")
     add("--check", type=int, nargs="+", default=[], metavar="RANKS", help="run on real gloo ranks instead, e.g. 2 4")
-    parser.add_argument("--rounds", type=int, help=f"steps of each --check; default: {_ROUNDS}")
+    parser.add_argument("--rounds", type=int, help=f"steps of each --check; default: {ROUNDS}")
     network = parser.add_argument_group(
         "network", "NCCL's latencies per hop are in benchmarks/network.py. Not for --check."
     )
@@ -101,7 +95,13 @@ def run(arguments: argparse.Namespace) -> Report:
     require_possible(arguments)
     require_used(arguments)
     if arguments.check:
-        return check_report(arguments)
+        return check_report(
+            arguments.backbone or "resnet_tiny",
+            arguments.crop or [65, 161],
+            images=arguments.images or 4,
+            rank_counts=arguments.check,
+            rounds=arguments.rounds or ROUNDS,
+        )
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     arguments = argparse.Namespace(**{**vars(arguments), **_SIMULATED, **given})
     scenario = build_scenario(arguments)
@@ -261,47 +261,3 @@ def notes(scenario: Scenario, arguments: argparse.Namespace) -> list[str]:
         f"deviation of a rank's step time: {draws}; all wait for the slowest",
         f"small sums: {arguments.sums}",
     ]
-
-
-def check_report(arguments: argparse.Namespace) -> Report:
-    """Predicted and measured steps of real gloo ranks, with synchronised and frozen batch norm."""
-    backbone, images = arguments.backbone or "resnet_tiny", arguments.images or 4
-    rows = [
-        row
-        for crop in arguments.crop or [65, 161]
-        for ranks in arguments.check
-        for row in check(Workload(backbone, crop, images, "sync", ranks), arguments.rounds or _ROUNDS)
-    ]
-    explained = [
-        "cores: that all ranks together got; compute: a rank's, in processor time; sharing: what it loses to other "
-        "ranks and to gloo's threads on these cores",
-        "sums, batch norm: waited for; gradients: waited for after backward; nothing is taken from measured steps",
-    ]
-    return Report(
-        f"prediction against real gloo ranks: {backbone}, {format_count(images, 'image')} per rank", rows, explained
-    )
-
-
-def check(workload: Workload, rounds: int) -> list[Row]:
-    """The rows of real gloo ranks, beside what their parts predict, and of the same with frozen batch norm.
-
-    Means of `rounds` steps.
-
-    Raises:
-        UserError: the ranks failed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "measured.json"
-        worker = [str(TOOLS / "benchmarks" / "scaling_worker.py"), str(out)]
-        ranks = f"--nproc_per_node={workload.ranks}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *worker]
-        command += [workload.backbone, str(workload.crop), str(workload.images), str(rounds)]
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(TOOLS.parent)]), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environ, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(
-                f"the check on {format_count(workload.ranks, 'rank')} failed: {done.stderr.strip().splitlines()[-1]}"
-            )
-        sync, frozen = json.loads(out.read_text(encoding="utf-8"))
-    where = f"{format_count(workload.ranks, 'rank')}, crop {workload.crop}"
-    return [{"what": f"{where}, {workload.norm}", **sync}, {"what": f"{where}, frozen", **frozen}]

@@ -1,7 +1,7 @@
 """One of the real ranks of `scaling --check`: measures parts of a step and whole steps in turns, and predicts these.
 
-Arguments: OUT BACKBONE CROP IMAGES ROUNDS, under torchrun. The main rank writes the table's rows, with synchronised and
-with frozen batch norm, to OUT; both norms share one start. Parts:
+Arguments: OUT BACKBONE CROP IMAGES ROUNDS, under torchrun. The main rank writes the table's row of
+each batch norm to OUT; both share one start. Parts:
 
 - compute, in processor time, of a step of all ranks at once whose collectives return without communicating;
 - how much of the cores all ranks together got during that;
@@ -79,6 +79,6 @@ if __name__ == "__main__":
     out, backbone, crop, images, rounds = sys.argv[1:]
     with process_group(this):
         frozen = Workload(backbone, int(crop), int(images), "frozen", this.world_size)
-        rows = [check(this, workload, int(rounds)) for workload in (replace(frozen, norm="sync"), frozen)]
+        rows = {each.norm: check(this, each, int(rounds)) for each in (replace(frozen, norm="sync"), frozen)}
         this.on_main(Path(out).write_text, json.dumps(rows))
     hard_exit(0)
