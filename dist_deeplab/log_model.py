@@ -35,7 +35,7 @@ from dist_deeplab.errors import UserError, one_line_errors
 from dist_deeplab.evaluation import serving
 from dist_deeplab.logs import format_names
 from dist_deeplab.redaction import redact, shown_url
-from dist_deeplab.tracking.mlflow.run import find_run
+from dist_deeplab.tracking.mlflow.find_run import find_run
 from dist_deeplab.tracking.mlflow.state import UploadState
 from dist_deeplab.tracking.mlflow.store import (
     choose_store,

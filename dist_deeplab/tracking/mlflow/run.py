@@ -4,7 +4,6 @@ The folder may be somebody else's: only files that lie in it are sent, its paren
 tags that MLflow gives a meaning of its own are not taken from it.
 """
 
-import contextlib
 import functools
 import getpass
 import json
@@ -15,15 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_deeplab.command_line import command_name
 from dist_deeplab.errors import UserError
 from dist_deeplab.locks import file_lock
 from dist_deeplab.redaction import shown_url
+from dist_deeplab.tracking.mlflow.find_run import FOLDER_TAG, find_run
 from dist_deeplab.tracking.mlflow.images import ImageSeries
 from dist_deeplab.tracking.mlflow.pages import shown_as, view_of_sweep
 from dist_deeplab.tracking.mlflow.state import UploadState
-from dist_deeplab.tracking.mlflow.store import StoreError, open_client, open_experiment
-from dist_deeplab.tracking.run_files import RUN_FILE, RunFile, inside, known_run_file, read_run_file
+from dist_deeplab.tracking.mlflow.store import open_client, open_experiment
+from dist_deeplab.tracking.run_files import RunFile, inside, known_run_file, read_run_file
 
 log = logging.getLogger("mlflow_uploader")
 
@@ -31,7 +30,6 @@ Record = dict[str, Any]
 _MAX_TEXT = 5000  # MLflow takes tags of 8000 characters and parameters of 6000
 _DESCRIPTION = "mlflow.note.content"
 _OWN_TAGS = (_DESCRIPTION, "mlflow.runColor")  # those of MLflow's that the journal may set
-_FOLDER_TAG = "folder"
 _TAB10 = "1f77b4 ff7f0e 2ca02c d62728 9467bd 8c564b e377c2 7f7f7f bcbd22 17becf"  # matplotlib's ten colours
 
 
@@ -114,7 +112,7 @@ class MlflowRun:
     def _tags(self, *, is_first: bool) -> dict[str, Any]:
         about = self.about
         tags = {**_without_mlflow_s(about.tags), "mlflow.user": user_name(), "mlflow.source.type": "LOCAL"}
-        tags[_FOLDER_TAG] = str(self.run_dir.resolve())
+        tags[FOLDER_TAG] = str(self.run_dir.resolve())
         if "git_revision" in tags:
             tags["mlflow.source.git.commit"] = tags["git_revision"]
         if "command" in tags:
@@ -231,57 +229,6 @@ class MlflowRun:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             log.warning("MLflow refuses the file of %s (%s); it stays in the run's folder", record, error)
-
-
-def find_run(client: Any, state: UploadState, run_dir: Path) -> bool:
-    """Whether the store has the run of this folder, under an id that `state` knows; `state` then has it.
-
-    An id that another address's store gave counts too: it may be the same store under another name. A run that says
-    that it is of another folder, which is still there, is not this one's: this folder is a copy, and gets its own.
-
-    Raises:
-        StoreError: the run that this store had was deleted.
-    """
-    known = [(state.values, state.is_known)] if state.is_known else [(other, False) for other in state.others.values()]
-    for values, is_own in known:
-        if not values["run_id"]:
-            continue
-        run = _get_run(client, values["run_id"])
-        if run is None and is_own:
-            raise StoreError(
-                f"the run {values['run_id']} of {run_dir} was deleted in {state.uri}; `mlflow runs restore --run-id "
-                f"{values['run_id']}` may bring it back, `{command_name('sync-mlflow')} --new-run {run_dir}` sends all "
-                "to a new one"
-            )
-        if run is None:
-            continue
-        original = Path(run.data.tags.get(_FOLDER_TAG) or run_dir)
-        if _is_another_run(original, run_dir):
-            log.warning("%s is a copy of %s: it gets a run of its own in MLflow", run_dir, original)
-            continue
-        if not is_own:
-            state.save(**values)
-        return True
-    return False
-
-
-def _get_run(client: Any, run_id: str) -> Any:
-    """The run, or None where the store has none of this id, or has deleted it."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        return None
-    return None if run.info.lifecycle_stage == "deleted" else run
-
-
-def _is_another_run(original: Path, run_dir: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return (original / RUN_FILE).is_file() and not original.samefile(run_dir)
-    return False
 
 
 def parent_run_id(run_dir: Path, about: RunFile, uri: str) -> str:
