@@ -1,8 +1,8 @@
 """Checkpoint files: written whole or not at all, verified by digest, loaded without running code.
 
 A checkpoint is a pair `step_00001000.pt` and `step_00001000.json`; the sidecar holds the SHA-256 of the first (torch
-notices a truncated file but not a flipped byte). It is written before the file gets its name: what a killed process
-leaves is never a file without a sidecar, which would look like a damaged checkpoint.
+notices a truncated file but not a flipped byte). It is written before the file gets its name: if the process is killed
+in between, there is no file without a sidecar, which would look like a damaged checkpoint.
 """
 
 import hashlib
@@ -86,7 +86,7 @@ def save_content(
 
     def fill(temporary: Path) -> None:
         digest = _write_tensors(temporary, {"format": FORMAT, **content}, name=path)
-        fsync(temporary)
+        fsync(temporary)  # before anything else names it
         also(temporary, digest)
         write_sidecar(path, temporary, step=step, digest=digest)
 

@@ -513,7 +513,7 @@ def test_kill_9_while_a_step_is_saved_again_leaves_the_old_or_the_new_one(tmp_pa
 
 
 def test_a_checkpoint_without_its_sidecar_does_not_count_as_kept(tmp_path: Path) -> None:
-    """Killed between the two renames, step 20 has no sidecar: with keep_last=2 the whole one of step 10 must stay."""
+    """Step 20 lost its sidecar: with keep_last=2 the whole one of step 10 must stay."""
     folder = CheckpointFolder(tmp_path, keep_last=2, is_writer=True)
     for step in (10, 20, 30):
         folder.save(content_of(step), step=step, is_best=False, wait=True)

@@ -146,6 +146,13 @@ def test_torchrun_is_known_by_its_command_line(arguments: list[str], expected: b
     assert not launcher._is_torchrun(process.pid), "it is gone"
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 REFUSED_BESIDE_THE_MAIN_RANK = """
 from dist_deeplab.distributed.launcher import exit_with_error
 from dist_deeplab.distributed.process_group import DistEnv
@@ -163,8 +170,10 @@ def test_another_rank_of_a_run_leaves_without_a_word_when_the_launcher_ends_it()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        while process.poll() is None:  # before it is refused, a rank takes the first one for a request to stop
-            process.terminate()
-            time.sleep(0.1)
+        deadline = time.monotonic() + 60
+        while catches(process.pid, signal.SIGTERM):  # before it is refused, a rank takes one for a request to stop
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.terminate()
         assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == -signal.SIGTERM

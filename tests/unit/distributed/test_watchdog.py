@@ -92,11 +92,14 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return event
 
 
-def test_a_run_that_hangs_is_ended_with_its_stacks(
+def test_a_run_that_hangs_is_ended_with_its_stacks_and_one_that_advances_is_not(
     store: dist.Store, tmp_path: Path, ended: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
     progress = Progress()
-    with watched(DistEnv(0, 0, 2, "slurm"), store, progress, StopRequest(), timeout_s=0.4, logs=tmp_path):
+    with watched(DistEnv(0, 0, 2, "slurm"), store, progress, StopRequest(), timeout_s=2, logs=tmp_path):
+        for _ in range(30):  # longer than the limit in all, and each far below it
+            progress.begin("in a step")
+            assert not ended.wait(0.1)
         progress.begin("waiting for data")
         assert ended.wait(30)
     assert "no heartbeat from rank 1" in caplog.text

@@ -87,8 +87,10 @@ def test_a_command_that_fails_or_hangs_does_not_disturb(
     monkeypatch.setattr(logging.getLogger("dist_deeplab"), "propagate", True)
     monkeypatch.setattr(status_module, "_HOOK_WAIT_S", 0.5)
     tracker = open_here(tmp_path / "run", command)
-    tracker.close("FINISHED")
-    (tmp_path / "run/over").touch()
+    try:
+        tracker.close("FINISHED")
+    finally:
+        (tmp_path / "run/over").touch()
     assert ("tracking.on_event failed at finished" in caplog.text) == (command != HANGS)
 
 
