@@ -27,7 +27,14 @@ from dist_deeplab import config as configuration
 from dist_deeplab.command_line import command_name
 from dist_deeplab.comparison import report
 from dist_deeplab.comparison.record import RunRecord, read_folder
-from dist_deeplab.config import RunConfig
+from dist_deeplab.comparison.sweep_child import (
+    Child,
+    counts_as_finished,
+    is_finished,
+    journal_size,
+    recipe_changes,
+    warn_of_other_origin,
+)
 from dist_deeplab.config.grid import expand
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.stop_between import StopBetween
@@ -36,20 +43,11 @@ from dist_deeplab.files import prepare_folder
 from dist_deeplab.logs import format_count, setup_logging
 from dist_deeplab.packaged import mlflow_ui
 from dist_deeplab.tracking import run_files
-from dist_deeplab.tracking.journal import JOURNAL
 from dist_deeplab.tracking.mlflow.pages import server_of, sweep_pages
 from dist_deeplab.tracking.mlflow.state import UploadState
 from dist_deeplab.tracking.tracker import Reporting, open_tracker, resolve_uri
 
 log = logging.getLogger("dist_deeplab.sweep")
-
-
-@dataclass(frozen=True)
-class Child:
-    """One run of the sweep: its configuration, and the arguments of `dist_deeplab.train` that make it."""
-
-    config: RunConfig
-    arguments: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -147,16 +145,6 @@ def refuse_other_recipes(sweep: Sweep) -> None:
     )
 
 
-def recipe_changes(child: Child) -> list[str]:
-    """`key: begun with -> asked for` of the recipe, for a run that is finished or has checkpoints to resume from."""
-    folder = child.config.run_dir
-    if not (folder / run_files.RUN_FILE).exists() or not (folder / "config.yaml").exists():
-        return []
-    if read_folder(folder).status != "FINISHED" and not any((folder / "checkpoints").glob("*.pt")):
-        return []
-    return configuration.recipe_differences(read_config(child), child.config)
-
-
 def prepare(sweep: Sweep) -> None:
     """Make the folder of the sweep's own run; a larger grid under the same name adds to it."""
     prepare_folder(sweep.folder, remedy="choose another output_dir=")
@@ -221,23 +209,6 @@ def run_all(sweep: Sweep, *, num_processes: int) -> Ended:
     return ended
 
 
-def is_finished(child: Child) -> bool:
-    """Whether the run is done, with the very recipe that is asked for now."""
-    folder = child.config.run_dir
-    if not (folder / run_files.RUN_FILE).exists() or read_folder(folder).status != "FINISHED":
-        return False
-    return not configuration.recipe_differences(read_config(child), child.config)
-
-
-def counts_as_finished(child: Child) -> bool:
-    """`is_finished`, but no where nobody can tell, e.g. for a key that this version does not know; that is logged."""
-    try:
-        return is_finished(child)
-    except UserError as error:
-        log.warning("%s does not count as finished: %s", child.config.name, error)
-        return False
-
-
 def read_if_possible(folder: Path) -> RunRecord | None:
     """The record of a run for the comparison; None, and a warning, where its folder cannot be read."""
     try:
@@ -245,28 +216,6 @@ def read_if_possible(folder: Path) -> RunRecord | None:
     except UserError as error:
         log.warning("%s is left out of the comparison: %s", folder.name, error)
         return None
-
-
-def warn_of_other_origin(child: Child) -> None:
-    """Say what a finished run was trained or scored from, where something else is asked for now."""
-    before, now = configuration.flatten(read_config(child)), configuration.flatten(child.config)
-    for key in (key for key, mark in configuration.AFFECTS.items() if mark.what == "origin"):
-        old, new = before[key], now[key]
-        if new not in ("", old):
-            log.warning(
-                "it was trained with %s=%s; %s=%s is not read: for that choose another name=", key, old, key, new
-            )
-
-
-def read_config(child: Child) -> configuration.RunConfig:
-    """The configuration that the run was started with."""
-    return configuration.load_config(child.config.run_dir / "config.yaml")
-
-
-def journal_size(child: Child) -> int:
-    """Size of the run's journal in bytes: it grows as soon as a training has begun."""
-    journal = child.config.run_dir / JOURNAL
-    return journal.stat().st_size if journal.exists() else 0
 
 
 def conclude(sweep: Sweep) -> int:
