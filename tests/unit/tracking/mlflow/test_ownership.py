@@ -305,3 +305,14 @@ def test_many_tasks_of_an_array_job_on_one_sqlite_file_are_warned(
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     tracker._note_store(runs / "a", f"sqlite:///{runs}/mlflow.db")
     assert "share one SQLite file" in caplog.text
+
+
+@pytest.mark.parametrize(("others", "beside"), [([], ""), (["b"], " nor in {folder}/b")])
+def test_folders_without_a_run_are_named_with_what_to_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], others: list[str], beside: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        sync_mlflow.main([str(tmp_path / name) for name in ("a", *others)])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"there is no run.json in {tmp_path / 'a'}{beside.format(folder=tmp_path)}; name the folders of runs" in said
