@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from dist_deeplab.commands import sample_voc, shards
 from tests.processes import command_of, environ_of, processes_with
@@ -240,11 +241,18 @@ def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of an MLflow store in SQLite with empty tables, to be copied: making them takes seconds."""
-    from mlflow import MlflowClient
+    """The file of an MLflow store in SQLite with empty tables, to be copied: making them takes seconds.
 
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
+    One worker of pytest-xdist makes it for all.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "empty_store.db"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            from mlflow import MlflowClient
+
+            MlflowClient(f"sqlite:///{path}.new").search_experiments()
+            os.replace(f"{path}.new", path)
     return path
 
 

@@ -9,9 +9,8 @@ import torch
 
 from dist_deeplab import doctor, train
 from dist_deeplab.model.deeplabv2 import ASPP
-from tests.conftest import REPO, Run
 from tests.distributed.forked_ranks import run_forked
-from tests.distributed.workers import hasty_doctor
+from tests.distributed.workers import broken_kernel, hasty_doctor
 
 pytestmark = pytest.mark.distributed
 
@@ -67,12 +66,11 @@ def test_data_that_training_refuses_is_found(
 
 
 @pytest.mark.quick("P9")
-def test_a_batch_norm_that_sums_wrongly_over_ranks_is_named(run_ranks: Run, tmp_path: Path) -> None:
-    worker = REPO / "tests/distributed/workers/broken_kernel.py"
-    done = run_ranks(2, worker, f"output_dir={tmp_path}/runs")
-    assert done.returncode == 1
-    assert "exitcode  : 1" in done.stderr
-    assert first_failure(done.stdout).startswith("batch norm over all ranks (fp32)"), done.stdout
+def test_a_batch_norm_that_sums_wrongly_over_ranks_is_named(tmp_path: Path) -> None:
+    arguments = [f"output_dir={tmp_path}/runs"]
+    assert run_forked(broken_kernel.main, [(arguments,)] * 2, tmp_path / "log") == 1
+    printed = (tmp_path / "log").read_text()
+    assert first_failure(printed).startswith("batch norm over all ranks (fp32)"), printed
 
 
 def test_a_head_that_computes_wrongly_is_named(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,9 +63,10 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def test_a_restart_on_a_full_disk_trains_on_and_says_once_what_is_not_written(
-    small_disk: Path, sample_shards: Path, tmp_path: Path
+    small_disk: Path, sample_shards: Path, empty_store: Path, tmp_path: Path
 ) -> None:
     """Everything but the last checkpoint is something that a run can do without. Before and after, it is one rank."""
+    shutil.copy(empty_store, small_disk / "mlflow.db")
     assert train.main(arguments(sample_shards, small_disk, 2)) == 0
     before = {name: (small_disk / "full" / name).read_text() for name in ("run.json", "config.yaml")}
     fill(small_disk)

@@ -1,7 +1,6 @@
 """The main job as users run it: torchrun, kill, resume, evaluate; and what wrong input says."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -25,8 +24,8 @@ from dist_deeplab.evaluation import validation
 from dist_deeplab.evaluation.evaluator import Evaluation, evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from tests.conftest import Run, command_environ, torchrun_command
+from tests.distributed.disturbed_run import KILLED, Fault, start
 from tests.distributed.forked_ranks import run_forked
-from tests.processes import ranks_of
 
 pytestmark = pytest.mark.distributed
 
@@ -71,9 +70,10 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(sample_shards: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on two ranks that nothing happened to, with MLflow in SQLite."""
     out = tmp_path_factory.mktemp("runs")
+    shutil.copy(empty_store, out / "mlflow.db")
     command = torchrun_command(2, "-m", "dist_deeplab.train", *run_arguments(sample_shards, out, "run"))
     done = subprocess.run(command, env=command_environ(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -132,21 +132,17 @@ def test_evaluate_gives_the_scores_of_the_training_run(undisturbed: Path, sample
 
 @pytest.mark.quick("P5")
 def test_a_killed_run_continues_to_the_same_weights_and_curve(
-    run_ranks: Run, undisturbed: Path, sample_shards: Path, tmp_path: Path
+    undisturbed: Path, sample_shards: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL of a rank after step 6, whose checkpoint is step 4. (On other numbers of ranks: test_blocks.py.)"""
-    arguments = [*run_arguments(sample_shards, tmp_path, "run"), "tracking.uri=none"]
-    command = torchrun_command(2, "-m", "dist_deeplab.train", *arguments)
-    with subprocess.Popen(command, env=command_environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as agent:
-        wait_for_step(tmp_path / "run", 6)
-        os.kill(dict(ranks_of(agent.pid))[1], signal.SIGKILL)
-        agent.communicate(timeout=120)
-    assert agent.returncode != 0
-    assert not (tmp_path / "run/checkpoints/step_00000012.pt").exists(), "killed too late to test anything"
+    """SIGKILL of a rank after step 6, whose checkpoint is step 4.
 
-    resumed = run_ranks(2, "-m", "dist_deeplab.train", *arguments)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "from step 4 to 12" in resumed.stdout or "from step 8 to 12" in resumed.stdout
+    (On other numbers of ranks: test_blocks.py; at any moment and under torchrun: test_killer.py.)
+    """
+    arguments = [*run_arguments(sample_shards, tmp_path, "run"), "tracking.uri=none"]
+    folder, log = tmp_path / "run", tmp_path / "log"
+    assert start(arguments, folder, log, fault=Fault("kill", "step", 5, rank=1), ranks=2) == KILLED
+    assert start(arguments, folder, log, ranks=2) == 0, log.read_text()
+    assert "from step 4 to 12" in log.read_text()
     assert distance(weights_at(12, tmp_path / "run"), weights_at(12, undisturbed)) == 0
     for key in ("train/loss", "lr/head_weight", "val/mIoU"):
         assert curve(tmp_path / "run", key) == curve(undisturbed, key)

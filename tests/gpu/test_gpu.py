@@ -34,7 +34,8 @@ from tests.unit.model import norm_kernels
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and torch sees none")
 
 ALONE = DistEnv(0, 0, 1, "single process")
-IGNORE, NUM_CLASSES, CROP = 255, 21, 65
+IGNORE, NUM_CLASSES = 255, 21
+CROP = 65 if torch.cuda.is_available() else 33  # some CPUs take seconds for a step in fp16
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])], autouse=True)
@@ -81,7 +82,7 @@ def _batches(num: int) -> list[Batch]:
         image = torch.randint(0, 256, (4, 3, CROP, CROP), dtype=torch.uint8, generator=generator)
         label = (torch.arange(CROP, dtype=torch.uint8) // 4 % NUM_CLASSES).view(1, CROP, 1).repeat(4, 1, CROP)
         label[:, : 8 * (number + 1)] = IGNORE
-        content = torch.tensor([[CROP, CROP], [CROP - 8, CROP], [CROP, 40], [33, 33]])
+        content = torch.tensor([[CROP, CROP], [CROP - 8, CROP], [CROP, CROP // 2 + 8], [CROP // 2 + 1, CROP // 2 + 1]])
         batches.append(pinned(Batch(image, label, content, ["a", "b", "c", "d"])))
     return batches
 
@@ -126,7 +127,7 @@ def test_a_lower_precision_step_stays_finite_and_near_fp32(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_the_loss_falls_on_one_batch_in_every_precision(dtype: str, device: str) -> None:
     step, batches = _step(dtype), _batches(1)
-    num_steps = 60 if device == "cuda" else 5
+    num_steps = 60 if device == "cuda" else 2
     totals = [_total(step(batches)) for _ in range(num_steps)]
     assert totals[-1] < (0.8 if device == "cuda" else 1.0) * totals[0]
 

@@ -351,8 +351,16 @@ def test_without_an_active_environment_that_of_the_repository_is_used(repo: Path
 
 
 @pytest.mark.parametrize("left_over", ["killed while installing", "killed while making it", "moved"])
-def test_an_unsound_environment_is_made_again(repo: Path, tmp_path: Path, left_over: str):
+def test_an_unsound_environment_is_known(repo: Path, tmp_path: Path, left_over: str):
     venv = repo / ".venv"
+    leave_environment(venv, left_over, tmp_path)
+    done = source(repo, f"is_sound {venv}")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert not (tmp_path / "pip_called").exists()
+
+
+def leave_environment(venv: Path, left_over: str, tmp_path: Path) -> None:
+    """Make an environment that is not sound; of the system's interpreter, a call of pip leaves `pip_called`."""
     if left_over == "killed while making it":
         # bin/python, but no pyvenv.cfg: this is the system's interpreter, which nothing must be installed into.
         interpreter = shlex.quote(str(Path(sys.executable).resolve()))
@@ -368,6 +376,11 @@ def test_an_unsound_environment_is_made_again(repo: Path, tmp_path: Path, left_o
     elif left_over == "moved":
         # Scripts name their interpreter by its full path, here that of before the move.
         write_program(venv / "bin" / "pip", "").write_text(f"#!{tmp_path}/old/.venv/bin/python\n")
+
+
+def test_an_unsound_environment_is_made_again(repo: Path, tmp_path: Path):
+    venv = repo / ".venv"
+    leave_environment(venv, "killed while making it", tmp_path)
     (venv / "left_over").touch()
 
     done = source(repo, f"make_venv {venv}", PYTHON=sys.executable)

@@ -143,9 +143,10 @@ def test_its_page_says_what_it_is_its_score_its_classes_and_the_mask_s_encoding(
     assert model.tags["mlflow.note.content"] == version.description
 
 
-@pytest.fixture
-def served(server: Server, trained: Trained, tmp_path: Path) -> Iterator[int]:
+@pytest.fixture(scope="module")
+def served(server: Server, trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of `mlflow models serve`."""
+    folder = tmp_path_factory.mktemp("served")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -155,14 +156,14 @@ def served(server: Server, trained: Trained, tmp_path: Path) -> Iterator[int]:
         "MLFLOW_TRACKING_URI": server.uri,
         "PATH": os.pathsep.join([scripts, os.environ["PATH"]]),
     }
-    with open(tmp_path / "serve.log", "wb") as log:
+    with open(folder / "serve.log", "wb") as log:
         process = subprocess.Popen(
-            [*command, "--port", str(port)], cwd=tmp_path, env=environ, stdout=log, stderr=log, start_new_session=True
+            [*command, "--port", str(port)], cwd=folder, env=environ, stdout=log, stderr=log, start_new_session=True
         )
     try:
         deadline = time.monotonic() + 180
         while not is_up(port):
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "serve.log").read_text()
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "serve.log").read_text()
             time.sleep(0.2)
         yield port
     finally:

@@ -1,9 +1,5 @@
-"""The doctor on a device whose batch norm sums wrongly over ranks: torchrun broken_kernel.py ARGUMENTS...
+"""The doctor on a device whose batch norm sums wrongly over ranks."""
 
-Its main rank reports late: the exit codes of the others must not make torchrun end it before.
-"""
-
-import sys
 import time
 from typing import Any
 
@@ -11,7 +7,6 @@ import torch
 
 from dist_deeplab import doctor
 from dist_deeplab.distributed import diagnostics
-from dist_deeplab.distributed.launcher import hard_exit
 from dist_deeplab.model import rank_exchange
 
 real_sum = rank_exchange.total
@@ -27,6 +22,8 @@ def late(findings: Any) -> str:
     return real_render(findings)
 
 
-diagnostics.render = late
-rank_exchange.total = half_of_a_sum
-hard_exit(doctor.main(sys.argv[1:]))
+def main(arguments: list[str]) -> int:
+    """The doctor's exit code. The main rank reports late: that of another rank must not end it before."""
+    diagnostics.render = late
+    rank_exchange.total = half_of_a_sum
+    return doctor.main(arguments)
