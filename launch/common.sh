@@ -271,11 +271,16 @@ install_torch() {
     pip_install "$pin" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
 }
 
+# Where packages are installed in ENVIRONMENT, as a venv and conda have it; nothing elsewhere.
+site_packages() { compgen -G "$ENVIRONMENT/lib/python3*/site-packages" | head -n 1 || true; }
+
 # pip's hundreds of lines are shown only when it fails.
 pip_install() {
-    local output
+    local output site
     output=$(mktemp)
-    if ! "$ENVIRONMENT/bin/python" -m pip install --disable-pip-version-check "$@" >"$output" 2>&1; then
+    site=$(site_packages)
+    if ! "$ENVIRONMENT/bin/python" -m pip install --disable-pip-version-check ${site:+--no-compile} "$@" \
+        >"$output" 2>&1; then
         cat "$output" >&2
         rm -f "$output"
         # pip itself gave up, it was not killed: what it has installed so far is whole.
@@ -303,9 +308,16 @@ install_package() {
     (pip_install --editable "$REPO${extras:+[$extras]}" --constraint "$constraints") ||
         { rm -f "$constraints" && exit 1; }
     rm -f "$constraints"
-    # pip compiles what it installs, but not what is editable; where bytecode isn't written (as in many containers) each
-    # rank would do it, at each start. A repository that can't be written to is used as it is.
-    "$ENVIRONMENT/bin/python" -m compileall -q "$REPO/dist_deeplab" >/dev/null 2>&1 || true
+    compile_packages
+}
+
+# Compile what was installed: pip would do it one file after the other, and not at all what is editable; where bytecode
+# isn't written (as in many containers) each rank would do it, at each start. What can't be written to is used as it is.
+compile_packages() {
+    local site
+    site=$(site_packages)
+    say "compiling them"
+    "$ENVIRONMENT/bin/python" -m compileall -qq -j 4 ${site:+"$site"} "$REPO/dist_deeplab" >/dev/null 2>&1 || true
 }
 
 # setup_environment EXTRAS: an environment with the package in it, active. Quick when nothing has changed.

@@ -97,32 +97,34 @@ def _autocast_bytes(net: DeepLabV2) -> int:
     return 0 if part else _bytes(m.weight for m in net.backbone.modules() if isinstance(m, nn.Conv2d))
 
 
+_NUM_COUNTED = 10_007
+"""Images in the pass that is counted: a prime, so that what has a multiple of it in bytes is of the images."""
+
+
 def _kept_for_backward(net: DeepLabV2, length: int) -> tuple[int, int]:
-    """The bytes that autograd keeps of a pass, other than weights: for any number of images, and for each."""
-    like = next(net.parameters())
-    one, two = (_saved_bytes(net, like.new_empty(count, 3, length, length)) for count in (1, 2))
-    return one - (two - one), two - one
-
-
-def _saved_bytes(net: DeepLabV2, image: torch.Tensor) -> int:
-    """The bytes that autograd keeps after a forward pass, each storage once, without the weights.
+    """The bytes that autograd keeps of a pass, other than weights: for any number of images, and for each.
 
     With recomputation these are the inputs of the bottlenecks, and all of the largest one, which lives in its turn.
     """
+    image = next(net.parameters()).new_empty(_NUM_COUNTED, 3, length, length)
     if not net.backbone.recompute:
         return _kept_by(net, image)
     inputs: list[tuple[nn.Module, torch.Tensor]] = []
     blocks = (module for module in net.modules() if isinstance(module, Bottleneck))
     hooks = [block.register_forward_pre_hook(lambda block, args: inputs.append((block, args[0]))) for block in blocks]
-    kept = _kept_by(net, image)
+    fixed, each = _kept_by(net, image)
     for hook in hooks:
         hook.remove()
-    own = (_kept_by(block, x.detach().requires_grad_()) - x.untyped_storage().nbytes() for block, x in inputs)
-    return kept + max(own)
+    parts = [(_kept_by(block, x.detach().requires_grad_()), x.untyped_storage().nbytes()) for block, x in inputs]
+    own_each, own_fixed = max((kept[1] - has // _NUM_COUNTED, kept[0]) for kept, has in parts)
+    return fixed + own_fixed, each + own_each
 
 
-def _kept_by(module: nn.Module, x: torch.Tensor) -> int:
-    """The bytes of the storages, other than the module's own, that autograd keeps of `module(x)`."""
+def _kept_by(module: nn.Module, x: torch.Tensor) -> tuple[int, int]:
+    """The bytes that autograd keeps of `module(x)`, without the module's own: for any number of images, and for each.
+
+    x: `_NUM_COUNTED` images.
+    """
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,7 +136,9 @@ def _kept_by(module: nn.Module, x: torch.Tensor) -> int:
         output = module(x)
     own = {tensor.untyped_storage()._cdata for tensor in module.state_dict().values()}
     del output
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    sizes = [storage.nbytes() for address, storage in kept.items() if address not in own]
+    of_images = sum(size for size in sizes if size % _NUM_COUNTED == 0)
+    return sum(sizes) - of_images, of_images // _NUM_COUNTED
 
 
 def gib(num_bytes: float) -> str:

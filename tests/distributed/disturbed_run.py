@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_deeplab import train
-from dist_deeplab.evaluation import report
 from dist_deeplab.evaluation.accumulator import ConfusionAccumulator
 from dist_deeplab.training.state import TrainState
+from tests.commands import draw_no_figures
 from tests.distributed.forked_ranks import run_forked
 
 KILLED = -signal.SIGKILL
@@ -189,8 +189,7 @@ def _counted(method: Callable[..., Any], disturbance: _Disturbance, moment: str)
 
 def _train(arguments: Sequence[str], run_dir: Path, fault: Fault | None) -> int:
     """What a rank does."""
-    report.write_figures = lambda *_: []  # type: ignore[assignment]  # most of the time of runs as small as these
-    train.save_figure = lambda *_: run_dir / "metrics.jsonl"
+    draw_no_figures()
     if fault and fault.rank == int(os.environ.get("RANK", 0)):
         disturb(fault, run_dir)
     return train.main(list(arguments))

@@ -23,6 +23,7 @@ from dist_deeplab.distributed.session import Session
 from dist_deeplab.evaluation import validation
 from dist_deeplab.evaluation.evaluator import Evaluation, evaluate
 from dist_deeplab.evaluation.inference import Predictor
+from tests.commands import draw_no_figures
 from tests.conftest import Run, command_environ, torchrun_command
 from tests.distributed.disturbed_run import KILLED, Fault, start
 from tests.distributed.forked_ranks import run_forked
@@ -67,6 +68,11 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """How far apart two sets of weights and statistics are, all tensors as one vector."""
     assert a.keys() == b.keys()
     return float(sum((a[name].double() - b[name].double()).square().sum() for name in a) ** 0.5)
+
+
+@pytest.fixture(autouse=True)
+def _no_figures_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_no_figures(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")

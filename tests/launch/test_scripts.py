@@ -534,13 +534,25 @@ def test_a_second_setup_installs_nothing(repo: Path, installed: Path):
     assert pip_calls(installed) == []
 
 
-def test_an_installation_compiles_the_package_where_its_processes_would_not(repo: Path, environment: Path):
+def test_an_installation_compiles_all_where_its_processes_would_not(repo: Path, environment: Path):
     set_torch(environment, "2.13.0")
     (repo / "dist_deeplab").mkdir()
     (repo / "dist_deeplab/module.py").write_text("value = 1\n")
+    site = environment / "lib/python3.11/site-packages"
+    site.mkdir(parents=True)
+    (site / "library.py").write_text("value = 1\n")
     done = source(repo, 'setup_environment ""', VIRTUAL_ENV=str(environment), PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 0, done.stderr
     assert list((repo / "dist_deeplab").rglob("module.*.pyc"))
+    assert list(site.rglob("library.*.pyc"))
+    assert all("--no-compile" in call for call in pip_calls(environment)), "it would do so one after the other"
+
+
+def test_where_packages_are_elsewhere_pip_compiles_them(repo: Path, environment: Path):
+    done = source(repo, 'setup_environment ""', VIRTUAL_ENV=str(environment))
+    assert done.returncode == 0, done.stderr
+    assert pip_calls(environment)
+    assert not any("--no-compile" in call for call in pip_calls(environment))
 
 
 @pytest.mark.parametrize("change", ["setup.py", "constraints.txt", "extras", "torch removed", "repository moved"])
@@ -618,6 +630,7 @@ def test_an_installation_prints_a_line_per_stage_and_pips_own_lines_when_it_fail
     assert [line.partition(": ")[2].split()[0] for line in done.stderr.splitlines()] == [
         "keeping",
         "installing",
+        "compiling",
         "ready:",
     ]
     (environment / "pip_fails").touch()

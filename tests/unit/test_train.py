@@ -24,7 +24,7 @@ from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model import numerics
 from dist_deeplab.tracking import tracker
 from dist_deeplab.training import summary
-from tests.commands import exit_code
+from tests.commands import draw_no_figures, exit_code
 
 SMALL = [
     *(
@@ -70,7 +70,8 @@ def torchs_own_tf32() -> Iterator[None]:
 
 
 @pytest.fixture
-def runs(sample_shards: Path, tmp_path: Path) -> Runs:
+def runs(sample_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    draw_no_figures(monkeypatch.setattr)
     return Runs(sample_shards, tmp_path)
 
 
