@@ -99,12 +99,14 @@ def _exit_code(processes: Sequence[Any]) -> int:
     while left:
         ended = multiprocessing.connection.wait(list(left), timeout=TIME_LIMIT_S)
         assert ended, f"no end after {TIME_LIMIT_S:g} s"
+        codes = []
         for sentinel in ended:
             process = left.pop(sentinel)  # type: ignore[arg-type]
             process.join()
-            if process.exitcode not in (0, 75):
-                return int(process.exitcode)
-            worst = max(worst, process.exitcode)
+            codes.append(int(process.exitcode))
+        if failures := [code for code in codes if code not in (0, 75)]:
+            return min(failures)  # a signal: on a busy machine, ranks that failed because of it may have ended by now
+        worst = max(worst, *codes)
     return worst
 
 

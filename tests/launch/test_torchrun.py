@@ -16,9 +16,10 @@ from tests.conftest import REPO
 
 WORKER = """
 import os, signal, sys, time
-from dist_deeplab.distributed.launcher import write_status
 
 mode, rank = sys.argv[1], int(os.environ["RANK"])
+if rank == 0:
+    from dist_deeplab.distributed.launcher import write_status
 stop = []
 if mode == "mistake":  # before a run has its signal handlers, or after it has put them back
     if rank == 0:
