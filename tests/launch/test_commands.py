@@ -135,7 +135,7 @@ def test_a_clone_is_not_overwritten_by_its_own_scripts(capsys: pytest.CaptureFix
 
 def test_quickstart_skips_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert [part[0] for part in quickstart.commands(2, [])] == ["sample-voc", "shards", "torchrun", "torchrun"]
+    assert [part[0] for part in quickstart.commands(2, [])] == ["sample-voc", "shards", "torchrun", "evaluate"]
     folder = tmp_path / "data/sample_voc/shards"
     folder.mkdir(parents=True)
     (folder / "train.json").touch()
