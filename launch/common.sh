@@ -272,7 +272,11 @@ install_torch() {
 }
 
 # Where packages are installed in ENVIRONMENT, as a venv and conda have it; nothing elsewhere.
-site_packages() { compgen -G "$ENVIRONMENT/lib/python3*/site-packages" | head -n 1 || true; }
+site_packages() {
+    local folder
+    folder=$ENVIRONMENT/lib/python$(python_version "$ENVIRONMENT/bin/python")/site-packages
+    if [[ -d $folder ]]; then printf '%s\n' "$folder"; fi
+}
 
 # pip's hundreds of lines are shown only when it fails.
 pip_install() {

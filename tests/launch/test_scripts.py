@@ -538,7 +538,7 @@ def test_an_installation_compiles_all_where_its_processes_would_not(repo: Path, 
     set_torch(environment, "2.13.0")
     (repo / "dist_deeplab").mkdir()
     (repo / "dist_deeplab/module.py").write_text("value = 1\n")
-    site = environment / "lib/python3.11/site-packages"
+    site = environment / "lib/python{}.{}/site-packages".format(*sys.version_info)
     site.mkdir(parents=True)
     (site / "library.py").write_text("value = 1\n")
     done = source(repo, 'setup_environment ""', VIRTUAL_ENV=str(environment), PYTHONDONTWRITEBYTECODE="1")
