@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,6 +15,7 @@ from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
 from dist_deeplab.model.preprocessing import CAFFE
+from dist_deeplab.model.resnet import Bottleneck
 from dist_deeplab.model.weights import SCRATCH
 from dist_deeplab.training.loss import CrossEntropy
 from dist_deeplab.training.memory_estimate import estimate_memory, gib, images_that_fit
@@ -28,10 +30,9 @@ def _config(*overrides: str) -> RunConfig:
     return load_config(None, [*SMALL, *overrides])
 
 
-def _kept_by_a_real_forward_pass(dtype: torch.dtype, norm: str, count: int) -> int:
-    net = DeepLabV2("resnet_tiny", 5, norm=norm_factory(norm)).to(dtype)
+def _kept_by_a_real_forward_pass(module: nn.Module, x: torch.Tensor) -> int:
     storages: dict[int, int] = {}
-    weights = {parameter.untyped_storage().data_ptr() for parameter in net.state_dict().values()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.state_dict().values()}
     alive = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -40,7 +41,7 @@ def _kept_by_a_real_forward_pass(dtype: torch.dtype, norm: str, count: int) -> i
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = net(torch.randn(count, 3, 65, 65, dtype=dtype))
+        output = module(x)
     assert output.requires_grad
     return sum(size for address, size in storages.items() if address not in weights)
 
@@ -50,10 +51,31 @@ def _kept_by_a_real_forward_pass(dtype: torch.dtype, norm: str, count: int) -> i
 def test_activations_are_what_torch_keeps_for_the_backward_pass(precision: str, dtype: torch.dtype, norm: str) -> None:
     counted = estimate_memory(_config(f"precision.dtype={precision}", f"model.batch_norm={norm}"), SCRATCH)
     assert list(counted.images) == ["scale_1"]
-    one, three = (_kept_by_a_real_forward_pass(dtype, norm, count) for count in (1, 3))
+    net = DeepLabV2("resnet_tiny", 5, norm=norm_factory(norm)).to(dtype)
+    one, three = (_kept_by_a_real_forward_pass(net, torch.randn(count, 3, 65, 65, dtype=dtype)) for count in (1, 3))
     assert counted.image_bytes == pytest.approx((three - one) / 2, rel=0.02)
     if precision == "fp32" or norm == "frozen":  # else autocast makes copies, which the weights' cast stands for here
         assert counted.fixed["copies of weights"] == pytest.approx(one - counted.image_bytes, rel=0.02)
+
+
+def test_recomputing_keeps_the_inputs_of_the_bottlenecks_and_once_all_of_the_largest() -> None:
+    net = DeepLabV2("resnet_tiny", 5, norm=norm_factory("local"), recompute=True).train()
+    inputs: list[tuple[nn.Module, torch.Tensor]] = []
+    for block in (module for module in net.modules() if isinstance(module, Bottleneck)):
+        block.register_forward_pre_hook(lambda block, arguments: inputs.append((block, arguments[0])))
+
+    def kept(count: int) -> int:
+        inputs.clear()
+        whole = _kept_by_a_real_forward_pass(net, torch.randn(count, 3, 65, 65))
+        seen = [(block, x.detach().requires_grad_()) for block, x in inputs]
+        return whole + max(_kept_by_a_real_forward_pass(block, x) - x.nbytes for block, x in seen)
+
+    counted = estimate_memory(
+        _config("speed.recompute=true", "precision.dtype=fp32", "model.batch_norm=local"), SCRATCH
+    )
+    one, three = kept(1), kept(3)
+    assert counted.image_bytes == (three - one) / 2
+    assert counted.fixed["copies of weights"] == one - counted.image_bytes
 
 
 def test_frozen_batch_norm_keeps_no_activations_of_its_own() -> None:
