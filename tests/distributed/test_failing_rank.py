@@ -1,6 +1,6 @@
 """An error on one rank is on the terminal at once and ends all ranks, though waiting for a rank never returns.
 
-Training shows it under torchrun, which ends the other rank; all else on forked ranks.
+Training shows it under torchrun, which ends the other rank; evaluation and prediction on forked ranks.
 """
 
 import os
@@ -44,21 +44,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "best.pt", checkpoint_of(discerning_network(21)))
 
 
-def training(shards: Path, tmp_path: Path) -> list[str]:
-    data = [f"data.train={shards}/train.json", f"output_dir={tmp_path}", "tracking.uri=none", "name=run"]
-    return ["train", *data, *SMALL]
-
-
 @pytest.mark.quick("P9")
-def test_train(sample_shards: Path, damaged: Path, tmp_path: Path) -> None:
-    command = torchrun_command(2, str(WORKER), f"{sample_shards}={damaged}", *training(sample_shards, tmp_path))
+@pytest.mark.parametrize("fault", ["damaged", "oom"])
+def test_train(sample_shards: Path, damaged: Path, tmp_path: Path, fault: str) -> None:
+    data = [f"data.train={sample_shards}/train.json", f"output_dir={tmp_path}", "tracking.uri=none", "name=run"]
+    what = "oom" if fault == "oom" else f"{sample_shards}={damaged}"
+    command = torchrun_command(2, str(WORKER), what, "train", *data, *SMALL)
     environ = command_environ() | {MARK: str(tmp_path)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S)
     pids = map(int, filter(str.isdigit, os.listdir("/proc")))
     left = [pid for pid in pids if environ_of(pid).get(MARK) == str(tmp_path)]
     assert not left, left
     assert done.returncode == 1, done
-    said = "is damaged: its bytes do not have the checksum of the index"
+    said = "out of memory" if fault == "oom" else "is damaged: its bytes do not have the checksum of the index"
     assert said in done.stderr
     log = (tmp_path / "run/logs/rank_0.log").read_text()
     assert "rank 0 ends: rank 1 on" in log
@@ -69,12 +67,6 @@ def fail(tmp_path: Path, *arguments: object) -> tuple[int, str]:
     """The exit code of a command that fails on rank 1 of two, and what it printed."""
     exit_code = run_forked(failing_rank.main, [tuple(map(str, arguments))] * 2, tmp_path / "log")
     return exit_code, (tmp_path / "log").read_text()
-
-
-def test_train_out_of_memory(sample_shards: Path, tmp_path: Path) -> None:
-    exit_code, printed = fail(tmp_path, "oom", *training(sample_shards, tmp_path))
-    assert exit_code == 1, printed
-    assert "out of memory" in printed
 
 
 @pytest.mark.parametrize("fault", ["damaged", "oom"])
