@@ -71,8 +71,7 @@ def saved_run(arguments: argparse.Namespace) -> Iterator[list[str]]:
         ]
         overrides += [f"model.backbone={arguments.backbone}", "data.num_workers=0", "precision.dtype=fp32"]
         overrides += ["tracking.uri=none", "tracking.system_metrics=false", "resume_anyway=true", "device=cpu"]
-        with contextlib.redirect_stdout(io.StringIO()):
-            train.main([*overrides, "batch.global_size=1", "max_steps=1"])
+        in_new_process(partial(train.main, [*overrides, "batch.global_size=1", "max_steps=1"]))
         yield overrides
 
 
