@@ -1,8 +1,8 @@
 """Checkpoint files: written whole or not at all, verified by digest, loaded without running code.
 
 A checkpoint is a pair `step_00001000.pt` and `step_00001000.json`; the sidecar holds the SHA-256 of the first (torch
-notices a truncated file but not a flipped byte). It is written before the file gets its name: if the process is killed
-in between, there is no file without a sidecar, which would look like a damaged checkpoint.
+notices a truncated file but not a flipped byte). It is written before the file gets its name: a process that is killed
+then leaves a sidecar without a file, which is harmless, and not the reverse, which looks like a damaged checkpoint.
 """
 
 import hashlib

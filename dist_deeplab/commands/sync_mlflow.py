@@ -49,8 +49,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", action="store_true", help="log and register models as the runs' files ask for")
     arguments = parser.parse_args(argv)
     if not any((folder / RUN_FILE).is_file() for folder in arguments.folders):
-        folders = " nor in ".join(map(str, arguments.folders))
-        parser.error(f"there is no {RUN_FILE} in {folders}; name the folders of runs, e.g. runs/quickstart")
+        folders = " or ".join(map(str, arguments.folders))
+        parser.error(f"cannot find {RUN_FILE} in {folders}; name the folders of runs, e.g. runs/quickstart")
     try:
         require_known_store(arguments.uri)
     except UserError as error:

@@ -15,6 +15,9 @@ from dist_deeplab.model.numerics import AUTOCAST
 from dist_deeplab.model.resnet import Bottleneck
 from dist_deeplab.model.weights import Variant
 
+_NUM_COUNTED = 10_007
+"""Images in the pass that is counted: a prime, so that what has a multiple of it in bytes is of the images."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -95,10 +98,6 @@ def _autocast_bytes(net: DeepLabV2) -> int:
     frozen = any(isinstance(module, FrozenBatchNorm) for module in net.modules())
     part = frozen and next(net.parameters()).dtype != torch.float16
     return 0 if part else _bytes(m.weight for m in net.backbone.modules() if isinstance(m, nn.Conv2d))
-
-
-_NUM_COUNTED = 10_007
-"""Images in the pass that is counted: a prime, so that what has a multiple of it in bytes is of the images."""
 
 
 def _kept_for_backward(net: DeepLabV2, length: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """One of the real ranks of `scaling --check`: measures parts of a step and whole steps in turns, and predicts these.
 
-Arguments: OUT BACKBONE CROP IMAGES ROUNDS, under torchrun. The main rank writes the table's row of
-each batch norm to OUT; both share one start. Parts:
+Arguments: OUT BACKBONE CROP IMAGES ROUNDS, under torchrun. The main rank writes the table's row of each batch
+norm to OUT; both share one start. Parts:
 
 - compute, in processor time, of a step of all ranks at once whose collectives return without communicating;
 - how much of the cores all ranks together got during that;

@@ -307,7 +307,7 @@ def test_many_tasks_of_an_array_job_on_one_sqlite_file_are_warned(
     assert "share one SQLite file" in caplog.text
 
 
-@pytest.mark.parametrize(("others", "beside"), [([], ""), (["b"], " nor in {folder}/b")])
+@pytest.mark.parametrize(("others", "beside"), [([], ""), (["b"], " or {folder}/b")])
 def test_folders_without_a_run_are_named_with_what_to_give(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], others: list[str], beside: str
 ) -> None:
@@ -315,4 +315,4 @@ def test_folders_without_a_run_are_named_with_what_to_give(
         sync_mlflow.main([str(tmp_path / name) for name in ("a", *others)])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert f"there is no run.json in {tmp_path / 'a'}{beside.format(folder=tmp_path)}; name the folders of runs" in said
+    assert f"cannot find run.json in {tmp_path / 'a'}{beside.format(folder=tmp_path)}; name the folders of runs" in said
