@@ -22,10 +22,13 @@ from pathlib import Path
 from types import FrameType
 
 from dist_deeplab.command_line import command_name
+from dist_deeplab.config import load_config
+from dist_deeplab.errors import UserError
 from dist_deeplab.packaged import mlflow_ui
 
 SAMPLE = Path("data/sample_voc")
 RUN = Path("runs/quickstart")
+RECIPE = "quickstart"
 FIXED = ("name", "output_dir")
 """Settings of the recipe that the evaluation relies on."""
 
@@ -60,6 +63,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for override in arguments.overrides:
         if override.partition("=")[0] in FIXED:
             parser.error(f"{override} cannot be changed here, where the evaluation expects {RUN}: use `train`")
+    try:
+        load_config(RECIPE, arguments.overrides)  # a mistake is said before the data is drawn
+    except UserError as error:
+        parser.error(str(error))
     return arguments
 
 
@@ -73,7 +80,7 @@ def commands(num_processes: int, overrides: Sequence[str]) -> list[list[str]]:
         voc = str(SAMPLE / "VOCdevkit/VOC2012")
         parts.append(["shards", "--voc-root", voc, "--split", *missing, "--out", str(shards)])
     several = ["torchrun", "--standalone", f"--nproc_per_node={num_processes}", "-m"]
-    parts.append([*several, "dist_deeplab.train", "--config", "quickstart", *overrides])
+    parts.append([*several, "dist_deeplab.train", "--config", RECIPE, *overrides])
     best = RUN / "checkpoints" / "best.pt"
     parts.append(["evaluate", str(best), "--data", str(shards / "val.json")])  # few images: one process is soon done
     return parts

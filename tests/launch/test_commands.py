@@ -153,6 +153,18 @@ def test_quickstart_refuses_what_its_evaluation_would_not_find(capsys: pytest.Ca
     assert "name=mine cannot be changed here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mistake", ["max_step=3", "optim.lr=fast", "data.crop_size=130", "max_steps"])
+def test_quickstart_refuses_a_wrong_setting_before_it_draws_data(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        quickstart.main([mistake])
+    assert stop.value.code == 2
+    assert mistake.partition("=")[0] in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_that_shows_runs_exists_where_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert packaged.mlflow_ui("sqlite:///runs/mlflow.db") == "./launch/mlflow_ui.sh"
     monkeypatch.setattr(packaged, "PACKAGE", tmp_path)
