@@ -231,6 +231,14 @@ def test_shards_are_fetched_ahead_by_the_steps_in_which_each_group_moves_by_a_wi
     assert order.steps_ahead == max(1, samples_of_a_window // of_a_group_per_step)
 
 
+def test_more_groups_than_images_of_a_step_are_as_good_as_that_many() -> None:
+    order, same = (
+        BlockShuffle([3] * 64, seed=1, window_shards=2, groups=groups, global_size=8) for groups in (1000, 8)
+    )
+    assert [order.sample_at(p) for p in range(400)] == [same.sample_at(p) for p in range(400)]
+    assert order.cached_shards(2) == same.cached_shards(2)
+
+
 def test_blocks_and_stream_are_not_combined() -> None:
     assert load_config(None, ["data.shuffle=blocks", "data.window_shards=2"]).data.canonical_groups == 16
     with pytest.raises(UserError, match=r"data\.access=stream has a shuffle of its own"):

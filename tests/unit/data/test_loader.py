@@ -1,6 +1,7 @@
 """The training stream is the same pixels however it is split, loaded or resumed; evaluation shows each image once."""
 
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -240,6 +241,15 @@ def test_evaluation_shows_each_image_once_at_any_number_of_ranks(
         shown += keys
     assert sorted(shown) == (voc_root / "ImageSets/Segmentation/train.txt").read_text().split()
     assert max(shares) - min(shares) <= 1
+
+
+def test_evaluation_starts_no_more_workers_than_it_has_batches(shard_set: Manifest) -> None:
+    dataset = EvalDataset(shard_set, num_classes=21, ignore_label=255)
+    before = set(multiprocessing.active_children())
+    loader = eval_loader(dataset, [[0], [1]], num_workers=5, pin_memory=False)
+    next(loader)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    assert len(list(loader)) == 1
 
 
 def test_evaluation_shows_whole_images_padded_with_void_to_the_grid(shard_set: Manifest, voc_root: Path) -> None:

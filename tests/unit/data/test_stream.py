@@ -191,6 +191,19 @@ def test_fetching_ahead_of_blocks_stays_a_window_ahead_of_the_training(shard_set
         assert asked(server) == names, "in the order of their use"
 
 
+def test_blocks_ask_again_for_a_shard_that_may_be_evicted_by_now(shard_set: Manifest) -> None:
+    order = BlockShuffle([3, 3, 2], seed=1, window_shards=1, groups=1, global_size=1)
+    plan = Plan(shard_set, order, BatchSplit(1, 1, 1, contiguous=True), rank=0, start=0, stop=80)
+    shard_at = [int(np.searchsorted([3, 6, 8], order.sample_at(step), side="right")) for step in range(80)]
+    ahead = order.steps_ahead
+    assert ahead == 2
+    expected = [
+        (step, shard_at[step]) for step in range(80) if shard_at[step] not in shard_at[max(0, step - ahead) : step]
+    ]
+    assert list(plan.shards()) == expected
+    assert len(expected) > 3 * 5, "ten epochs"
+
+
 def asked(server: FileServer) -> list[str]:
     return [path for path, _ in server.requests if path.endswith(".tar")]
 

@@ -182,6 +182,17 @@ def test_a_missing_shard_is_named(own_set: Path) -> None:
     assert str(shard) in str(caught.value)
 
 
+def test_a_folder_in_the_place_of_a_shard_is_none_whatever_its_size(own_set: Path) -> None:
+    shard = own_set.with_name("train-000001.tar")
+    shard.unlink()
+    shard.mkdir()
+    shards = json.loads(own_set.read_text())["shards"]
+    shards[1]["size_bytes"] = shard.stat().st_size
+    change_manifest(own_set, shards=shards)
+    with pytest.raises(ShardError, match=r"train-000001\.tar is missing"):
+        load_manifest(own_set)
+
+
 @pytest.mark.parametrize("change", [-1, -600, 1])
 def test_a_shard_of_another_size_is_named_with_both_sizes(change: int, own_set: Path) -> None:
     shard = own_set.with_name("train-000002.tar")
