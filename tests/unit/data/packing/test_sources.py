@@ -10,7 +10,8 @@ from PIL import Image
 from dist_deeplab.data.decode import DecodeError
 from dist_deeplab.data.packing.label_map import read_label_map
 from dist_deeplab.data.packing.label_statistics import count_labels
-from dist_deeplab.data.packing.labels import LabelSpace, decode_mask, refuse_class_named_as_void
+from dist_deeplab.data.packing.labels import LabelSpace, decode_mask, refuse_class_named_as_void, require_two_classes
+from dist_deeplab.data.packing.samples import without_metadata
 from dist_deeplab.data.packing.sources import SourceSample, read_folders, read_tree
 from dist_deeplab.data.shards.manifest import ShardError
 
@@ -142,6 +143,28 @@ def test_grey_levels_become_the_classes_that_the_map_names(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("lines", "expected"),
+    [("0 background\n255 cell\n", [0, 1]), ("0 background\n1 cell\n255 void\n", [0, 1]), ("1 cell\n0 sky\n", [1, 0])],
+)
+def test_a_bilevel_mask_has_the_levels_0_and_255_unless_the_map_names_1(
+    lines: str, expected: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "map.txt").write_text(lines)
+    label_map, _ = read_label_map(tmp_path / "map.txt", class_names=None, ignore_label=255)
+    mask = encoded(Image.fromarray(np.array([[False, True]])), "PNG")
+    assert decode_mask(mask, label_map).tolist() == [expected]
+
+
+def test_masks_of_one_class_alone_are_not_taken_for_masks_of_0_and_255() -> None:
+    histogram, labels = np.zeros(256, dtype=np.int64), LabelSpace(("background", "cell"), 255)
+    histogram[0] = 100
+    require_two_classes(histogram, labels, where="all labels")
+    histogram[255] = 1
+    with pytest.raises(ShardError, match="255 is void: no pixel of another class"):
+        require_two_classes(histogram, labels, where="all labels")
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("", "fewer than two"),
@@ -195,3 +218,16 @@ def test_a_colour_mask_without_a_map_lists_its_colours(tmp_path: Path) -> None:
     Image.fromarray(COLOURS[[0, 1, 1, 2, 2, 2]][None]).save(tmp_path / "m.png")
     with pytest.raises(ShardError, match=r"--label-map .*70 70 70, 0 0 142, 128 64 128"):
         count_labels([SourceSample("m", tmp_path / "m.jpg", tmp_path / "m.png")])
+
+
+def test_of_a_jpeg_s_metadata_only_what_turns_it_is_taken_out() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    drawn = Image.fromarray(np.arange(16 * 8 * 3, dtype=np.uint8).reshape(8, 16, 3))
+    drawn.save(file, "JPEG", exif=exif, icc_profile=b"a colour profile", comment=b"a remark")
+    kept = without_metadata(file.getvalue())
+    assert b"Exif" not in kept
+    assert b"a colour profile" in kept
+    assert b"a remark" in kept
+    assert (np.asarray(Image.open(io.BytesIO(kept))) == np.asarray(Image.open(file))).all()

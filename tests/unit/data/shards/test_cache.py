@@ -122,6 +122,26 @@ def test_a_damaged_shard_in_the_cache_is_fetched_again(server: FileServer, tmp_p
     assert ShardReader(manifest).read(0).key
 
 
+def test_a_shard_that_is_evicted_while_it_is_opened_comes_again(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = cached(server, tmp_path / "cache")
+    os.close(open_shard(manifest, 0))
+    (shard,) = (path for path in manifest.cache.folder.iterdir() if path.name.endswith("train-000000.tar"))
+    lock = fcntl.flock
+
+    def evict_before_the_lock(file: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        shard.unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", evict_before_the_lock)
+    opened = open_shard(manifest, 0)
+    assert os.fstat(opened).st_ino == shard.stat().st_ino
+    os.close(opened)
+    assert downloads(server) == ["/train-000000.tar"] * 2
+
+
 def test_a_server_that_is_gone_does_not_stop_a_run_whose_shards_are_here(server: FileServer, tmp_path: Path) -> None:
     expected = _read_all(cached(server, tmp_path / "cache"))
     for file in server.root.iterdir():
