@@ -74,18 +74,54 @@ def test_a_resume_notices_other_classes_samples_images_and_labels(
         assert resume._data_differences(of_this_index, train_set, DistEnv()) == [], "the index is not read"
 
 
-def test_a_checkpoint_holds_the_losses_of_the_steps_since_the_last_log_line(
-    state: TrainState, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that resumes in the middle of a log line gives the mean over all its steps, as an undisturbed one does."""
-    saved: list[dict[str, Any]] = []
-    folder = SimpleNamespace(lost_best=lambda: False, save=lambda content, **_: saved.append(content))
-    run = SimpleNamespace(config=load_config(None, []), checkpoints=folder)
+# --- what is saved ----------------------------------------------------------------------------------------------------
+
+Save = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def save(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> Save:
+    """Function that saves `state` and gives the checkpoint's content. lost_best: the save before was in vain."""
+
+    def save_state(*overrides: str, lost_best: bool = False) -> dict[str, Any]:
+        saved: list[dict[str, Any]] = []
+        folder = SimpleNamespace(lost_best=lambda: lost_best, save=lambda content, **_: saved.append(content))
+        run: Any = SimpleNamespace(config=load_config(None, overrides), checkpoints=folder)
+        save_checkpoint(run, state, is_best=False, wait=True)
+        (content,) = saved
+        return content
+
     monkeypatch.setattr(resume, "checkpoint_of", lambda _, state: SimpleNamespace(to_content=state.state_dict))
+    return save_state
+
+
+def test_a_checkpoint_holds_the_losses_of_the_steps_since_the_last_log_line(state: TrainState, save: Save) -> None:
+    """A run that resumes in the middle of a log line gives the mean over all its steps, as an undisturbed one does."""
     one = torch.tensor(1.0)
     for loss in (1.0, 2.0, 4.0):
         losses = {"scale_1": torch.tensor(loss)}
         state.advance(StepResult(losses, [one], one, one, torch.tensor(False), stop=False), [])
-    save_checkpoint(run, state, is_best=False, wait=True)
-    (content,) = saved
-    assert [row["losses"]["scale_1"] for row in content["losses"]["rows"]] == [1.0, 2.0, 4.0]
+    assert [row["losses"]["scale_1"] for row in save()["losses"]["rows"]] == [1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("batch_norm", ["local", "sync"])
+def test_ranks_with_statistics_of_their_own_take_those_that_are_saved(
+    batch_norm: str, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they would by a resume, which would be another run else."""
+
+    def take_the_main_rank_s(net: DeepLabV2) -> None:
+        for buffer in net.buffers():
+            buffer.fill_(7)
+
+    monkeypatch.setattr(resume, "share_buffers", take_the_main_rank_s)
+    saved = save(f"model.batch_norm={batch_norm}")["model"]
+    means = [value for name, value in saved.items() if name.endswith("running_mean")]
+    assert all(bool((mean == 7).all()) == (batch_norm == "local") for mean in means)
+    assert means
+
+
+def test_a_best_score_whose_own_checkpoint_could_not_be_written_is_not_saved(state: TrainState, save: Save) -> None:
+    state.best_before, state.best_miou = 0.3, 0.5
+    assert save()["best_miou"] == 0.5
+    assert save(lost_best=True)["best_miou"] == 0.3
