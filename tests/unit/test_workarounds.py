@@ -1,9 +1,9 @@
 """Each shows, with the library alone, why the code goes out of its way. One that fails says what to remove.
 
-Beside these: `tests/distributed/test_workarounds.py`. Not shown by any test, since it does not come each time, or on a
-GPU or in a browser alone: gloo's threads that abort an ending interpreter (`distributed/launcher.py: hard_exit`),
-`fold` compiled by inductor (`model/deeplabv2.py: ASPP`), the order of sections on MLflow's pages
-(`tracking/mlflow/pages.py`), batch norm behind DDP's buckets with NCCL.
+Beside these: `tests/distributed/test_workarounds.py`, and the order of sections on MLflow's pages in
+`tests/tracking/test_pages.py`. Not shown by any test, since it does not come each time or on a GPU alone: gloo's
+threads that abort an ending interpreter (`distributed/launcher.py: hard_exit`), `fold` compiled by inductor
+(`model/deeplabv2.py: ASPP`), batch norm behind DDP's buckets with NCCL.
 """
 
 import os
