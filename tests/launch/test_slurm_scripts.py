@@ -87,6 +87,12 @@ def test_each_attempt_has_a_rendezvous_of_its_own(repo: Path, scontrol: Path, tm
     assert (tmp_path / "seen").read_text() == f"{JOB}.{count} localhost:24711\n"
 
 
+def test_the_failure_of_one_node_ends_the_step_on_all(repo: Path, scontrol: Path, tmp_path: Path) -> None:
+    """At once after a bad exit, after a minute where a node is gone: nobody is there to restart a part of a run."""
+    assert run(repo, tmp_path, f'printf "%s\\n" "$@" >{tmp_path}/options', SLURM_JOB_NUM_NODES="2")[0] == 0
+    assert {"--kill-on-bad-exit=1", "--wait=60"} <= set((tmp_path / "options").read_text().splitlines())
+
+
 @pytest.mark.parametrize(("restarts", "again"), [(0, True), (1, True), (2, False)])
 def test_a_stopped_run_is_requeued_max_requeues_times(
     repo: Path, scontrol: Path, tmp_path: Path, restarts: int, again: bool

@@ -161,6 +161,15 @@ def test_wrong_arguments_are_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_replacing_results_and_leaving_them_alone_are_not_combined(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run("--overwrite", "--skip-existing")
+    assert stop.value.code == 2
+    assert "are opposites" in capsys.readouterr().err
+
+
 def test_several_scales_and_flipping_apply_here_too(run: Callable[..., int], tmp_path: Path) -> None:
     assert run() == 0
     plain = np.asarray(Image.open(tmp_path / "out" / "d.png"))

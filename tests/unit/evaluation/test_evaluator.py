@@ -1,5 +1,6 @@
 """evaluate() equals a plain loop over the images, and leaves the network as it was."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.distributed.session import Session
 from dist_deeplab.distributed.stop_request import StopRequest
 from dist_deeplab.errors import TrainingError
+from dist_deeplab.evaluate import extremes
 from dist_deeplab.evaluation import evaluator
-from dist_deeplab.evaluation.accumulator import TRIMAP_WIDTHS
-from dist_deeplab.evaluation.evaluator import EvaluationStopped, Loading, draw_panels, evaluate
+from dist_deeplab.evaluation.accumulator import TRIMAP_WIDTHS, ImageScore
+from dist_deeplab.evaluation.evaluator import Evaluation, EvaluationStopped, Loading, draw_panels, evaluate
 from dist_deeplab.evaluation.inference import Predictor
 from dist_deeplab.model.batch_norm import norm_factory
 from dist_deeplab.model.deeplabv2 import DeepLabV2
@@ -314,3 +316,11 @@ def test_cudnn_tunes_nothing_during_an_evaluation_and_afterwards_what_it_did_bef
     evaluate(Predictor(net, CAFFE), manifest, Session(ALONE), loading=Loading(0))
     assert set(during) == {False}
     assert torch.backends.cudnn.benchmark == benchmark
+
+
+def test_the_best_and_the_worst_images_are_those_shown_as_such() -> None:
+    mious = (0.2, math.nan, 0.9, 0.5, 0.7)  # void alone has no score
+    images = tuple(ImageScore(f"image_{number}", miou) for number, miou in enumerate(mious))
+    evaluation = Evaluation(np.zeros((2, 2), dtype=np.int64), len(images), IGNORE, [], images=images)
+    assert extremes(evaluation, 2) == ([2, 4], [0, 3])
+    assert extremes(evaluation, 9) == ([2, 4, 3, 0], [0, 3, 4, 2])
