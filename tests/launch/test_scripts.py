@@ -226,6 +226,18 @@ def test_a_slurm_sweep_asks_for_its_comparison_what_the_site_asks_of_each_job(re
     assert "--dependency=afterany:7" in report
 
 
+@pytest.mark.parametrize(("letter", "key"), [("A", "account"), ("p", "partition"), ("q", "qos")])
+@pytest.mark.parametrize("form", ["--{key} x", "--{key}=x", "-{letter} x", "-{letter}x"])
+def test_the_comparison_gets_account_partition_and_qos_however_they_are_written(
+    repo: Path, tmp_path: Path, letter: str, key: str, form: str
+):
+    options = form.format(letter=letter, key=key).split()
+    code, _, (_, report) = submit_sweep(repo, tmp_path, "--mem", "9G", *options, sbatch="echo 7")
+    assert code == 0
+    assert report[-len(options) - 3 :] == [*options, "slurm/sweep.sh", "name=a b", "optim.power=0.8,0.9"]
+    assert "--mem" not in report
+
+
 def test_a_comparison_that_slurm_refuses_does_not_hide_the_runs(repo: Path, tmp_path: Path):
     refuses = 'case "$*" in *--dependency*) exit 1 ;; *) echo 7 ;; esac'
     code, said, _ = submit_sweep(repo, tmp_path, sbatch=refuses)
