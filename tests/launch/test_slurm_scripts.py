@@ -109,6 +109,20 @@ def test_a_restart_beyond_the_limit_ends_in_one_sentence(repo: Path, scontrol: P
     assert err == ("slurm/train.sh: this is restart 3, MAX_REQUEUES is 2: submit the same command again to resume.\n")
 
 
+def test_a_cancelled_job_does_not_come_back(repo: Path, scontrol: Path, tmp_path: Path) -> None:
+    scontrol.write_text(scontrol.read_text().replace("JobState=RUNNING", "JobState=CANCELLED"))
+    code, out, _ = run(repo, tmp_path, STOPPED)
+    assert (code, requeued(tmp_path)) == (75, [])
+    assert "not requeued: it was cancelled" in out
+
+
+def test_a_job_that_ends_for_good_leaves_no_file_behind(repo: Path, scontrol: Path, tmp_path: Path) -> None:
+    assert run(repo, tmp_path, STOPPED)[0] == 0
+    assert list(repo.glob(".dist_deeplab-*")), "for the next attempt"
+    assert run(repo, tmp_path, 'echo "done 40 60" >"$DIST_DEEPLAB_OUTCOME"', SLURM_RESTART_COUNT="1")[0] == 0
+    assert not list(repo.glob(".dist_deeplab-*"))
+
+
 def test_a_refused_run_is_not_requeued(repo: Path, scontrol: Path, tmp_path: Path) -> None:
     code, *_ = run(repo, tmp_path, 'echo "refused 0 0" >"$DIST_DEEPLAB_OUTCOME"; exit 2')
     assert (code, requeued(tmp_path)) == (2, [])
