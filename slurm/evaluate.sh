@@ -31,11 +31,11 @@ repo=${REPO:-$SLURM_SUBMIT_DIR}
 }
 cd "$repo"
 SCRIPT=slurm/evaluate.sh
+export PET_MAX_RESTARTS=${PET_MAX_RESTARTS:-0} # a score that failed is best looked at; before common.sh's own default
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
 use_environment
 
-export PET_MAX_RESTARTS=${PET_MAX_RESTARTS:-0} # a score that failed is best looked at
 set_rendezvous
 run_on_nodes dist_deeplab.evaluate "$@"
 wait_for_step

@@ -87,6 +87,16 @@ def test_each_attempt_has_a_rendezvous_of_its_own(repo: Path, scontrol: Path, tm
     assert (tmp_path / "seen").read_text() == f"{JOB}.{count} localhost:24711\n"
 
 
+@pytest.mark.parametrize(("script", "default"), [("train", "3"), ("evaluate", "0")])
+def test_a_crash_restarts_a_training_three_times_and_an_evaluation_never_unless_the_user_says_otherwise(
+    repo: Path, scontrol: Path, tmp_path: Path, script: str, default: str
+) -> None:
+    srun = f'echo "$PET_MAX_RESTARTS" >>{tmp_path}/seen'
+    assert run(repo, tmp_path, srun, script=script)[0] == 0
+    assert run(repo, tmp_path, srun, script=script, PET_MAX_RESTARTS="7")[0] == 0
+    assert (tmp_path / "seen").read_text().split() == [default, "7"]
+
+
 def test_the_failure_of_one_node_ends_the_step_on_all(repo: Path, scontrol: Path, tmp_path: Path) -> None:
     """At once after a bad exit, after a minute where a node is gone: nobody is there to restart a part of a run."""
     assert run(repo, tmp_path, f'printf "%s\\n" "$@" >{tmp_path}/options', SLURM_JOB_NUM_NODES="2")[0] == 0

@@ -40,6 +40,7 @@ def run_quickstart(shards: Path, output_dir: Path) -> dict[str, list[float]]:
             "max_steps=10",
             "precision.dtype=fp32",
             "data.crop_size=65",
+            "data.scale_range=[0.75,1.5]",
             "data.num_workers=0",
         ),
         *("tracking.uri=none", "tracking.log_every=1", "checkpoint.every=1000"),
