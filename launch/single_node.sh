@@ -5,7 +5,8 @@
 #     ./launch/single_node.sh --config configs/quickstart.yaml
 #     NPROC_PER_NODE=4 ./launch/single_node.sh --config configs/quickstart.yaml data.num_workers=4
 #
-# All arguments go to `dist-deeplab train` (--print-config lists the settings); relative paths count from the current folder, where runs/ is made too.
+# All arguments go to `dist-deeplab train` (--print-config lists the settings); relative paths count from the current
+# folder, where runs/ is made too.
 # NPROC_PER_NODE sets the number of processes. torchrun's own options: PET_<OPTION>, for example PET_MAX_RESTARTS=3.
 # Several of these can run side by side: --standalone picks a free port.
 

@@ -218,7 +218,7 @@ def command_environ() -> dict[str, str]:
 
 
 def torchrun_command(num_processes: int, *target: str) -> list[str]:
-    """The command line of a torchrun with so many local processes."""
+    """The command line of a torchrun with `num_processes` local processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     return [*launcher, *target]
 
@@ -258,7 +258,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Run:
-    """A function that runs `python target...` on so many ranks and returns the finished process."""
+    """A function that runs `python target...` on `num_processes` ranks and returns the finished process."""
 
     def run(num_processes: int, *target: str | Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
         command = torchrun_command(num_processes, *map(str, target))

@@ -47,9 +47,8 @@ def image_mious(counts: torch.Tensor) -> torch.Tensor:
     """
     hits = counts.diagonal(dim1=1, dim2=2).double()
     union = counts.sum(1) + counts.sum(2) - hits
-    return (hits / union).nansum(1) / (union > 0).sum(
-        1
-    )  # 0/0 is NaN: skipped for a class; the result where all classes have it
+    ious = hits / union  # NaN for a class that is in neither
+    return ious.nansum(1) / (union > 0).sum(1)
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def _predict(image: np.ndarray, prob: np.ndarray, parameters: dict[str, float]) 
 
 
 def _start_worker() -> None:
-    """Deaf to signals that ask the rank to stop, which ends its workers itself; gone when the rank is gone."""
+    """Ignore the signals that ask the rank to stop, which ends its workers itself; end with the rank."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()

@@ -42,7 +42,7 @@ def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
     ]
     if config.implementation == "apex":
         return apex_sgd(groups, lr=config.lr, momentum=config.momentum)
-    # Fused, because it takes rates and the wish to skip as tensors.
+    # Fused, because it takes rates and the decision to skip as tensors.
     return SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
 
 
