@@ -97,6 +97,22 @@ def test_a_crash_restarts_a_training_three_times_and_an_evaluation_never_unless_
     assert (tmp_path / "seen").read_text().split() == [default, "7"]
 
 
+def test_a_node_whose_name_nobody_resolves_is_reached_at_the_address_that_slurm_has(
+    repo: Path, scontrol: Path, tmp_path: Path
+) -> None:
+    write_program(
+        scontrol,
+        """
+case "$1 $2" in
+    "show hostnames") echo n1.invalid ;;
+    "show node") echo "NodeName=n1 NodeAddr=10.1.2.3 NodeHostName=n1" ;;
+esac
+""",
+    )
+    assert run(repo, tmp_path, f'echo "$RDZV_ENDPOINT" >{tmp_path}/seen')[0] == 0
+    assert (tmp_path / "seen").read_text() == "10.1.2.3:24711\n"
+
+
 def test_the_failure_of_one_node_ends_the_step_on_all(repo: Path, scontrol: Path, tmp_path: Path) -> None:
     """At once after a bad exit, after a minute where a node is gone: nobody is there to restart a part of a run."""
     assert run(repo, tmp_path, f'printf "%s\\n" "$@" >{tmp_path}/options', SLURM_JOB_NUM_NODES="2")[0] == 0

@@ -52,6 +52,13 @@ def test_a_held_folder_is_refused_with_its_holder_and_is_free_afterwards(tmp_pat
         pass
 
 
+def test_what_a_killed_run_of_this_host_left_costs_no_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark(tmp_path, boot=run_lock._boot_id())
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits for a heartbeat"))
+    with lock_run(DistEnv(), tmp_path):
+        pass
+
+
 def _hold_and_wait(folder: Path) -> None:
     with lock_run(DistEnv(), folder):
         time.sleep(600)

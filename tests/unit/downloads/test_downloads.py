@@ -204,6 +204,14 @@ def test_a_file_that_changed_on_the_server_is_not_mixed(
     assert fetch(url, tmp_path, expected=Expected(sha256=digest)).read_bytes() == CONTENT[::-1]
 
 
+def test_the_part_of_a_file_from_elsewhere_is_not_continued(url: str, server: FileServer, tmp_path: Path) -> None:
+    run_killed(url, tmp_path, 2 * 2**20)
+    (server.root / "other").mkdir()
+    (server.root / "other" / "data.tar").write_bytes(CONTENT[::-1])
+    assert fetch(f"{server.url}/other/data.tar", tmp_path).read_bytes() == CONTENT[::-1]
+    assert server.requests[1:] == [("/other/data.tar", "")], "no range"
+
+
 @pytest.mark.parametrize(("digest", "whole"), [(None, 2), (DIGEST, 1)])
 def test_without_validators_only_a_known_digest_makes_continuing_safe(
     digest: str | None, whole: int, url: str, server: FileServer, tmp_path: Path

@@ -10,7 +10,8 @@ from dist_deeplab.data.shards.manifest import Manifest
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.errors import UserError
 from dist_deeplab.training import data_builders
-from dist_deeplab.training.data_builders import open_data
+from dist_deeplab.training.data_builders import follow_manifest, open_data
+from tests.file_server import serve
 
 
 def test_training_and_validation_sets_of_other_classes_are_refused(shard_set: Manifest, own_set: Path) -> None:
@@ -21,6 +22,25 @@ def test_training_and_validation_sets_of_other_classes_are_refused(shard_set: Ma
     own_set.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"the class names of .* differ; make both from one list"):
         open_data(config, DistEnv())
+
+
+def test_a_number_of_classes_that_was_given_is_compared_with_the_sets_and_not_replaced(shard_set: Manifest) -> None:
+    assert follow_manifest(load_config(None), shard_set).data.num_classes == 21
+    assert follow_manifest(load_config(None, ["data.num_classes=3"]), shard_set).data.num_classes == 3
+    with pytest.raises(UserError, match=r"set data\.num_classes=21"):
+        open_data(load_config(None, [f"data.train={shard_set.path}", "data.num_classes=3"]), DistEnv())
+
+
+def test_a_set_that_a_nodes_cache_cannot_hold_is_refused_before_it_is_fetched(
+    shard_set: Manifest, tmp_path: Path
+) -> None:
+    with serve(shard_set.path.parent) as server:
+        where = [f"data.train={server.url}/train.json", f"data.cache_dir={tmp_path}"]
+        gib = shard_set.size_bytes / 2**30
+        assert open_data(load_config(None, [*where, f"data.cache_gib={1.01 * gib:.9f}"]), DistEnv())
+        with pytest.raises(UserError, match=r"raise data\.cache_gib"):
+            open_data(load_config(None, [*where, f"data.cache_gib={0.99 * gib:.9f}"]), DistEnv())
+        assert not any(path.endswith(".tar") for path, _ in server.requests)
 
 
 @pytest.mark.parametrize(("ranks_here", "num_nodes"), [(2, 4), (8, 1), (1, 8)])

@@ -179,6 +179,15 @@ class Plain(torch.optim.SGD):
         super().step(closure)
 
 
+def test_settings_of_a_checkpoint_do_not_replace_those_of_the_configuration() -> None:
+    net = _net()
+    saved = build_optimizer(net, OptimConfig(weight_decay=0.1, momentum=0.5)).state_dict()
+    optimizer = build_optimizer(net, OptimConfig(weight_decay=0.2, momentum=0.8))
+    load_optimizer(optimizer, saved)
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.8}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.2, 0.0}
+
+
 def test_an_optimizer_that_cannot_skip_by_itself_is_not_called() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = Plain([{"params": [parameter], "name": "all", "lr_mult": 2.0}], lr=1.0)

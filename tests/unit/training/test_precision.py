@@ -8,7 +8,11 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from dist_deeplab.training.precision import Precision
+from dist_deeplab.config import load_config
+from dist_deeplab.distributed.process_group import DistEnv
+from dist_deeplab.errors import UserError
+from dist_deeplab.training import precision as module
+from dist_deeplab.training.precision import Precision, choose_precision
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +43,19 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def test_auto_keeps_what_a_run_was_begun_with_and_else_takes_what_the_devices_are_made_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "fastest_dtype", lambda device: "bf16")
+    config, env = load_config(None), DistEnv(device_kind="cpu")
+    chosen = [choose_precision(config, env, before=before).precision.dtype for before in (None, "auto", "tf32")]
+    assert chosen == ["bf16", "bf16", "tf32"]
+    fixed = load_config(None, ["precision.dtype=fp32"])
+    assert choose_precision(fixed, env, before="tf32").precision.dtype == "fp32"
+    with pytest.raises(UserError, match="fp16 is for GPUs"):
+        choose_precision(load_config(None, ["precision.dtype=fp16"]), env, before=None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
