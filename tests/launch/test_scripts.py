@@ -238,6 +238,24 @@ def test_the_comparison_gets_account_partition_and_qos_however_they_are_written(
     assert "--mem" not in report
 
 
+@pytest.mark.parametrize("planned", [["--config", "a b.yaml", "name=poly-2", ""], []])
+def test_a_task_of_a_sweep_trains_what_is_planned_for_it_and_nothing_where_no_plan_can_be_made(
+    repo: Path, tmp_path: Path, planned: list[str]
+):
+    environment = tmp_path / "env"
+    plan = "".join(f"printf '%s\\0' {shlex.quote(argument)}; " for argument in planned) or "exit 2"
+    write_program(
+        environment / "bin" / "python", f'case "$*" in *"--child 2 name=poly") {plan} ;; *) echo 3.11 ;; esac'
+    )
+    write_program(repo / "slurm/train.sh", PRINT_ARGUMENTS)
+    environ = {"VIRTUAL_ENV": str(environment), "SLURM_ARRAY_TASK_ID": "2", "SLURM_SUBMIT_DIR": str(repo)}
+    done = run(repo / "slurm/sweep.sh", "name=poly", cwd=tmp_path, **environ)
+    if planned:
+        assert command_line(done)[0] == planned
+    else:
+        assert_one_sentence(done, 2, "run 2 of the grid could not be planned")
+
+
 def test_a_comparison_that_slurm_refuses_does_not_hide_the_runs(repo: Path, tmp_path: Path):
     refuses = 'case "$*" in *--dependency*) exit 1 ;; *) echo 7 ;; esac'
     code, said, _ = submit_sweep(repo, tmp_path, sbatch=refuses)
@@ -250,6 +268,27 @@ def test_omp_num_threads_of_the_user_stays(repo: Path, tmp_path: Path):
     environ = MULTI_NODE | {"PATH": f"{tmp_path / 'bin'}:{PATH}", "OMP_NUM_THREADS": "7"}
     _, seen = command_line(run(repo / "launch/multi_node.sh", cwd=repo, **environ))
     assert seen["OMP_NUM_THREADS"] == "7"
+
+
+def test_mlflow_ui_serves_the_store_of_the_current_folder_on_this_machine_alone(
+    repo: Path, installed: Path, tmp_path: Path
+):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/mlflow.db").touch()
+    write_program(installed / "bin" / "python", f"{ANSWERS}; printf '%s ' \"${{@:2}}\"; echo")
+    write_program(installed / "bin" / "mlflow", PRINT_ARGUMENTS)
+    script, environ = repo / "launch/mlflow_ui.sh", {"VIRTUAL_ENV": str(installed), "PORT": "5001"}
+    done = run(script, "--allowed-hosts", "a b", cwd=tmp_path, **environ)
+    title, pages, *rest = done.stdout.splitlines(keepends=True)
+    assert title.startswith("The runs, best mIoU first")
+    assert pages.split() == ["dist_deeplab.tracking.mlflow.pages", "runs/mlflow.db", "http://127.0.0.1:5001"]
+    done.stdout = "".join(rest)
+    arguments, seen = command_line(done)
+    assert arguments[:3] == ["server", "--backend-store-uri", "sqlite:///runs/mlflow.db"]
+    assert arguments[3:5] == ["--artifacts-destination", "runs/mlartifacts"]
+    assert arguments[5:] == ["--host", "127.0.0.1", "--port", "5001", "--workers", "1", "--allowed-hosts", "a b"]
+    assert seen["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    assert seen["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
 def test_single_node_calls_torchrun_standalone_from_the_current_folder(repo: Path, installed: Path, tmp_path: Path):
