@@ -105,7 +105,7 @@ def test_a_node_whose_name_nobody_resolves_is_reached_at_the_address_that_slurm_
         """
 case "$1 $2" in
     "show hostnames") echo n1.invalid ;;
-    "show node") echo "NodeName=n1 NodeAddr=10.1.2.3 NodeHostName=n1" ;;
+    "show node") printf '%s\\n' "NodeName=n1 Arch=x86_64" "   NodeAddr=10.1.2.3 NodeHostName=n1 Version=22.05" ;;
 esac
 """,
     )

@@ -8,7 +8,8 @@ from dist_deeplab.config import load_config
 from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model.batch_norm import norm_factory
-from dist_deeplab.model.deeplabv2 import DeepLabV2
+from dist_deeplab.model.deeplabv2 import DeepLabV2, MultiScale
+from dist_deeplab.model.flops import training_flops
 from dist_deeplab.training.rates import Forecast, Rates, forecast
 
 FAST = Rates(1e15, 1e15, 1e15, loader_images_per_s=1e9, all_reduce_bytes_per_s=1e15)
@@ -29,6 +30,7 @@ def test_each_part_is_its_amount_over_its_rate() -> None:
     assert found.loader_s == 4 / 20
     assert found.all_reduce_s == pytest.approx(4 * num_parameters / 1e6)
     assert found.host_to_device_s == pytest.approx(4 * 65 * 65 * (3 + 1) / 1e6), "3 bytes of colour and a label each"
+    assert found.compute_s == pytest.approx(4 * training_flops(MultiScale(network), (65, 65)) / 2e9)
     alone = forecast_of(rates, world_size=1)
     assert alone.compute_s == pytest.approx(2 * found.compute_s), "8 images instead of 4"
     slower = forecast_of(dataclasses.replace(rates, conv_flops_per_s=1e9))

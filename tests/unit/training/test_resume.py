@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 
 from dist_deeplab.checkpointing.checkpoint import Checkpoint
+from dist_deeplab.checkpointing.folder import CheckpointFolder
 from dist_deeplab.config import load_config
 from dist_deeplab.distributed.process_group import DistEnv
 from dist_deeplab.model.deeplabv2 import DeepLabV2
@@ -84,14 +86,15 @@ def save(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> Save:
     """Function that saves `state` and gives the checkpoint's content. lost_best: the save before was in vain."""
 
     def save_state(*overrides: str, lost_best: bool = False) -> dict[str, Any]:
-        saved: list[dict[str, Any]] = []
-        folder = SimpleNamespace(lost_best=lambda: lost_best, save=lambda content, **_: saved.append(content))
+        folder = create_autospec(CheckpointFolder, instance=True)
+        folder.lost_best.return_value = lost_best
         run: Any = SimpleNamespace(config=load_config(None, overrides), checkpoints=folder)
         save_checkpoint(run, state, is_best=False, wait=True)
-        (content,) = saved
+        folder.save.assert_called_once()
+        content: dict[str, Any] = folder.save.call_args.args[0]
         return content
 
-    monkeypatch.setattr(resume, "checkpoint_of", lambda _, state: SimpleNamespace(to_content=state.state_dict))
+    monkeypatch.setattr(resume, "checkpoint_of", lambda run, state: SimpleNamespace(to_content=state.state_dict))
     return save_state
 
 
@@ -110,8 +113,8 @@ def test_ranks_with_statistics_of_their_own_take_those_that_are_saved(
 ) -> None:
     """As they would by a resume, which would be another run else."""
 
-    def take_the_main_rank_s(net: DeepLabV2) -> None:
-        for buffer in net.buffers():
+    def take_the_main_rank_s(model: DeepLabV2) -> None:
+        for buffer in model.buffers():
             buffer.fill_(7)
 
     monkeypatch.setattr(resume, "share_buffers", take_the_main_rank_s)
