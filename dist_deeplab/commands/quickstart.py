@@ -14,6 +14,7 @@ over: rm -r runs/quickstart. Exit codes: 0 done, 1 error, 2 wrong arguments, 75 
 """
 
 import argparse
+import logging
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from types import FrameType
 
 from dist_deeplab.command_line import command_name
 from dist_deeplab.config import load_config
+from dist_deeplab.data.order import BatchSplit
 from dist_deeplab.errors import UserError
 from dist_deeplab.packaged import mlflow_ui
 
@@ -40,9 +42,10 @@ Done.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    logging.getLogger("dist_deeplab").addHandler(logging.NullHandler())  # notices on settings come from the training
     arguments = parse_arguments(argv)
     children = Children()
-    for part in commands(arguments.nproc_per_node or default_processes(), arguments.overrides):
+    for part in commands(arguments.nproc_per_node, arguments.overrides):
         code = children.run([sys.executable, "-m", "dist_deeplab", *part])
         if code or children.stopped:
             return code
@@ -63,8 +66,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for override in arguments.overrides:
         if override.partition("=")[0] in FIXED:
             parser.error(f"{override} cannot be changed here, where the evaluation expects {RUN}: use `train`")
-    try:
-        load_config(RECIPE, arguments.overrides)  # a mistake is said before the data is drawn
+    try:  # what training would refuse is said before the data is drawn
+        batch = load_config(RECIPE, arguments.overrides).batch
+        arguments.nproc_per_node = arguments.nproc_per_node or default_processes()
+        BatchSplit.derive(global_size=batch.global_size, micro_size=None, world_size=arguments.nproc_per_node)
     except UserError as error:
         parser.error(str(error))
     return arguments

@@ -153,15 +153,31 @@ def test_quickstart_refuses_what_its_evaluation_would_not_find(capsys: pytest.Ca
     assert "name=mine cannot be changed here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mistake", ["max_step=3", "optim.lr=fast", "data.crop_size=130", "max_steps"])
-def test_quickstart_refuses_a_wrong_setting_before_it_draws_data(
-    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (["max_step=3"], "did you mean 'max_steps'?"),
+        (["optim.lr=fast"], "optim.lr = 'fast': must be a number"),
+        (["data.crop_size=130"], "data.crop_size = 130: must be 8k+1"),
+        (["max_steps"], "write section.key=value"),
+        (["--nproc-per-node", "9"], "too few images for 9 processes"),
+        (["--nproc-per-node", "4", "batch.global_size=3"], "batch.global_size=3 is too few images for 4 processes"),
+        (["batch.global_size=1"], "too few images for"),
+    ],
+)
+def test_quickstart_refuses_what_training_would_before_it_draws_data(
+    mistake: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "default_processes", lambda: 2)
     with pytest.raises(SystemExit) as stop:
-        quickstart.main([mistake])
+        quickstart.main(mistake)
     assert stop.value.code == 2
-    assert mistake.partition("=")[0] in capsys.readouterr().err
+    assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
