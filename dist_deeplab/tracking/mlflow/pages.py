@@ -25,7 +25,7 @@ _FIRST_CHART = {"val/mIoU": "accuracy/mIoU"}
 def shown_as(key: str) -> list[str]:
     """The names under which MLflow shows a metric: its own, and for the mIoU one whose section of charts comes first.
 
-    MLflow (3.17) orders the sections by name, and `val` would come below cost, learning rates, memory and times.
+    MLflow (3.17, 3.18) orders the sections by name, and `val` would come below cost, learning rates, memory and times.
     """
     return [key, *([_FIRST_CHART[key]] if key in _FIRST_CHART else [])]
 
@@ -48,7 +48,7 @@ def run_page(server: str, experiment_id: str, run_id: str) -> str:
 def view_of_sweep(sweep_id: str, keys: Sequence[str]) -> tuple[str, str]:
     """Name and value of the experiment's tag that keeps a view of a sweep's runs: best first, few columns.
 
-    The view is what MLflow's "Share view" makes (seen in 3.17): an address alone cannot choose columns.
+    The view is what MLflow's "Share view" makes (seen in 3.17 and 3.18): an address alone cannot choose columns.
 
     Args:
         keys: what the sweep varies, e.g. `optim.lr`.
